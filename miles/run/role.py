@@ -1,0 +1,96 @@
+"""What every role process (service, trainer, worker, engine) knows about itself, and how it ends.
+
+A role is started by the supervisor (miles.run.component) with its identity in the environment. A user's mistake ends it with one
+line and exit 78, a lost coordinator or a newer attempt with 75, a bug with a traceback and 1.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from miles.config.exits import AGAIN, OK, WRONG, TryAgain, UserError
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+@dataclass(frozen=True)
+class Role:
+    """Identity of a role process within one attempt of a run."""
+
+    name: str
+    run_dir: Path
+    epoch: int
+    rank: int
+    world_size: int
+    token: str
+    service: str
+
+    @classmethod
+    def from_environment(cls, name: str) -> Role:
+        """Read what the supervisor set (MILES_*); a missing variable is a bug of ours."""
+        env = os.environ
+        return cls(
+            name=name,
+            run_dir=Path(env["MILES_RUN_DIR"]),
+            epoch=int(env["MILES_EPOCH"]),
+            rank=int(env["MILES_RANK"]),
+            world_size=int(env["MILES_WORLD_SIZE"]),
+            token=env["MILES_TOKEN"],
+            service=env["MILES_SERVICE"],
+        )
+
+    @property
+    def fault_file(self) -> Path:
+        """Where the one line about a user's mistake is left for the supervisor."""
+        return self.run_dir / "attempts" / f"{self.epoch:06d}" / "logs" / f"fault.{self.name}.{self.rank}.json"
+
+
+def user_fault(error: BaseException) -> str | None:
+    """The one line that a user should read, or None where the error is a bug."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in DISK_FULL:
+        where = f" at {error.filename}" if error.filename else ""
+        return f"disk full{where}: free some space, then run the same command again; the run resumes from its last checkpoint"
+    if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
+        return f"{error.strerror or 'address already in use'}: choose another cluster.port, or 0 for a free one"
+    return None
+
+
+def main(name: str, body: Callable[[Role], None]) -> None:
+    """Run a role to its end and exit with the code that says how it ended."""
+    role = Role.from_environment(name)
+    code = OK
+    try:
+        body(role)
+    except TryAgain as error:
+        print(f"{name}: {error}", file=sys.stderr, flush=True)
+        code = AGAIN
+    except Exception as error:
+        line = user_fault(error)
+        if line is None:
+            traceback.print_exc()
+            code = 1
+        else:
+            print(f"{name}: {line}", file=sys.stderr, flush=True)
+            code = WRONG
+            leave_fault(role, line)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Straight out: threads of servers and process groups must not hold a dead role back.
+    os._exit(code)
+
+
+def leave_fault(role: Role, line: str) -> None:
+    """Leave the line for the supervisor; on a full disk the log has it already."""
+    try:
+        role.fault_file.write_text(json.dumps({"role": role.name, "rank": role.rank, "message": line}))
+    except OSError as error:
+        print(f"{role.name}: could not leave the message: {error}", file=sys.stderr, flush=True)

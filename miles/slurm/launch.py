@@ -1,0 +1,179 @@
+"""One run on this machine: attempts one after another until it is finished, stopped, or wrong.
+
+The launcher holds no state that matters: kill it, and the components go on; run it again, and the run resumes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import signal
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from miles.config.exits import AGAIN, OK, WRONG, UserError
+from miles.config.schema import RunConfig
+from miles.data.store.epoch import new_epoch
+from miles.data.store.run_dir import RunDir
+from miles.slurm.local import LocalComponent, LocalRunner
+
+SUPERVISE = "miles.run.component.supervise"
+COMPONENTS = ("train", "rollout")
+POLL_SECONDS = 0.25
+STATUS_SECONDS = 1.0
+Watcher = Callable[[dict[str, Any]], None]
+
+
+def free_port(host: str, wanted: int) -> int:
+    """A TCP port to bind on host: the wanted one if it is free, any free one for 0."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, wanted))
+        except OSError as error:
+            raise UserError(f"cluster.port: {host}:{wanted} can't be used ({error.strerror}); choose another, or 0 for a free one") from error
+        return int(probe.getsockname()[1])
+
+
+class Attempt:
+    """One attempt at the run: its epoch, its meeting point, its components."""
+
+    def __init__(self, run: RunDir, config: RunConfig) -> None:
+        port = free_port(config.cluster.host, config.cluster.port)
+        self.run, self.config = run, config
+        self.epoch = new_epoch(run)
+        self.folder = run.attempt(self.epoch)
+        self.token = secrets.token_urlsafe(24)
+        self.url = f"http://{config.cluster.host}:{port}"
+        (self.folder / "logs").mkdir()
+        handle = os.open(self.folder / "token", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(handle, "w") as file:
+            file.write(self.token)
+        (self.folder / "service.json").write_text(json.dumps({"url": self.url, "host": config.cluster.host, "port": port}))
+        self.components: list[LocalComponent] = []
+        self.stop_asked = 0.0
+
+    def submit(self) -> None:
+        """Start both components."""
+        runner = LocalRunner(self.folder / "submitit")
+        gpus = self.config.cluster.gpus_per_node if self.config.cluster.device == "cuda" else 0
+        for name in COMPONENTS:
+            self.components.append(runner.submit(name, SUPERVISE, str(self.run.root), name, self.epoch, gpus=gpus))
+
+    def ask(self, method: str, path: str) -> dict[str, Any] | None:
+        """A call to the rollout service; None while it isn't there."""
+        try:
+            reply = httpx.request(method, self.url + path, headers={"Authorization": f"Bearer {self.token}"}, timeout=2.0)
+        except httpx.HTTPError:
+            return None
+        return reply.json() if reply.status_code == 200 else None
+
+    def request_stop(self) -> None:
+        """First time: stop cleanly (save, then end). Again, or without a service: end now."""
+        first = not self.stop_asked
+        self.stop_asked = self.stop_asked or time.monotonic()
+        if not first or self.ask("POST", "/stop") is None:
+            for component in self.components:
+                component.terminate()
+
+    def watch(self, update: Watcher) -> dict[str, Any]:
+        """Follow the attempt to its end; returns {code, role, rank, reason}."""
+        shown = 0.0
+        while all(component.running() for component in self.components):
+            if time.monotonic() - shown > STATUS_SECONDS:
+                status = self.ask("GET", "/status")
+                if status is not None:
+                    update(status)
+                shown = time.monotonic()
+            if self.stop_asked and time.monotonic() - self.stop_asked > self.config.cluster.stop_seconds:
+                self.request_stop()
+            time.sleep(POLL_SECONDS)
+        return self.settle()
+
+    def settle(self) -> dict[str, Any]:
+        """End what still runs, then name the outcome: train's word counts, unless rollout failed first."""
+        train, rollout = self.components
+        if not rollout.running() and train.running() and rollout.outcome()["code"] == OK:
+            # The worker leaves as soon as the run is finished; the trainer may still be writing its last files.
+            self.wait_for(train, self.config.cluster.stop_seconds)
+        first = next(component for component in self.components if not component.running())
+        for component in self.components:
+            component.terminate()
+        for component in self.components:
+            self.wait_for(component, 15.0)
+            component.kill()
+        outcomes = {component.name: component.outcome() for component in self.components}
+        if outcomes["train"]["code"] == OK:
+            return outcomes["train"]
+        for outcome in outcomes.values():
+            if outcome["code"] == WRONG:
+                return outcome
+        return outcomes[first.name]
+
+    @staticmethod
+    def wait_for(component: LocalComponent, seconds: float) -> None:
+        """Wait for a component's end, at most so long."""
+        deadline = time.monotonic() + seconds
+        while component.running() and time.monotonic() < deadline:
+            time.sleep(0.05)
+
+    def close(self, outcome: dict[str, Any]) -> None:
+        """Record how the attempt ended."""
+        (self.folder / "exit.json").write_text(json.dumps({**outcome, "time": time.time()}))
+
+
+def refuse_if_running(run: RunDir) -> None:
+    """Two launchers on one run would only fence each other off."""
+    latest = run.latest_attempt()
+    if latest is None or (latest / "exit.json").exists() or not (latest / "token").exists():
+        return
+    url = json.loads((latest / "service.json").read_text())["url"]
+    headers = {"Authorization": f"Bearer {(latest / 'token').read_text()}"}
+    try:
+        reply = httpx.get(url + "/status", headers=headers, timeout=2.0)
+    except httpx.HTTPError:
+        return
+    if reply.status_code == 200 and reply.json().get("run") is not None:
+        raise UserError(f"{run.root}: this run is going on (attempt {latest.name}); follow it with `miles-submit logs -f {run.root}`")
+
+
+def launch(config: RunConfig, run: RunDir, update: Watcher, say: Callable[[str], None]) -> int:
+    """Run to the end, restarting after crashes; returns the exit code (docs/formats.md), 130 after Ctrl-C."""
+    refuse_if_running(run)
+    outcome: dict[str, Any] = {}
+    for again in range(config.cluster.restarts + 1):
+        attempt = Attempt(run, config)
+        interrupted = _stop_on_interrupt(attempt, say)
+        attempt.submit()
+        try:
+            outcome = attempt.watch(update)
+        finally:
+            signal.signal(signal.SIGINT, interrupted)
+        attempt.close({**outcome, "stopped": bool(attempt.stop_asked)})
+        if attempt.stop_asked and outcome["code"] != OK:
+            say(f"stopped; resume with: miles-submit run {run.root}")
+            return 130
+        if outcome["code"] != AGAIN:
+            break
+        say(f"attempt {attempt.epoch}: {outcome['reason']}" + ("; trying again" if again < config.cluster.restarts else ""))
+    if outcome["code"] == WRONG:
+        say(f"error: {outcome['reason']}")
+    elif outcome["code"] not in (OK, AGAIN):
+        say(f"failed: {outcome['reason']}")
+    elif outcome["code"] == AGAIN:
+        say(f"gave up after {config.cluster.restarts + 1} attempts (cluster.restarts); resume with: miles-submit run {run.root}")
+    return int(outcome["code"])
+
+
+def _stop_on_interrupt(attempt: Attempt, say: Callable[[str], None]) -> Any:
+    def handler(signum: int, frame: Any) -> None:
+        say("stopping at once" if attempt.stop_asked else "stopping: the run saves a checkpoint first (Ctrl-C again stops at once)")
+        attempt.request_stop()
+
+    return signal.signal(signal.SIGINT, handler)
