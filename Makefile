@@ -1,0 +1,49 @@
+# Two targets do everything: quickstart (install and run a complete training), test (install and run every test).
+SHELL := /bin/bash
+.DELETE_ON_ERROR:
+VENV ?= .venv
+PYTHON ?= python3.11
+BIN := $(VENV)/bin
+RUN ?= runs/quickstart
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help install quickstart test test-faults lint bench report clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# CPU-only PyTorch comes first and pinned: any later requirement is then satisfied by it.
+$(VENV)/.train: setup.cfg requirements.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || python3 -m venv $(VENV)
+	$(BIN)/pip install -q -r requirements.txt
+	$(BIN)/pip install -q -e '.[train]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.train
+	$(BIN)/pip install -q -e '.[train,dev]'
+	@touch $@
+
+install: $(VENV)/.train  ## make the virtual environment
+
+quickstart: $(VENV)/.train  ## install, then train a small model from nothing: SFT, GRPO, evaluation, report
+	$(BIN)/miles-submit run recipes/quickstart --run-dir $(RUN)
+
+# The browser test looks at the report as a reader would.
+chromium:
+	@command -v chromium >/dev/null || (apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium >/dev/null)
+
+test: $(VENV)/.dev chromium lint  ## install, then lint and run every test, with coverage
+	$(BIN)/python -m tests.run_all
+
+test-faults: $(VENV)/.dev  ## the long fault tests: SEED and COUNT choose them
+	$(BIN)/pytest tests/faults --seed $(or $(SEED),0) --count $(or $(COUNT),100)
+
+lint: $(VENV)/.dev  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/mypy miles
+
+bench: $(VENV)/.dev  ## ratios against references measured in the same run
+	$(BIN)/python -m benchmarks.run_all
+
+clean:  ## remove the virtual environment and caches (runs/ stays)
+	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache
