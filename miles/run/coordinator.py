@@ -1,0 +1,107 @@
+"""The trainer's side of the rollout service: a few blocking calls of rank 0, and a heartbeat."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from typing import Any
+
+import httpx
+
+from miles.config.exits import AGAIN, TryAgain, UserError
+from miles.run.role import Role
+
+HEARTBEAT_SECONDS = 2.0
+PATIENCE_SECONDS = 60.0
+
+
+class StopRequested(Exception):
+    """Someone asked the run to stop: save, then end."""
+
+
+class Coordinator:
+    """Calls of one role to the rollout service, with the run's token and this attempt's epoch."""
+
+    def __init__(self, role: Role) -> None:
+        self.role = role
+        self.http = httpx.Client(base_url=role.service, headers={"Authorization": f"Bearer {role.token}"}, timeout=40.0)
+
+    def call(self, method: str, path: str, json: dict[str, Any] | None = None, params: dict[str, Any] | None = None) -> tuple[int, Any]:
+        """One call; retried while the service is starting. Raises TryAgain when it is lost or this attempt is fenced off."""
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while True:
+            try:
+                reply = self.http.request(method, path, json=json, params=params)
+                break
+            except httpx.TransportError as error:
+                if time.monotonic() > deadline:
+                    raise TryAgain(f"the rollout service at {self.role.service} is lost ({error})") from error
+                time.sleep(0.2)
+        if reply.status_code == 409:
+            raise TryAgain("a newer attempt of this run exists; this one writes nothing more")
+        body = reply.json() if reply.content else {}
+        if reply.status_code == 422:
+            raise UserError(body["error"])
+        if reply.status_code not in (200, 202):
+            raise RuntimeError(f"rollout service: {method} {path} answered {reply.status_code}: {reply.text[:500]}")
+        return reply.status_code, body
+
+    def register(self, **more: Any) -> None:
+        """Tell the service who is here."""
+        self.call("POST", "/register", {"role": self.role.name, "rank": self.role.rank, "epoch": self.role.epoch, **more})
+
+    def peers(self, role: str, count: int) -> list[dict[str, Any]]:
+        """Wait until `count` processes of a role have registered."""
+        while True:
+            code, body = self.call("GET", "/peers", params={"role": role, "count": count, "wait": 20})
+            if code == 200:
+                return list(body["peers"] if isinstance(body, dict) else body)
+
+    def publish(self, key: str, value: Any) -> None:
+        """Leave a value for the others (a port, a folder)."""
+        self.call("POST", "/value", {"key": key, "value": value, "epoch": self.role.epoch})
+
+    def lookup(self, key: str) -> Any:
+        """Wait for a value."""
+        while True:
+            code, body = self.call("GET", "/value", params={"key": key, "wait": 20})
+            if code == 200:
+                return body["value"]
+
+    def batch(self, job: dict[str, Any]) -> str:
+        """Wait for a sealed batch; returns the manifest's path. Raises StopRequested."""
+        while True:
+            code, body = self.call("POST", "/batch", {"job": job, "epoch": self.role.epoch})
+            if code == 200:
+                return str(body["manifest"])
+            if body.get("stop"):
+                raise StopRequested
+
+    def announce(self, **what: Any) -> bool:
+        """Say what the trainer does (for `status`); returns whether a stop was asked for."""
+        _, body = self.call("POST", "/announce", {"epoch": self.role.epoch, **what})
+        return bool(body.get("stop"))
+
+    def finish(self) -> None:
+        """The run is over: workers may go."""
+        self.call("POST", "/finish", {"epoch": self.role.epoch})
+
+    def keep_alive(self) -> None:
+        """Heartbeats from a thread; the process ends with 75 when the service is gone or says so."""
+        threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
+
+    def _beat(self) -> None:
+        beat = Coordinator(self.role)
+        while True:
+            time.sleep(HEARTBEAT_SECONDS)
+            try:
+                beat.call("POST", "/heartbeat", {"role": self.role.name, "rank": self.role.rank, "epoch": self.role.epoch})
+            except TryAgain as error:
+                _end(self.role, str(error))
+
+
+def _end(role: Role, why: str) -> None:
+    print(f"{role.name}: {why}", file=sys.stderr, flush=True)
+    os._exit(AGAIN)
