@@ -13,3 +13,7 @@ class UserError(ValueError):
 
 class TryAgain(Exception):
     """Not the run's fault (fenced off, coordinator lost, stopped on request): nothing is written any more. Exit 75."""
+
+
+class ConfigError(UserError):
+    """The configuration is wrong."""

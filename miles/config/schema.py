@@ -17,7 +17,7 @@ Placement = Literal["colocate", "split", "het", "jobs"]
 class Section(BaseModel):
     """A part of the configuration. Unknown keys are errors; defaults are validated like input."""
 
-    model_config = ConfigDict(extra="forbid", validate_default=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", validate_default=True, frozen=True, allow_inf_nan=False)
 
 
 class Cluster(Section):

@@ -1,0 +1,119 @@
+"""One RunConfig from YAML files, public flags and dotted overrides; later values win.
+
+A file may name others that it builds on: `defaults: [clusters/local, models/qwen3-4b]` (from its own folder, or from the
+configs/ that miles ships). Every error is one ConfigError of one line: where, what, and the mend.
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from miles.config.exits import ConfigError
+from miles.config.explain import explain, section_keys
+from miles.config.resolve import resolved
+from miles.config.schema import RunConfig
+from miles.config.yaml_file import Key, parse_value, read_yaml
+
+__all__ = ["ConfigError", "configs_dir", "dump_config", "load_config", "resolved"]
+
+
+def load_config(paths: Sequence[Path | str] = (), overrides: Sequence[str] = (), flags: Mapping[str, Any] | None = None) -> RunConfig:
+    """The validated, resolved configuration of a run.
+
+    paths: YAML files, merged in order. flags: public option name (no dashes in front) to value, as parse_flags gives them.
+    overrides: `train.optimizer.lr=1e-4`. Raises ConfigError.
+    """
+    tree: dict[str, Any] = {}
+    origin: dict[Key, str] = {}
+    for path in paths:
+        _merge_file(tree, origin, _find(Path(path), None, "no such file"), ())
+    if flags:
+        from miles.config.options import flag_values  # the table is read only when flags are given
+
+        for dotted, value, name in flag_values(flags):
+            _set(tree, origin, tuple(dotted.split(".")), value, name)
+    for override in overrides:
+        dotted, equals, text = override.partition("=")
+        if not equals or not dotted.strip():
+            raise ConfigError(f"{override}: not an override; write key=value, such as train.optimizer.lr=1e-4")
+        _set(tree, origin, tuple(dotted.strip().split(".")), parse_value(text, override), override)
+    try:
+        config = RunConfig.model_validate(tree, strict=True)
+    except ValidationError as error:
+        raise ConfigError(explain(error, origin)) from None
+    return resolved(config, origin)
+
+
+def dump_config(config: RunConfig) -> str:
+    """YAML text of every field; load_config of it gives an equal configuration."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+
+
+def configs_dir() -> Path:
+    """configs/ of a source tree or editable install, else the installed copy under the environment's share/."""
+    source = Path(__file__).resolve().parents[2] / "configs"
+    return source if source.is_dir() else Path(sys.prefix) / "share" / "miles" / "configs"
+
+
+def _find(path: Path, beside: Path | None, problem: str) -> Path:
+    """The file that `path` names, with or without .yaml: as given (or beside the file that names it), then in configs/."""
+    folders = [beside if beside is not None else Path(), configs_dir()]
+    names = [path] if path.suffix in (".yaml", ".yml") else [path.with_name(path.name + ".yaml"), path]
+    for folder in folders:
+        for name in names:
+            if (folder / name).is_file():
+                return folder / name
+    known = [found.relative_to(folder).with_suffix("").as_posix() for folder in folders[1:] for found in sorted(folder.rglob("*.yaml"))]
+    known += [found.as_posix() for found in sorted((folders[0] / path).parent.glob("*.yaml"))]
+    wanted = path.with_suffix("").as_posix() if path.suffix in (".yaml", ".yml") else path.as_posix()
+    near = difflib.get_close_matches(wanted, known, 1, 0.6) or difflib.get_close_matches(path.as_posix(), known, 1, 0.6)
+    mend = f"did you mean {near[0]}?" if near else f"give a YAML file, or a name below {configs_dir()}"
+    raise ConfigError(f"{path}: {problem}; {mend}")
+
+
+def _merge_file(tree: dict[str, Any], origin: dict[Key, str], path: Path, including: tuple[Path, ...]) -> None:
+    here = path.resolve()
+    if here in including:
+        raise ConfigError(f"{path}: defaults go in a circle ({' -> '.join(p.name for p in (*including, here))}); remove one of them")
+    data, lines = read_yaml(path)
+    defaults = data.pop("defaults", None) or []
+    where = lines.pop(("defaults",), str(path))
+    if not isinstance(defaults, list) or not all(isinstance(name, str) for name in defaults):
+        raise ConfigError(f"{where}: defaults: expected a list of files, got {defaults!r}; write defaults: [clusters/local]")
+    for name in defaults:
+        found = _find(Path(name), path.parent, f"no such file, named in defaults ({where})")
+        _merge_file(tree, origin, found, (*including, here))
+    _merge(tree, data, ())
+    origin.update(lines)
+
+
+def _merge(tree: dict[str, Any], data: dict[str, Any], key: Key) -> None:
+    """Deep merge; lists and scalars replace. A section with nothing below it (`train:`) changes nothing."""
+    for name, value in data.items():
+        here = (*key, name)
+        if value is None and here in section_keys():
+            continue
+        if isinstance(value, dict) and isinstance(tree.get(name), dict):
+            _merge(tree[name], value, here)
+        elif isinstance(value, dict):
+            tree[name] = {}
+            _merge(tree[name], value, here)
+        else:
+            tree[name] = value
+
+
+def _set(tree: dict[str, Any], origin: dict[Key, str], key: Key, value: Any, where: str) -> None:
+    nested: dict[str, Any] = {key[-1]: value}
+    for name in reversed(key[:-1]):
+        nested = {name: nested}
+    _merge(tree, nested, ())
+    for length in range(1, len(key)):
+        origin.setdefault(key[:length], where)
+    origin[key] = where

@@ -1,0 +1,139 @@
+"""Defaults that follow from other fields, written out, and checks across fields that need no file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from miles.config.exits import ConfigError
+from miles.config.explain import where
+from miles.config.schema import RunConfig, Sampling, Section
+from miles.config.yaml_file import Key
+
+S = TypeVar("S", bound=Section)
+
+
+def resolved(config: RunConfig, origin: Mapping[Key, str] | None = None) -> RunConfig:
+    """The same run with every derived default filled in. Idempotent. Raises ConfigError where fields contradict each other.
+
+    origin: where each key was written, for the messages.
+    """
+    place = origin or {}
+    global_batch_size, steps = volumes(config, place)
+    check(config, place)
+    rollout, train, algorithm, warm = config.rollout, config.train, config.algorithm, config.warm_start
+    parallel, optimizer = train.parallel, train.optimizer
+    return _replace(
+        config,
+        rollout=_replace(
+            rollout,
+            over_sampling_batch_size=rollout.over_sampling_batch_size or rollout.batch_size,
+            sampling=_context(rollout.sampling),
+        ),
+        eval=_replace(config.eval, sampling=_context(config.eval.sampling), reward=config.eval.reward or rollout.reward),
+        algorithm=_replace(algorithm, eps_clip_high=algorithm.eps_clip if algorithm.eps_clip_high is None else algorithm.eps_clip_high),
+        train=_replace(
+            train,
+            global_batch_size=global_batch_size,
+            num_steps_per_rollout=steps,
+            parallel=_replace(parallel, expert_tensor=parallel.expert_tensor or parallel.tensor),
+            optimizer=_replace(optimizer, lr_decay_steps=optimizer.lr_decay_steps or max(1, config.num_rollout * steps)),
+        ),
+        warm_start=_replace(
+            warm, optimizer=_replace(warm.optimizer, lr_decay_steps=warm.optimizer.lr_decay_steps or max(1, warm.steps))
+        ),
+    )
+
+
+def volumes(config: RunConfig, origin: Mapping[Key, str]) -> tuple[int, int]:
+    """(global_batch_size [samples], num_steps_per_rollout) with
+    rollout.batch_size × rollout.n_samples_per_prompt = train.global_batch_size × train.num_steps_per_rollout."""
+    prompts, n = config.rollout.batch_size, config.rollout.n_samples_per_prompt
+    size, steps, samples = config.train.global_batch_size, config.train.num_steps_per_rollout, prompts * n
+    made = f"{prompts} prompts × {n} samples = {samples} samples a rollout"
+    if size is None and steps is None:
+        return samples, 1
+    if size is not None and steps is not None:
+        if size * steps != samples:
+            at = where(("train", "global_batch_size"), origin)
+            raise ConfigError(
+                f"{at}train.global_batch_size: {made}, but global_batch_size {size} × num_steps_per_rollout {steps} = {size * steps}; {_mend(samples, steps)}"
+            )
+        return size, steps
+    if steps is not None:
+        if samples % steps:
+            at = where(("train", "num_steps_per_rollout"), origin)
+            raise ConfigError(
+                f"{at}train.num_steps_per_rollout: {made}, which {steps} steps do not divide; take {_near_divisor(samples, steps)} steps"
+            )
+        return samples // steps, steps
+    assert size is not None
+    if samples % size:
+        at = where(("train", "global_batch_size"), origin)
+        raise ConfigError(
+            f"{at}train.global_batch_size: {made}, which {size} does not divide; take global_batch_size {_near_divisor(samples, size)}"
+        )
+    return size, samples // size
+
+
+def check(config: RunConfig, origin: Mapping[Key, str]) -> None:
+    """Contradictions between fields."""
+
+    def wrong(dotted: str, text: str) -> ConfigError:
+        return ConfigError(f"{where(tuple(dotted.split('.')), origin)}{dotted}: {text}")
+
+    rollout, algorithm, train = config.rollout, config.algorithm, config.train
+    over = rollout.over_sampling_batch_size
+    if over is not None and over < rollout.batch_size:
+        raise wrong("rollout.over_sampling_batch_size", f"{over} is less than rollout.batch_size {rollout.batch_size}; raise it or remove it")
+    if rollout.num_gpus % rollout.num_gpus_per_engine:
+        raise wrong(
+            "rollout.num_gpus_per_engine",
+            f"engines of {rollout.num_gpus_per_engine} do not fill rollout.num_gpus {rollout.num_gpus}; "
+            f"take rollout.num_gpus {-(-rollout.num_gpus // rollout.num_gpus_per_engine) * rollout.num_gpus_per_engine}",
+        )
+    if algorithm.tis_clip_low > algorithm.tis_clip:
+        raise wrong("algorithm.tis_clip_low", f"{algorithm.tis_clip_low} is above algorithm.tis_clip {algorithm.tis_clip}; swap them")
+    for name, source in (("data", config.data), ("warm_start", config.warm_start), ("eval", config.eval)):
+        if source.prompt_data and source.reasoning_gym:
+            raise wrong(f"{name}.reasoning_gym", f"{name}.prompt_data is given too; keep one of them")
+        for other in source.exclude:
+            if other not in ("data", "warm_start", "eval") or other == name:
+                others = " or ".join(o for o in ("data", "warm_start", "eval") if o != name)
+                raise wrong(f"{name}.exclude", f"{other!r} is not another source; name {others}")
+    for name, reward in (("rollout.reward", rollout.reward), ("eval.reward", config.eval.reward)):
+        if reward is not None and reward.type and reward.path:
+            raise wrong(f"{name}.path", f"{name}.type {reward.type!r} is given too; keep one of them")
+        if reward is not None and (reward.type or "").removeprefix("boxed_") == "remote_rm" and not reward.url:
+            raise wrong(f"{name}.url", f"{name}.type remote_rm needs an address to post to; set {name}.url")
+    for name, optimizer in (("train.optimizer", train.optimizer), ("warm_start.optimizer", config.warm_start.optimizer)):
+        if optimizer.min_lr > optimizer.lr:
+            raise wrong(f"{name}.min_lr", f"{optimizer.min_lr:g} is above {name}.lr {optimizer.lr:g}; lower it")
+    for name, sampling in (("rollout.sampling", rollout.sampling), ("eval.sampling", config.eval.sampling)):
+        if sampling.top_k == 0:
+            raise wrong(f"{name}.top_k", "0 keeps no token; -1 keeps all")
+        if sampling.max_context_len is not None and sampling.max_context_len <= (sampling.max_prompt_len or 0):
+            raise wrong(
+                f"{name}.max_context_len",
+                f"{sampling.max_context_len} leaves no token to generate after max_prompt_len {sampling.max_prompt_len}; raise it",
+            )
+
+
+def _context(sampling: Sampling) -> Sampling:
+    if sampling.max_context_len is None and sampling.max_prompt_len is not None:
+        return _replace(sampling, max_context_len=sampling.max_prompt_len + sampling.max_response_len)
+    return sampling
+
+
+def _replace(section: S, **changes: Any) -> S:
+    return section.model_copy(update=changes)
+
+
+def _near_divisor(number: int, wanted: int) -> int:
+    return min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: (abs(d - wanted), d))
+
+
+def _mend(samples: int, steps: int) -> str:
+    if samples % steps == 0:
+        return f"take global_batch_size {samples // steps}"
+    return f"take global_batch_size {samples} and num_steps_per_rollout 1"
