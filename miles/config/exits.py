@@ -1,19 +1,17 @@
-"""Exit codes, and the two exceptions that choose them. The table is in docs/formats.md."""
+"""Exit codes of every process, and the exceptions that choose them. The table is in docs/formats.md."""
 
-from __future__ import annotations
-
-OK = 0
-AGAIN = 75
-WRONG = 78
+OK = 0  # finished
+AGAIN = 75  # try again: requeue
+WRONG = 78  # the configuration or the input is wrong: never requeue
 
 
 class UserError(ValueError):
-    """A user's mistake: its text is the one line that says what is wrong, where, and the mend. Exit 78."""
-
-
-class TryAgain(Exception):
-    """Not the run's fault (fenced off, coordinator lost, stopped on request): nothing is written any more. Exit 75."""
+    """A user's mistake. Its text is one line: what is wrong, where, and the mend. Processes exit with WRONG."""
 
 
 class ConfigError(UserError):
     """The configuration is wrong."""
+
+
+class TryAgain(Exception):
+    """Not the run's fault (fenced off, coordinator lost, stopped on request): nothing more is written. Processes exit with AGAIN."""
