@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from miles.config.compose import load_run
+from miles.run.role import load_run
 from miles.config.exits import AGAIN, OK, WRONG
 from miles.config.schema import RunConfig
 

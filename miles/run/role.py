@@ -15,7 +15,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from miles.config.compose import load_config
 from miles.config.exits import AGAIN, OK, WRONG, TryAgain, UserError
+from miles.config.schema import RunConfig
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -94,3 +96,8 @@ def leave_fault(role: Role, line: str) -> None:
         role.fault_file.write_text(json.dumps({"role": role.name, "rank": role.rank, "message": line}))
     except OSError as error:
         print(f"{role.name}: could not leave the message: {error}", file=sys.stderr, flush=True)
+
+
+def load_run(run_dir: Path) -> RunConfig:
+    """The resolved configuration of a run."""
+    return load_config([run_dir / "run.yaml"])

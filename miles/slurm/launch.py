@@ -64,7 +64,7 @@ class Attempt:
         runner = LocalRunner(self.folder / "submitit")
         gpus = self.config.cluster.gpus_per_node if self.config.cluster.device == "cuda" else 0
         for name in COMPONENTS:
-            self.components.append(runner.submit(name, SUPERVISE, str(self.run.root), name, self.epoch, gpus=gpus))
+            self.components.append(runner.submit(name, SUPERVISE, str(self.run.path), name, self.epoch, gpus=gpus))
 
     def ask(self, method: str, path: str) -> dict[str, Any] | None:
         """A call to the rollout service; None while it isn't there."""
@@ -130,8 +130,8 @@ class Attempt:
 
 def refuse_if_running(run: RunDir) -> None:
     """Two launchers on one run would only fence each other off."""
-    latest = run.latest_attempt()
-    if latest is None or (latest / "exit.json").exists() or not (latest / "token").exists():
+    latest = run.latest.resolve()
+    if (latest / "exit.json").exists() or not (latest / "token").exists():
         return
     url = json.loads((latest / "service.json").read_text())["url"]
     headers = {"Authorization": f"Bearer {(latest / 'token').read_text()}"}
@@ -140,7 +140,7 @@ def refuse_if_running(run: RunDir) -> None:
     except httpx.HTTPError:
         return
     if reply.status_code == 200 and reply.json().get("run") is not None:
-        raise UserError(f"{run.root}: this run is going on (attempt {latest.name}); follow it with `miles-submit logs -f {run.root}`")
+        raise UserError(f"{run.path}: this run is going on (attempt {latest.name}); follow it with `miles-submit logs -f {run.path}`")
 
 
 def launch(config: RunConfig, run: RunDir, update: Watcher, say: Callable[[str], None]) -> int:
@@ -157,7 +157,7 @@ def launch(config: RunConfig, run: RunDir, update: Watcher, say: Callable[[str],
             signal.signal(signal.SIGINT, interrupted)
         attempt.close({**outcome, "stopped": bool(attempt.stop_asked)})
         if attempt.stop_asked and outcome["code"] != OK:
-            say(f"stopped; resume with: miles-submit run {run.root}")
+            say(f"stopped; resume with: miles-submit run {run.path}")
             return 130
         if outcome["code"] != AGAIN:
             break
@@ -167,7 +167,7 @@ def launch(config: RunConfig, run: RunDir, update: Watcher, say: Callable[[str],
     elif outcome["code"] not in (OK, AGAIN):
         say(f"failed: {outcome['reason']}")
     elif outcome["code"] == AGAIN:
-        say(f"gave up after {config.cluster.restarts + 1} attempts (cluster.restarts); resume with: miles-submit run {run.root}")
+        say(f"gave up after {config.cluster.restarts + 1} attempts (cluster.restarts); resume with: miles-submit run {run.path}")
     return int(outcome["code"])
 
 

@@ -1,0 +1,101 @@
+"""miles-submit: one YAML, one command. Thin: every command is a function elsewhere."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from miles.config.exits import WRONG, UserError
+
+app = typer.Typer(
+    name="miles-submit",
+    help="Reinforcement-learning post-training of large language models under Slurm, or on this machine: one YAML, one command.",
+    epilog="Example: miles-submit run recipes/quickstart --run-dir runs/first train.optimizer.lr=3e-4",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+FLAGS = {"allow_extra_args": True, "ignore_unknown_options": True}
+Json = Annotated[bool, typer.Option("--json", help="print JSON, for scripts")]
+RunPath = Annotated[Path, typer.Argument(help="run directory, such as runs/quickstart", metavar="RUN_DIR")]
+
+
+@app.command(context_settings=FLAGS, epilog="Example: miles-submit check recipes/quickstart --n-samples-per-prompt 16")
+def check(
+    context: typer.Context,
+    what: Annotated[list[str] | None, typer.Argument(help="YAML files (or names below configs/), key=value overrides, public --flags", metavar="[RECIPE]... [KEY=VALUE]... [--FLAGS]")] = None,
+    as_json: Json = False,
+) -> int:
+    """Validate a configuration and say on one page what it means. Exit code 78 when something is wrong."""
+    from miles.cli.check import check as run_check
+    from miles.cli.inputs import configuration
+
+    return run_check(configuration([*(what or []), *context.args]), as_json)
+
+
+@app.command(context_settings=FLAGS, epilog="Example: miles-submit run recipes/quickstart --run-dir runs/first; the same command resumes it")
+def run(
+    context: typer.Context,
+    what: Annotated[list[str] | None, typer.Argument(help="YAML files, overrides and flags as for check; or a run directory to resume", metavar="[RECIPE]... [KEY=VALUE]... [--FLAGS]")] = None,
+    run_dir: Annotated[Path | None, typer.Option(help="where the run lives; default runs/NAME")] = None,
+) -> int:
+    """Run to the end, or resume: a run directory that exists goes on from its newest good checkpoint."""
+    from miles.cli.run import run as run_it
+
+    return run_it([*(what or []), *context.args], run_dir)
+
+
+@app.command(epilog="Example: miles-submit status runs/quickstart --json")
+def status(run_dir: RunPath, as_json: Json = False) -> int:
+    """What a run is doing: step, phase, reward, speed, time left; or how it ended."""
+    from miles.cli.status import status as show
+
+    return show(run_dir, as_json)
+
+
+@app.command(epilog="Example: miles-submit logs -f runs/quickstart trainer")
+def logs(
+    run_dir: RunPath,
+    component: Annotated[str | None, typer.Argument(help="service, trainer, engine or worker; default all")] = None,
+    follow: Annotated[bool, typer.Option("-f", "--follow", help="keep printing until the run ends")] = False,
+    lines: Annotated[int, typer.Option("-n", "--lines", min=0, help="lines from the end of each log")] = 20,
+) -> int:
+    """Logs of the newest attempt."""
+    from miles.cli.logs import logs as show
+
+    return show(run_dir, component, follow, lines)
+
+
+@app.command(epilog="Example: miles-submit report runs/quickstart")
+def report(run_dir: RunPath, as_json: Json = False) -> int:
+    """Make the report of a run, finished or not: one HTML page."""
+    from miles.cli.report import report as make
+
+    return make(run_dir, as_json)
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one line on stderr and exit code 78."""
+    try:
+        code = app(standalone_mode=False)
+    except UserError as error:
+        Console(stderr=True, soft_wrap=True, markup=False, highlight=False).print(f"miles-submit: {error}")
+        code = WRONG
+    except typer.Exit as stop:
+        code = stop.exit_code
+    except Exception as error:
+        code = _usage(error)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _usage(error: Exception) -> int:
+    """Typer's own complaints about the command line, in one line; anything else is a bug and keeps its traceback."""
+    if not hasattr(error, "format_message"):
+        raise error
+    Console(stderr=True, soft_wrap=True, markup=False, highlight=False).print(f"miles-submit: {error.format_message()}")
+    return WRONG

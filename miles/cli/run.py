@@ -1,0 +1,89 @@
+"""`miles-submit run`: prepare a run directory or find it again, then launch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from miles.cli.inputs import configuration, existing_run
+from miles.cli.progress import Progress
+from miles.config.compose import dump_config, load_config
+from miles.config.exits import OK, UserError
+from miles.config.schema import RunConfig
+from miles.data.store.files import seal_bytes
+from miles.data.store.run_dir import RunDir, write_plan
+from miles.plan.judge import judge, planned
+from miles.report.build import build_report
+from miles.report.refresh import Refresher
+from miles.slurm.launch import launch
+
+# What may differ when a run goes on: how far, and how it is looked after; never what it computes.
+MAY_CHANGE = ("num_rollout", "cluster.port", "cluster.restarts", "cluster.stop_seconds", "checkpoint", "train.optimizer.lr_decay_steps")
+
+
+def run(words: list[str], run_dir: Path | None) -> int:
+    """Start or resume a run; returns the exit code."""
+    console = Console(stderr=True, soft_wrap=True, markup=False, highlight=False)
+    resumed = existing_run(words) if run_dir is None else None
+    config = load_config([resumed / "run.yaml"]) if resumed else configuration(words)
+    folder = RunDir((resumed or run_dir or Path("runs") / config.name).absolute())
+    refuse_errors(config, console)
+    if folder.run_yaml.exists():
+        refuse_differences(load_config([folder.run_yaml]), config, folder)
+        console.print(f"resuming {folder.path}")
+    elif folder.path.exists() and any(folder.path.iterdir()):
+        raise UserError(f"{folder.path}: not empty, and not a run; choose another --run-dir")
+    folder.path.mkdir(parents=True, exist_ok=True)
+    seal_bytes(folder.run_yaml, dump_config(config).encode())
+    write_plan(folder, planned(config))
+
+    progress = Progress()
+    refresher = Refresher(folder.path)
+
+    def update(status: dict[str, Any]) -> None:
+        progress.update(status)
+        refresher.poke()
+
+    try:
+        code = launch(config, folder, update, lambda line: progress.say(line))
+    finally:
+        refresher.close()
+        progress.close()
+    page = build_report(folder.path)
+    console.print(f"report: {page}")
+    if code == OK:
+        console.print(f"finished: {folder.path}")
+    return code
+
+
+def refuse_errors(config: RunConfig, console: Console) -> None:
+    """Warnings are printed; the first error ends it."""
+    findings = judge(config)
+    for finding in findings:
+        if finding.level == "warning":
+            console.print(f"warning: {finding.where}: {finding.message}; {finding.mend}")
+    errors = [finding for finding in findings if finding.level == "error"]
+    if errors:
+        more = f" ({len(errors) - 1} more: miles-submit check)" if len(errors) > 1 else ""
+        raise UserError(f"{errors[0].where}: {errors[0].message}; {errors[0].mend}{more}")
+
+
+def refuse_differences(old: RunConfig, new: RunConfig, folder: RunDir) -> None:
+    """A run goes on as what it is."""
+    changed = [key for key in _differences(old.model_dump(), new.model_dump(), "") if not key.startswith(MAY_CHANGE)]
+    if changed:
+        keys = ", ".join(changed[:4]) + (", …" if len(changed) > 4 else "")
+        raise UserError(f"{folder.path}: holds a run with another configuration ({keys}); resume it with `miles-submit run {folder.path}`, or choose another --run-dir")
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str) -> list[str]:
+    found = []
+    for key in sorted(old.keys() | new.keys()):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            found += _differences(before, after, f"{prefix}{key}.")
+        elif before != after:
+            found.append(f"{prefix}{key}")
+    return found

@@ -1,0 +1,77 @@
+"""Imports point downwards, and the login node's packages need neither torch nor transformers."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[1] / "miles"
+# What each package may import of miles, besides itself.
+ALLOWED = {
+    "config": set(),
+    "plan": {"config"},
+    "data": {"config"},
+    "precision": {"config"},
+    "models": {"config", "precision"},
+    "algorithms": {"config"},
+    "engine": {"config", "models", "precision"},
+    "rollout": {"config", "data", "engine"},
+    "training": {"config", "data", "models", "precision", "algorithms"},
+    "sync": {"config", "engine", "models"},
+    "recipes": {"config"},
+    "slurm": {"config", "data"},
+    "report": {"config", "data"},
+    "run": {"config", "data", "engine", "rollout", "training", "sync", "algorithms", "models", "precision"},
+    "cli": {"config", "plan", "slurm", "report", "data"},
+}
+LIGHT = ("config", "slurm", "plan", "cli", "report")
+
+
+def imported(path: Path) -> set[str]:
+    """Top packages of miles that a file imports, wherever in the file."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names = [node.module] if node.module != "miles" else [f"miles.{alias.name}" for alias in node.names]
+        found |= {name.split(".")[1] for name in names if name.startswith("miles.")}
+    return found
+
+
+@pytest.mark.parametrize("package", sorted(p.name for p in PACKAGE.iterdir() if (p / "__init__.py").exists()))
+def test_imports_point_downwards(package: str) -> None:
+    wrong = {
+        str(path.relative_to(PACKAGE)): sorted(bad)
+        for path in (PACKAGE / package).rglob("*.py")
+        if (bad := imported(path) - ALLOWED[package] - {package})
+    }
+    assert not wrong
+
+
+def test_relative_imports_are_not_used() -> None:
+    relative = [
+        str(path)
+        for path in PACKAGE.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom) and node.level
+    ]
+    assert not relative
+
+
+def test_light_packages_load_no_torch() -> None:
+    modules = [
+        ".".join(("miles", *path.relative_to(PACKAGE).with_suffix("").parts))
+        for package in LIGHT
+        for path in sorted((PACKAGE / package).rglob("*.py"))
+        if path.name not in ("__init__.py", "__main__.py")
+    ]
+    assert len(modules) > 10
+    code = f"import importlib, sys\nfor m in {modules!r}: importlib.import_module(m)\nprint(sorted({{'torch', 'transformers', 'numba'}} & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
