@@ -47,7 +47,8 @@ class Sample:
     """A prompt and one response. Arrays run over all T tokens, prompt first.
 
     token_id i32 [T]; rollout_logprob f32 [T], natural log, NaN where not generated; loss_mask u8 [T]; flags u8 [T];
-    runs: (start, weight_version) pairs; turns: (start, role) pairs; routes u8 or u16 [T-1, layers, top_k] or None.
+    runs: (start, weight_version) pairs; turns: (start, role) pairs; routes u8 or u16 [T-1, layers, top_k] or None;
+    kept_mass f16 [T] or None: probability kept by top-p and top-k.
     """
 
     draw: int
@@ -71,6 +72,7 @@ class Sample:
     response: str | None = None
     label: str | None = None
     routes: NDArray[np.integer[Any]] | None = None
+    kept_mass: NDArray[np.float16] | None = None
 
     def __post_init__(self) -> None:
         length = len(self.token_id)

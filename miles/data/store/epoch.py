@@ -1,0 +1,93 @@
+"""Epochs: every attempt has a number greater than all before, and an older attempt writes nothing once a newer one began.
+
+Two fences. Fence.check looks for a newer attempt's folder: cheap, and enough between phases. But a process can be stopped
+between its check and its write; so everything sealed passes through the attempt's staging folder (files.seal), and a new
+attempt renames the staging folders of all older ones. From then on an older attempt's rename fails in the kernel.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+from pathlib import Path
+
+from miles.config.exits import AGAIN, TryAgain
+from miles.data.store.files import make_folder, sync_folder
+from miles.data.store.run_dir import RunDir
+
+STAGING = "staging"
+
+
+class Fenced(TryAgain):
+    """A newer attempt owns the run: write nothing, exit with `exit_code` (75)."""
+
+    exit_code = AGAIN
+
+
+def newest_epoch(run_dir: RunDir) -> int:
+    """Greatest epoch so far, 0 before the first attempt."""
+    if not run_dir.attempts.is_dir():
+        return 0
+    return max((int(entry.name) for entry in run_dir.attempts.iterdir() if entry.name.isdecimal()), default=0)
+
+
+def new_epoch(run_dir: RunDir) -> int:
+    """Begin an attempt: make attempts/NNNNNN exclusively, point `latest` at it, take the staging folders of older attempts.
+
+    Returns its epoch (1 for the first). Raises Fenced if another attempt began in the meantime.
+    """
+    make_folder(run_dir.attempts)
+    while True:
+        epoch = newest_epoch(run_dir) + 1
+        try:
+            run_dir.attempt(epoch).mkdir()
+            break
+        except FileExistsError:
+            continue  # somebody was faster: theirs is that number
+    (run_dir.attempt(epoch) / STAGING).mkdir()
+    sync_folder(run_dir.attempts)
+    Fence(run_dir, epoch).check()  # a newer one may have looked for our staging folder before we made it
+    _take_staging(run_dir, epoch)
+    point_latest(run_dir, epoch)
+    return epoch
+
+
+def point_latest(run_dir: RunDir, epoch: int) -> None:
+    """Replace the symbolic link `latest` atomically."""
+    temporary = run_dir.path / f".latest.{secrets.token_hex(4)}.tmp"
+    os.symlink(Path("attempts") / run_dir.attempt(epoch).name, temporary)
+    os.replace(temporary, run_dir.latest)
+    sync_folder(run_dir.path)
+
+
+class Fence:
+    """What an attempt carries to everything it writes."""
+
+    def __init__(self, run_dir: RunDir, epoch: int) -> None:
+        self.run_dir = run_dir
+        self.epoch = epoch
+        # Epochs are consecutive, so the next number is the first sign of a newer attempt: one stat, whatever their count.
+        self._next = str(run_dir.attempt(epoch + 1))
+
+    @property
+    def staging(self) -> Path:
+        """Folder where this attempt prepares what it seals."""
+        return self.run_dir.attempt(self.epoch) / STAGING
+
+    def check(self) -> None:
+        """Raise Fenced when a newer attempt exists."""
+        if os.path.exists(self._next):
+            raise Fenced(f"attempt {self.epoch} of {self.run_dir.path} was superseded by attempt {newest_epoch(self.run_dir)}")
+
+
+def _take_staging(run_dir: RunDir, epoch: int) -> None:
+    for attempt in sorted(run_dir.attempts.iterdir()):
+        if not attempt.name.isdecimal() or int(attempt.name) >= epoch:
+            continue
+        taken = attempt / f"{STAGING}.taken.{epoch}"
+        with contextlib.suppress(FileNotFoundError):  # taken already by an attempt between that one and ours
+            os.rename(attempt / STAGING, taken)
+    for taken in run_dir.attempts.glob(f"*/{STAGING}.taken.*"):
+        shutil.rmtree(taken, ignore_errors=True)  # an old process may still write into it; the next attempt sweeps again

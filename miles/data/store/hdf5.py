@@ -1,0 +1,116 @@
+"""HDF5 without surprises: strings, attributes, contiguous arrays, the schema check. Shared by shards, routes and train records."""
+
+from __future__ import annotations
+
+import errno
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from miles.data.store.epoch import Fence
+from miles.data.store.files import Damaged, Sealed, plain, schema_kind, seal
+
+STRING = h5py.string_dtype("utf-8")
+BLOCK_BYTES = 4 << 20
+
+
+def seal_hdf5(path: Path, schema: str, attributes: dict[str, Any], fill: Callable[[h5py.File], None], fence: Fence | None = None) -> Sealed:
+    """Write an HDF5 file once and seal it. Raises OSError with its errno when the disk is full; nothing is left then."""
+
+    def write(temporary: Path) -> None:
+        try:
+            with h5py.File(temporary, "x", libver=("v110", "v110")) as file:
+                file.attrs["schema"] = schema
+                for name, value in attributes.items():
+                    set_attribute(file, name, value)
+                fill(file)
+        except (OSError, RuntimeError) as error:
+            raise _with_errno(error, path) from error
+
+    return seal(path, write, fence)
+
+
+def open_hdf5(path: Path, schema: str) -> h5py.File:
+    """Open for reading, without locks. Damaged for what is no HDF5, ValueError for another kind or major number."""
+    try:
+        file = h5py.File(path, "r", locking=False)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        if error.errno not in (None, 0):
+            raise
+        raise Damaged(f"{path}: an HDF5 file expected; {error}") from None
+    try:
+        schema_kind(file.attrs.get("schema"), schema, path)
+    except ValueError:
+        file.close()
+        raise
+    return file
+
+
+def set_attribute(target: h5py.File | h5py.Group | h5py.Dataset, name: str, value: Any) -> None:
+    """Numbers and text as they are, lists of text as arrays of text, other lists and objects as JSON text."""
+    if isinstance(value, (bool, int, float, np.generic)):
+        target.attrs[name] = value
+    elif isinstance(value, str):
+        target.attrs[name] = text(value)
+    elif isinstance(value, list) and all(isinstance(each, str) for each in value):
+        target.attrs.create(name, np.array([text(each) for each in value], dtype=object), (len(value),), STRING)
+    else:
+        target.attrs[name] = json.dumps(value, default=plain)
+
+
+def attributes(target: h5py.File) -> dict[str, Any]:
+    """All attributes as plain values; JSON text stays text (its reader knows which is which)."""
+    return {name: value.tolist() if isinstance(value, (np.generic, np.ndarray)) else value for name, value in target.attrs.items()}
+
+
+def text(value: str) -> str:
+    """Text that HDF5 can hold: NUL becomes U+2400 (the symbol for it), a lone surrogate a question mark."""
+    return value.replace("\0", "\u2400").encode("utf-8", "replace").decode()
+
+
+def put_strings(group: h5py.Group, name: str, values: Sequence[str]) -> None:
+    """A [len] dataset of variable-length UTF-8."""
+    data = group.create_dataset(name, (len(values),), STRING)
+    if values:
+        data[:] = np.array([text(value) for value in values], dtype=object)
+
+
+def get_strings(group: h5py.Group, name: str, first: int, last: int) -> list[str]:
+    """Strings of rows first to last (exclusive)."""
+    return [str(value) for value in group[name].asstr()[first:last]] if last > first else []
+
+
+def put_blocks(data: h5py.Dataset, pieces: Iterable[np.ndarray], start: int = 0) -> int:
+    """Write pieces one after another along the first axis, joined to writes of some megabytes; returns the row after the last."""
+    waiting: list[np.ndarray] = []
+    held = 0
+    for piece in pieces:
+        waiting.append(piece)
+        held += piece.nbytes
+        if held >= BLOCK_BYTES:
+            start, held = _put(data, waiting, start), 0
+            waiting = []
+    return _put(data, waiting, start)
+
+
+def _put(data: h5py.Dataset, pieces: list[np.ndarray], start: int) -> int:
+    rows = sum(len(piece) for piece in pieces)
+    if rows:
+        data[start : start + rows] = np.concatenate(pieces) if len(pieces) > 1 else pieces[0]
+    return start + rows
+
+
+def _with_errno(error: OSError | RuntimeError, path: Path) -> OSError:
+    """HDF5 tells the cause of a failed write in its text only; callers decide by errno."""
+    if isinstance(error, OSError) and error.errno:
+        return error
+    found = re.search(r"errno = (\d+)", str(error))
+    number = int(found.group(1)) if found else errno.EIO
+    return OSError(number, f"{error}", str(path))

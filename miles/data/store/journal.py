@@ -1,0 +1,230 @@
+"""The journal: finished groups as they finish, in a growing file of which any prefix is valid.
+
+Record: u32 length and u64 xxh3_64 of the payload, both little-endian, then the payload: msgpack of
+{schema, context, group: [sample]}, arrays as {dtype, shape, raw little-endian bytes}. Nothing in it is executed on reading:
+msgpack without hooks, and dtypes from a short list.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import struct
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import msgpack
+import numpy as np
+import xxhash
+
+from miles.data.sample import Sample, Status
+from miles.data.store.files import make_folder, metadata_text, plain, schema_kind, seal, sync_folder
+
+log = logging.getLogger(__name__)
+
+SCHEMA = "miles.journal/1"
+HEADER = struct.Struct("<IQ")
+DTYPES = {"|u1", "<u2", "<u4", "<i4", "<f2", "<f4"}
+ARRAYS = ("token_id", "rollout_logprob", "loss_mask", "flags", "routes", "kept_mass")
+Context = dict[str, Any]
+Group = list[Sample]
+
+
+class Journal:
+    """Appends finished groups to one worker's file of one attempt. One writer a file; a torn tail is cut off on opening."""
+
+    def __init__(self, path: Path, fsync: bool = False) -> None:
+        """fsync: survive a power cut, not only a kill, with every group (slower; a killed process loses nothing either way)."""
+        self.path = path
+        self.fsync = fsync
+        make_folder(path.parent)
+        self._open()
+
+    def _open(self) -> None:
+        created = not self.path.exists()
+        self._handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        if created:
+            sync_folder(self.path.parent)
+        self._end = last_good_end(self.path)
+        os.ftruncate(self._handle, self._end)
+
+    @property
+    def bytes(self) -> int:
+        """Size of the good part of the file."""
+        return self._end
+
+    def append(self, group: Group, context: Context) -> None:
+        """Append one finished group. Disk full: the file stays as it was before, and the OSError passes."""
+        payload = encode_group(group, context)
+        if len(payload) >= 1 << 32:
+            raise ValueError(f"{self.path}: a group of {len(payload)} bytes; a journal record holds less than 4 GiB: record fewer samples a prompt, or no routes")
+        try:
+            _write_all(self._handle, HEADER.pack(len(payload), xxhash.xxh3_64_intdigest(payload)), self._end)
+            _write_all(self._handle, payload, self._end + HEADER.size)
+            if self.fsync:
+                os.fdatasync(self._handle)
+        except OSError:
+            os.ftruncate(self._handle, self._end)
+            raise
+        self._end += HEADER.size + len(payload)
+
+    def compact(self, keep: Callable[[Context, Group], bool]) -> None:
+        """Rewrite the journal with the groups worth keeping (those not in a sealed batch yet), atomically.
+
+        Without it a journal of routes grows by tens of gigabytes a step.
+        """
+
+        def write(temporary: Path) -> None:
+            with open(temporary, "xb") as file:
+                for payload in _payloads(self.path):
+                    if keep(*decode_group(payload, self.path)):
+                        file.write(HEADER.pack(len(payload), xxhash.xxh3_64_intdigest(payload)))
+                        file.write(payload)
+
+        seal(self.path, write)
+        os.close(self._handle)
+        self._open()
+
+    def close(self) -> None:
+        os.close(self._handle)
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def read_journal(path: Path) -> Iterator[tuple[Context, Group]]:
+    """The (context, group) of each record up to the last good one; one group in memory at a time. Arrays are read-only.
+
+    Raises ValueError for a record of another schema.
+    """
+    for payload in _payloads(path):
+        yield decode_group(payload, path)
+
+
+def merge_journals(paths: Iterable[Path], keep: Callable[[Context], bool] | None = None) -> Iterator[tuple[Context, Group]]:
+    """Groups of several journals in the order given; samples seen before, by (draw, sample), are dropped, and so are emptied groups.
+
+    `keep` judges the context first, so that groups of another lineage (weight_checksum) don't hide their successors.
+    Evaluations draw the same prompts again: there the step counts as part of the name.
+    """
+    seen: set[tuple[Any, ...]] = set()
+    for path in paths:
+        for context, group in read_journal(path):
+            if keep is not None and not keep(context):
+                continue
+            kind = context.get("kind")
+            scope = (kind, context.get("step")) if kind == "eval" else (kind,)
+            fresh = []
+            for sample in group:
+                name = (*scope, sample.draw, sample.sample)
+                if name not in seen:
+                    seen.add(name)
+                    fresh.append(sample)
+            if fresh or not group:
+                yield context, fresh
+
+
+def journal_paths(folder: Path) -> list[Path]:
+    """Journals of a folder, oldest attempt first, then by worker."""
+    found = [path for path in folder.glob("*.log") if path.name.split(".")[-2].isdecimal()]
+    return sorted(found, key=lambda path: (int(path.name.split(".")[-2]), path.name))
+
+
+def last_good_end(path: Path) -> int:
+    """Where the last good record ends [bytes]."""
+    end = 0
+    for payload in _payloads(path):
+        end += HEADER.size + len(payload)
+    return end
+
+
+def encode_group(group: Group, context: Context) -> bytes:
+    """One record's payload. Every field of Sample is in it; metadata as JSON text."""
+    record = {"schema": SCHEMA, "context": json.loads(json.dumps(context, default=plain)), "group": [_encode(sample) for sample in group]}
+    return bytes(msgpack.packb(record, use_bin_type=True, unicode_errors="surrogatepass"))
+
+
+def decode_group(payload: bytes, path: Path | str = "journal") -> tuple[Context, Group]:
+    """Inverse of encode_group; `path` only names the file in errors."""
+    record = msgpack.unpackb(payload, raw=False, strict_map_key=False, unicode_errors="surrogatepass")
+    schema_kind(record.get("schema"), SCHEMA, path)
+    return record["context"], [_decode(each) for each in record["group"]]
+
+
+def _encode(sample: Sample) -> dict[str, Any]:
+    values = dict(vars(sample))
+    for name in ARRAYS:
+        values[name] = _encode_array(values[name])
+    values["draw"], values["sample"], values["seed"] = int(sample.draw), int(sample.sample), int(sample.seed)
+    values["prompt_length"], values["cached_tokens"] = int(sample.prompt_length), int(sample.cached_tokens)
+    values["status"] = int(sample.status)
+    values["reward"] = float(sample.reward)
+    values["reward_parts"] = {str(key): float(value) for key, value in sample.reward_parts.items()}
+    values["runs"] = [(int(start), int(version)) for start, version in sample.runs]
+    values["turns"] = [(int(start), int(role)) for start, role in sample.turns]
+    values["metadata"] = metadata_text(sample.metadata)
+    return values
+
+
+def _decode(values: dict[str, Any]) -> Sample:
+    known = {key: value for key, value in values.items() if key in Sample.__dataclass_fields__}
+    for name in ARRAYS:
+        known[name] = _decode_array(known.get(name))
+    known["status"] = Status(known["status"])
+    known["runs"] = [(start, version) for start, version in known["runs"]]
+    known["turns"] = [(start, role) for start, role in known["turns"]]
+    known["metadata"] = json.loads(known["metadata"])
+    return Sample(**known)
+
+
+def _encode_array(array: np.ndarray | None) -> list[Any] | None:
+    if array is None:
+        return None
+    little = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
+    assert little.dtype.str in DTYPES, f"arrays of {sorted(DTYPES)}, not {little.dtype.str}"
+    return [little.dtype.str, list(little.shape), little.tobytes()]
+
+
+def _decode_array(encoded: list[Any] | None) -> np.ndarray | None:
+    if encoded is None:
+        return None
+    dtype, shape, content = encoded
+    if dtype not in DTYPES:
+        raise ValueError(f"journal: an array of {dtype!r}; known are {', '.join(sorted(DTYPES))}")
+    return np.frombuffer(content, dtype).reshape(shape)
+
+
+def _payloads(path: Path) -> Iterator[bytes]:
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        position = 0
+        while position < size:
+            payload = _next_payload(file, size - position)
+            if payload is None:
+                log.warning("%s: the last %d bytes are no complete record; the groups before them are kept", path, size - position)
+                return
+            yield payload
+            position += HEADER.size + len(payload)
+
+
+def _next_payload(file: BinaryIO, left: int) -> bytes | None:
+    if left < HEADER.size:
+        return None
+    length, expected = HEADER.unpack(file.read(HEADER.size))
+    # A zero-filled tail (a crash of the machine can leave one) would otherwise need the checksum of nothing to differ from 0.
+    if length == 0 or length > left - HEADER.size:
+        return None
+    payload = file.read(length)
+    return payload if len(payload) == length and xxhash.xxh3_64_intdigest(payload) == expected else None
+
+
+def _write_all(handle: int, content: bytes, position: int) -> None:
+    view = memoryview(content)
+    while view:
+        count = os.pwrite(handle, view, position)
+        view, position = view[count:], position + count
