@@ -1,0 +1,131 @@
+"""The report page: gather, draw, fill the template, seal."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from miles.report.figures import figures
+from miles.report.records import RunRecord, read_run
+from miles.report.scales import number
+from miles.report.summary import Summary, duration, summarise
+from miles.report.tiles import config_lines, tiles
+from miles.report.transcripts import DIFFERENCE_KEY, PROBABILITY_KEY, transcripts
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+@dataclass
+class MetricRow:
+    name: str
+    count: int
+    first: str
+    last: str
+    least: str
+    greatest: str
+
+
+def build_report(run_dir: Path) -> Path:
+    """Write report/index.html of a run, finished or going on, and return its path.
+
+    One page with no external resource and no script. UserError when the folder is not a run directory. Files that can't be
+    read are named on the page. Reads the small files and at most four batches' shown samples.
+    """
+    page = render(read_run(Path(run_dir)))
+    target = Path(run_dir) / "report" / "index.html"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_suffix(f".{time.time_ns()}.tmp")
+    try:
+        temporary.write_text(page, encoding="utf-8")
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return target
+
+
+def render(record: RunRecord) -> str:
+    """The page as text."""
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    summary = summarise(record)
+    drawn = figures(record)
+    shown = transcripts(record)
+    return environment.get_template("report.html.j2").render(
+        style=jinja2.utils.markupsafe.Markup((TEMPLATES / "style.css").read_text(encoding="utf-8")),
+        summary=summary,
+        subtitle=_subtitle(record),
+        progress_line=_progress_line(record, summary),
+        percent=f"{100 * min(summary.steps_done / summary.total_steps, 1.0):.1f}" if summary.total_steps else "0",
+        empty=not record.metrics,
+        tiles=tiles(record, summary),
+        config=config_lines(record),
+        run_yaml=_text(record.run_dir.run_yaml),
+        figures=drawn,
+        curves_note=_curves_note(record),
+        metrics=metric_rows(record),
+        batches=shown.batches,
+        token_note=shown.token_note,
+        difference_key=DIFFERENCE_KEY,
+        difference_note=shown.difference_note,
+        probability_key=PROBABILITY_KEY,
+        made=time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
+        folder=str(record.run_dir.path),
+        said="; ".join(record.damaged),
+    )
+
+
+def metric_rows(record: RunRecord) -> list[MetricRow]:
+    """Every metric that was recorded, warm start and rollouts apart, by name."""
+    found: dict[str, list[float]] = {}
+    for kind, suffix in (("sft", " (warm start)"), ("rollout", ""), ("eval", "")):
+        for line in record.of_kind(kind):
+            for name, value in line.items():
+                if name not in ("step", "time", "kind") and isinstance(value, int | float):
+                    found.setdefault(name + suffix, []).append(float(value))
+    rows = []
+    for name, values in sorted(found.items()):
+        known = [value for value in values if math.isfinite(value)] or [math.nan]
+        rows.append(MetricRow(name, len(values), number(values[0]), number(values[-1]), number(min(known)), number(max(known))))
+    return rows
+
+
+def _subtitle(record: RunRecord) -> str:
+    said: list[Any] = [record.setting("algorithm.advantage_estimator"), record.setting("model.name") or record.setting("model.hf_checkpoint")]
+    source = record.setting("data.reasoning_gym") or record.setting("data.prompt_data")
+    words = " · ".join(str(part) for part in [*said, source] if part)
+    times = [float(line["time"]) for line in record.metrics if isinstance(line.get("time"), int | float)]
+    began = f" · first step {time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime(times[0]))}" if times else ""
+    return words + began
+
+
+def _progress_line(record: RunRecord, summary: Summary) -> str:
+    """Steps done, time taken, time left."""
+    warm = len(record.of_kind("sft"))
+    parts = [f"{summary.steps_done} of {summary.total_steps} steps" if summary.total_steps else f"{summary.steps_done} steps"]
+    if warm:
+        parts[0] += f" ({warm} warm start, {len(record.of_kind('rollout'))} rollouts)"
+    times = [float(line["time"]) for line in record.metrics if isinstance(line.get("time"), int | float)]
+    starts = [float(event["start"]) for event in record.events if isinstance(event.get("start"), int | float)]
+    if times:
+        parts.append(f"{duration(max(times) - min([*starts, *times]))} so far" if summary.state == "running" else duration(max(times) - min([*starts, *times])))
+    if summary.seconds_left is not None and summary.state == "running":
+        parts.append(f"about {duration(summary.seconds_left)} left")
+    if summary.checkpoint is not None:
+        parts.append(f"newest checkpoint: step {summary.checkpoint}")
+    return " · ".join(parts)
+
+
+def _curves_note(record: RunRecord) -> str:
+    shaded = "The shaded part is the supervised warm start. " if record.of_kind("sft") else ""
+    return f"{shaded}All steps share one numbering. Hover over a plot for its values."
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return ""

@@ -1,0 +1,178 @@
+"""The state of a run in one small record: the same for `status`, for the report's header, and for scripts."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from miles.config.exits import AGAIN, OK, WRONG
+from miles.report.figures import ACCURACY, REWARD, STEP_SECONDS, TOKENS_PER_SECOND, series_of
+from miles.report.records import RunRecord
+
+QUIET_SECONDS = 120.0  # a run that wrote something within this time is taken for alive
+RECENT_STEPS = 5  # steps that speed and remaining time are taken from
+
+
+@dataclass
+class Summary:
+    """state: starting, running, finished, stopped, failed, or lost (died without a word). Unknown values are None."""
+
+    run: str
+    run_dir: str
+    state: str = "starting"
+    reason: str = ""
+    alive: bool = False
+    epoch: int | None = None
+    attempts: int = 0
+    restarts: int = 0
+    phase: str | None = None
+    kind: str | None = None
+    step: int | None = None
+    steps_done: int = 0
+    total_steps: int = 0
+    reward_mean: float | None = None
+    accuracy: float | None = None
+    accuracy_low: float | None = None
+    accuracy_high: float | None = None
+    tokens_per_second: float | None = None
+    seconds_per_step: float | None = None
+    seconds_left: float | None = None
+    tier: str | None = None
+    checkpoint: int | None = None
+    message: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def summarise(record: RunRecord, now: float | None = None) -> Summary:
+    """What the files alone say."""
+    now = time.time() if now is None else now
+    summary = Summary(run=record.name, run_dir=str(record.run_dir.path))
+    summary.attempts = len(record.attempts)
+    summary.restarts = max(summary.attempts - 1, 0)
+    summary.total_steps = record.total_steps
+    summary.checkpoint = record.checkpoint
+    summary.tier = guarantee_tier(record)
+    trained = sorted({int(line["step"]) for line in record.metrics if line.get("kind") in ("sft", "rollout")})
+    if trained:
+        summary.step = trained[-1]
+        summary.steps_done = len(trained)
+    if record.metrics:
+        summary.kind = record.metrics[-1].get("kind")
+    summary.reward_mean = _last(series_of(record.of_kind("rollout"), REWARD)[1])
+    evals = record.of_kind("eval")
+    if evals:
+        summary.accuracy = _last(series_of(evals, ACCURACY)[1])
+        summary.accuracy_low, summary.accuracy_high = evals[-1].get("eval/accuracy_low"), evals[-1].get("eval/accuracy_high")
+    rollouts = record.of_kind("rollout")
+    summary.tokens_per_second = _last(series_of(rollouts, TOKENS_PER_SECOND)[1])
+    summary.seconds_per_step = step_seconds(record)
+    if summary.seconds_per_step is not None and summary.total_steps:
+        summary.seconds_left = max(summary.total_steps - summary.steps_done, 0) * summary.seconds_per_step
+    _judge(record, summary, now)
+    return summary
+
+
+def _judge(record: RunRecord, summary: Summary, now: float) -> None:
+    """State and reason from the newest attempt's end and from how fresh the files are."""
+    if not record.attempts:
+        summary.state, summary.reason = "stopped", "no attempt has been made yet; start it with `miles-submit run`"
+        summary.seconds_left = None
+        return
+    latest = record.attempts[-1]
+    summary.epoch = latest.epoch
+    if latest.outcome is None:
+        if now - last_written(record) <= QUIET_SECONDS:
+            summary.state = "running" if record.metrics or record.events else "starting"
+        else:
+            summary.state = "lost"
+            summary.reason = f"attempt {latest.epoch} ended without a word; resume with `miles-submit run {record.run_dir.path}`"
+    else:
+        code, why = latest.outcome.get("code"), str(latest.outcome.get("reason") or "")
+        cut_short = bool(latest.outcome.get("stopped")) and summary.steps_done < summary.total_steps
+        if code == OK and not cut_short:
+            summary.state = "finished"
+        elif code in (OK, AGAIN, 130) or latest.outcome.get("stopped"):
+            why = "stopped on request" if latest.outcome.get("stopped") else why or "interrupted"
+            summary.state, summary.reason = "stopped", f"{why}; resume with `miles-submit run {record.run_dir.path}`"
+        else:
+            mend = "" if code == WRONG else f" (exit code {code})"
+            summary.state, summary.reason = "failed", (why or "no reason was recorded") + mend
+    if summary.state not in ("running", "starting"):
+        summary.seconds_left = None
+
+
+def merge_service(summary: Summary, status: dict[str, Any]) -> Summary:
+    """Let what the living service says win over the files. Keys may be missing."""
+    summary.alive, summary.reason = True, ""
+    summary.state = "running"
+    summary.phase = status.get("phase") or summary.phase
+    for name in ("kind", "epoch", "step", "total_steps", "reward_mean", "accuracy", "tokens_per_second", "seconds_per_step", "message"):
+        if status.get(name) is not None:
+            setattr(summary, name, status[name])
+    if summary.seconds_per_step is not None and summary.total_steps:
+        summary.seconds_left = max(summary.total_steps - summary.steps_done, 0) * float(summary.seconds_per_step)
+    return summary
+
+
+def guarantee_tier(record: RunRecord) -> str | None:
+    """exact, replayed or accounted: the weakest that any attempt recorded; None when none did."""
+    order = ("exact", "replayed", "accounted")
+    entries = [record.provenance, *record.provenance.get("attempts", [])]
+    tiers = [str(entry[key]) for entry in entries for key in ("tier", "guarantee_tier") if entry.get(key)]
+    return max(tiers, key=lambda tier: order.index(tier) if tier in order else len(order), default=None)
+
+
+def step_seconds(record: RunRecord) -> float | None:
+    """Median seconds of the last few steps: as recorded, else from the times of the metric lines."""
+    trained = [line for line in record.metrics if line.get("kind") in ("sft", "rollout")]
+    recorded = series_of(trained[-RECENT_STEPS:], STEP_SECONDS)[1]
+    if recorded:
+        return _median(recorded)
+    recent = [line for line in trained if isinstance(line.get("time"), int | float)][-RECENT_STEPS - 1 :]
+    gaps = [float(after["time"]) - float(before["time"]) for before, after in zip(recent, recent[1:], strict=False)]
+    return _median([gap for gap in gaps if gap >= 0])
+
+
+def last_written(record: RunRecord) -> float:
+    """When the run last wrote something [unix s]."""
+    places = [record.run_dir.metrics, record.attempts[-1].folder, record.attempts[-1].folder / "logs"] if record.attempts else [record.run_dir.metrics]
+    for folder in (record.run_dir.events, record.attempts[-1].folder / "logs" if record.attempts else record.run_dir.events):
+        places += list(folder.glob("*")) if folder.is_dir() else []
+    return max((place.stat().st_mtime for place in places if place.exists()), default=0.0)
+
+
+def wilson(successes: float, trials: int, z: float = 1.959963984540054) -> tuple[float, float]:
+    """Wilson's score interval of a share (Wilson 1927, eq. for the 95 % interval by default); (0, 1) for no trials."""
+    if trials <= 0:
+        return 0.0, 1.0
+    share = successes / trials
+    centre = (share + z * z / (2 * trials)) / (1 + z * z / trials)
+    half = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials)) / (1 + z * z / trials)
+    return max(centre - half, 0.0), min(centre + half, 1.0)
+
+
+def duration(seconds: float | None) -> str:
+    """45 s, 3 min 20 s, 2 h 05 min, 3 d 4 h; a dash for the unknown."""
+    if seconds is None or not math.isfinite(seconds):
+        return "–"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    if whole < 86_400:
+        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    return f"{whole // 86_400} d {whole % 86_400 // 3600} h"
+
+
+def _last(values: list[float]) -> float | None:
+    return next((value for value in reversed(values) if math.isfinite(value)), None)
+
+
+def _median(values: list[float]) -> float | None:
+    ordered = sorted(value for value in values if math.isfinite(value))
+    return ordered[len(ordered) // 2] if ordered else None
