@@ -16,10 +16,13 @@ import yaml
 from pydantic import ValidationError
 
 from miles.config.exits import ConfigError
-from miles.config.explain import explain, section_keys
+from miles.config.explain import explain, place, section_keys
+from miles.config.options import check_sglang, flag_values
 from miles.config.resolve import resolved
 from miles.config.schema import RunConfig
 from miles.config.yaml_file import Key, parse_value, read_yaml
+
+SGLANG = ("rollout", "sglang")
 
 __all__ = ["ConfigError", "configs_dir", "dump_config", "load_config", "resolved"]
 
@@ -35,8 +38,6 @@ def load_config(paths: Sequence[Path | str] = (), overrides: Sequence[str] = (),
     for path in paths:
         _merge_file(tree, origin, _find(Path(path), None, "no such file"), ())
     if flags:
-        from miles.config.options import flag_values  # the table is read only when flags are given
-
         for dotted, value, name in flag_values(flags):
             _set(tree, origin, tuple(dotted.split(".")), value, name)
     for override in overrides:
@@ -48,6 +49,7 @@ def load_config(paths: Sequence[Path | str] = (), overrides: Sequence[str] = (),
         config = RunConfig.model_validate(tree, strict=True)
     except ValidationError as error:
         raise ConfigError(explain(error, origin)) from None
+    check_sglang(config.rollout.sglang, {name: place((*SGLANG, name), origin) for name in config.rollout.sglang})
     return resolved(config, origin)
 
 

@@ -45,6 +45,11 @@ def _optional(annotation: Any) -> tuple[Any, bool]:
     return annotation, False
 
 
+def without_none(annotation: Any) -> Any:
+    """The annotation of a value that is given."""
+    return _optional(annotation)[0]
+
+
 @functools.cache
 def fields() -> dict[Key, Any]:
     """Every key of RunConfig, sections included, to its pydantic field."""
@@ -101,7 +106,7 @@ def explain(error: ValidationError, origin: Mapping[Key, str]) -> str:
     return _explain_one(errors[0], origin) + more
 
 
-def where(key: Key, origin: Mapping[Key, str]) -> str:
+def place(key: Key, origin: Mapping[Key, str]) -> str:
     """Where a key was written ("file:line", the flag, or the override), with ": " after it; empty when it is a default."""
     for length in range(len(key), 0, -1):
         if key[:length] in origin:
@@ -111,14 +116,17 @@ def where(key: Key, origin: Mapping[Key, str]) -> str:
 
 def _explain_one(detail: ErrorDetails, origin: Mapping[Key, str]) -> str:
     key = tuple(str(part) for part in detail["loc"])
-    dotted, place = ".".join(key), where(key, origin)
+    dotted, at = ".".join(key), place(key, origin)
     if detail["type"] == "extra_forbidden":
         nearest = nearest_key(key)
         if nearest:
-            return f"{place}{dotted}: unknown key; did you mean {nearest}?"
+            below = [k[len(key) :] for k in origin if k[: len(key)] == key and len(k) > len(key)]
+            if len(below) == 1 and (*nearest.split("."), *below[0]) in fields():  # a wrong section in a dotted path
+                dotted, nearest = ".".join((*key, *below[0])), ".".join((nearest, *below[0]))
+            return f"{at}{dotted}: unknown key; did you mean {nearest}?"
         parent = ".".join(key[:-1])
         siblings = ", ".join(k[-1] for k in fields() if k[:-1] == key[:-1])
-        return f"{place}{dotted}: unknown key; {parent or 'the top level'} has {siblings}"
+        return f"{at}{dotted}: unknown key; {parent or 'the top level'} has {siblings}"
     context = detail.get("ctx", {})
     expected = EXPECTED.get(detail["type"], detail["msg"]).format(**context) if detail["type"] in EXPECTED else detail["msg"]
     given = detail["input"]
@@ -128,7 +136,7 @@ def _explain_one(detail: ErrorDetails, origin: Mapping[Key, str]) -> str:
         expected = "one of " + ", ".join(choices)
         near = difflib.get_close_matches(str(given), choices, 1, 0.6)
         mend = f"; did you mean {near[0]}?" if near else ""
-    return f"{place}{dotted}: expected {expected}, got {_shown(given)}{mend}"
+    return f"{at}{dotted}: expected {expected}, got {_shown(given)}{mend}"
 
 
 def _shown(value: Any) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from miles.config.exits import ConfigError
-from miles.config.explain import where
+from miles.config.explain import place
 from miles.config.schema import RunConfig, Sampling, Section
 from miles.config.yaml_file import Key
 
@@ -18,9 +18,9 @@ def resolved(config: RunConfig, origin: Mapping[Key, str] | None = None) -> RunC
 
     origin: where each key was written, for the messages.
     """
-    place = origin or {}
-    global_batch_size, steps = volumes(config, place)
-    check(config, place)
+    origin = origin or {}
+    global_batch_size, steps = volumes(config, origin)
+    check(config, origin)
     rollout, train, algorithm, warm = config.rollout, config.train, config.algorithm, config.warm_start
     parallel, optimizer = train.parallel, train.optimizer
     return _replace(
@@ -55,21 +55,21 @@ def volumes(config: RunConfig, origin: Mapping[Key, str]) -> tuple[int, int]:
         return samples, 1
     if size is not None and steps is not None:
         if size * steps != samples:
-            at = where(("train", "global_batch_size"), origin)
+            at = place(("train", "global_batch_size"), origin)
             raise ConfigError(
                 f"{at}train.global_batch_size: {made}, but global_batch_size {size} × num_steps_per_rollout {steps} = {size * steps}; {_mend(samples, steps)}"
             )
         return size, steps
     if steps is not None:
         if samples % steps:
-            at = where(("train", "num_steps_per_rollout"), origin)
+            at = place(("train", "num_steps_per_rollout"), origin)
             raise ConfigError(
                 f"{at}train.num_steps_per_rollout: {made}, which {steps} steps do not divide; take {_near_divisor(samples, steps)} steps"
             )
         return samples // steps, steps
     assert size is not None
     if samples % size:
-        at = where(("train", "global_batch_size"), origin)
+        at = place(("train", "global_batch_size"), origin)
         raise ConfigError(
             f"{at}train.global_batch_size: {made}, which {size} does not divide; take global_batch_size {_near_divisor(samples, size)}"
         )
@@ -80,7 +80,7 @@ def check(config: RunConfig, origin: Mapping[Key, str]) -> None:
     """Contradictions between fields."""
 
     def wrong(dotted: str, text: str) -> ConfigError:
-        return ConfigError(f"{where(tuple(dotted.split('.')), origin)}{dotted}: {text}")
+        return ConfigError(f"{place(tuple(dotted.split('.')), origin)}{dotted}: {text}")
 
     rollout, algorithm, train = config.rollout, config.algorithm, config.train
     over = rollout.over_sampling_batch_size
