@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 SCHEMA = "miles.journal/1"
 HEADER = struct.Struct("<IQ")
-DTYPES = {"|u1", "<u2", "<u4", "<i4", "<f2", "<f4"}
+DTYPES = {"|u1", "<u2", "<u4", "<u8", "<i4", "<f2", "<f4"}
 ARRAYS = ("token_id", "rollout_logprob", "loss_mask", "flags", "routes", "kept_mass")
 Context = dict[str, Any]
 Group = list[Sample]
@@ -159,7 +159,7 @@ def decode_group(payload: bytes, path: Path | str = "journal") -> tuple[Context,
 def _encode(sample: Sample) -> dict[str, Any]:
     values = dict(vars(sample))
     for name in ARRAYS:
-        values[name] = _encode_array(values[name])
+        values[name] = encode_array(values[name])
     values["draw"], values["sample"], values["seed"] = int(sample.draw), int(sample.sample), int(sample.seed)
     values["prompt_length"], values["cached_tokens"] = int(sample.prompt_length), int(sample.cached_tokens)
     values["status"] = int(sample.status)
@@ -174,7 +174,7 @@ def _encode(sample: Sample) -> dict[str, Any]:
 def _decode(values: dict[str, Any]) -> Sample:
     known = {key: value for key, value in values.items() if key in Sample.__dataclass_fields__}
     for name in ARRAYS:
-        known[name] = _decode_array(known.get(name))
+        known[name] = decode_array(known.get(name))
     known["status"] = Status(known["status"])
     known["runs"] = [(start, version) for start, version in known["runs"]]
     known["turns"] = [(start, role) for start, role in known["turns"]]
@@ -182,7 +182,8 @@ def _decode(values: dict[str, Any]) -> Sample:
     return Sample(**known)
 
 
-def _encode_array(array: np.ndarray | None) -> list[Any] | None:
+def encode_array(array: np.ndarray | None) -> list[Any] | None:
+    """[dtype, shape, raw little-endian bytes], or None."""
     if array is None:
         return None
     little = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
@@ -190,7 +191,8 @@ def _encode_array(array: np.ndarray | None) -> list[Any] | None:
     return [little.dtype.str, list(little.shape), little.tobytes()]
 
 
-def _decode_array(encoded: list[Any] | None) -> np.ndarray | None:
+def decode_array(encoded: list[Any] | None) -> np.ndarray | None:
+    """Inverse of encode_array, read-only, without a copy. ValueError for a dtype that no journal has."""
     if encoded is None:
         return None
     dtype, shape, content = encoded

@@ -18,16 +18,15 @@ def append_line(path: Path, record: dict[str, Any]) -> None:
     NaN and infinities become null: JSON has none. Disk full: the file stays as it was, and the OSError passes.
     """
     make_folder(path.parent)
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         end = os.fstat(handle).st_size
         line = json.dumps(_finite(record), ensure_ascii=False, default=plain).encode("utf-8", "replace") + b"\n"
         if end and os.pread(handle, 1, end - 1) != b"\n":
             line = b"\n" + line
         try:
-            written = os.pwrite(handle, line, end)
-            while written < len(line):
-                written += os.pwrite(handle, line[written:], end + written)
+            while line:
+                line = line[os.write(handle, line) :]
         except OSError:
             os.ftruncate(handle, end)
             raise
@@ -47,9 +46,11 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return found
 
 
-def append_metrics(path: Path, record: dict[str, Any]) -> None:
+def append_metrics(path: Path, record: dict[str, Any], fence: Fence | None = None) -> None:
     """Append the metrics of a step: {"step": int, "kind": "sft"|"rollout"|"eval", "time": unix seconds, "<name>": number...}."""
     assert {"step", "kind"} <= set(record), "a line of metrics has a step and a kind"
+    if fence is not None:
+        fence.check()
     append_line(path, record)
 
 
