@@ -11,25 +11,25 @@ from miles.run.state import Run
 def loop(run: Run) -> None:
     """Generate, train, sync, evaluate, save: from the newest good checkpoint to the last step."""
     try:
-        for step in steps(run.config, run.next_step):
+        for step in steps(run.config, run.trained):
             if step.kind == "rollout" and not run.engines_ready:
                 run.meet_engines()
                 run.sync()
             if step.first_rollout:
                 run.freeze_reference()
                 if run.config.eval.interval and run.config.eval.before_train:
-                    run.evaluate(step.number)
+                    run.evaluate()
 
             batch = run.batch(step)
             run.train(step, batch)
             if step.kind == "rollout":
                 run.sync()
             if step.evaluate:
-                run.evaluate(step.number + 1)
+                run.evaluate()
             run.record(step)
             if step.save:
                 run.save()
     except StopRequested as stop:
         run.save()
-        raise TryAgain(f"stopped on request after step {run.next_step}") from stop
+        raise TryAgain(f"stopped on request after step {run.trained}") from stop
     run.finish()
