@@ -1,0 +1,238 @@
+"""What the loop acts on: one trainer rank's run, with the verbs of the loop. Rank 0 talks to the service, all ranks train."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shutil
+import sys
+import time
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from miles.config.exits import UserError
+from miles.config.schema import RunConfig
+from miles.data.store.epoch import Fence
+from miles.data.store.events import Events
+from miles.data.store.manifest import read_manifest
+from miles.data.store.metrics import append_metrics, cut_back, read_metrics
+from miles.data.store.retention import retire_batches
+from miles.data.store.run_dir import RunDir
+from miles.data.store.shard import open_shard
+from miles.rollout.evaluate import summarise_sequences
+from miles.run.coordinator import Coordinator, StopRequested
+from miles.run.role import Role, load_run
+from miles.run.schedule import Step, total_steps
+from miles.sync.disk import DiskTransport
+from miles.training.checkpoint import newest_good
+from miles.training.distributed import Ranks, open_store, start_ranks, stop_ranks
+from miles.training.fsdp import FsdpTrainer
+
+BUCKET_BYTES = 512 * 1024**2
+
+
+class Run:
+    """One rank's run between two steps: `trained` steps are behind it, `next_draw` is the first prompt draw not handed out."""
+
+    def __init__(self, role: Role, config: RunConfig, service: Coordinator, ranks: Ranks, trainer: FsdpTrainer) -> None:
+        self.role, self.config, self.service, self.ranks, self.trainer = role, config, service, ranks, trainer
+        self.folder = RunDir(role.run_dir)
+        self.fence = Fence(self.folder, role.epoch)
+        self.events = Events(self.folder, "trainer", role.rank, role.epoch)
+        self.trained = 0
+        self.next_draw = 0
+        self.saved: int | None = None
+        self.checksum = ""
+        self.engines: list[str] = []
+        self.metrics: dict[str, float] = {}
+        self.seconds: dict[str, float] = {}
+
+    @classmethod
+    def start(cls, role: Role) -> Run:
+        """Join the other ranks, build the model if the recipe makes it on the spot, load the newest good checkpoint."""
+        config = load_run(role.run_dir)
+        service = Coordinator(role)
+        service.register(pid=os.getpid())
+        service.keep_alive()
+        host, store = config.cluster.host, None
+        if role.world_size > 1:
+            if role.rank == 0:
+                store = open_store(host, 0, role.world_size, master=True)
+                service.publish("store_port", store.port)
+            else:
+                store = open_store(host, int(service.lookup("store_port")), role.world_size, master=False)
+        ranks = start_ranks(
+            role.rank, role.world_size, ranks_per_node=config.train.num_gpus_per_node, device=config.cluster.device,
+            store=store, threads=config.cluster.threads, seed=config.seed,
+        )  # fmt: skip
+        if role.rank == 0:
+            service.publish("model", str(model_folder(config, role.run_dir)))
+        model = Path(service.lookup("model"))
+        run = cls(role, config, service, ranks, FsdpTrainer(config, model, ranks))
+        run.resume()
+        return run
+
+    def resume(self) -> None:
+        """Go back to the newest good checkpoint; say which were passed over."""
+        found, said = newest_good(self.folder.checkpoints) if self.role.rank == 0 else (None, [])
+        for line in said:
+            print(f"trainer: {line}", file=sys.stderr, flush=True)
+        folder = self.ranks.broadcast_json(str(found) if found else None)
+        if folder is None:
+            if self.role.rank == 0:
+                cut_back(self.folder.metrics, -1, self.fence)
+            return
+        progress = self.trainer.load(Path(folder))
+        self.trained, self.next_draw, self.checksum = progress["trained"], progress["next_draw"], progress["checksum"]
+        self.saved = self.trained
+        if self.role.rank == 0:
+            cut_back(self.folder.metrics, self.trained, self.fence)
+            print(f"trainer: resumed after step {self.trained} from {folder}", flush=True)
+
+    def phase(self, name: str, number: int | None = None) -> AbstractContextManager[dict[str, Any]]:
+        """Time a phase of a step for the timeline."""
+        return self.events.phase(name, self.trained + 1 if number is None else number)
+
+    # --- the verbs of the loop -----------------------------------------------------------------------------------------------
+
+    @property
+    def engines_ready(self) -> bool:
+        """Whether this attempt's engines are known."""
+        return bool(self.engines)
+
+    def meet_engines(self) -> None:
+        """Wait for the engines of this attempt."""
+        count = self.config.rollout.num_gpus // self.config.rollout.num_gpus_per_engine
+        peers = self.service.peers("engine", count) if self.role.rank == 0 else []
+        self.engines = self.ranks.broadcast_json([peer["url"] for peer in peers])
+
+    def freeze_reference(self) -> None:
+        """The reference of the KL loss: the folder that the configuration names, else the weights before the first rollout."""
+        if not self.config.algorithm.use_kl_loss:
+            return
+        named = self.config.checkpoint.ref_load
+        folder = Path(named) if named else self.folder.path / "reference"
+        if not folder.exists():
+            self.trainer.export_hf(folder)
+        self.trainer.load_reference(folder)
+
+    def batch(self, step: Step) -> Path:
+        """Folder of the sealed batch of a step; raises StopRequested on every rank together."""
+        answer: str | None = None
+        with self.phase("wait"):
+            if self.role.rank == 0:
+                try:
+                    manifest = self.service.batch(self.job(step.kind, step.number))
+                    answer = str(Path(manifest).parent if manifest.endswith(".json") else manifest)
+                except StopRequested:
+                    answer = None
+            answer = self.ranks.broadcast_json(answer)
+        if answer is None:
+            raise StopRequested
+        return Path(answer)
+
+    def job(self, kind: str, number: int) -> dict[str, Any]:
+        """What is asked of the service: this kind of batch, by these weights."""
+        return {
+            "kind": kind, "step": number, "weight_version": self.trained, "weight_checksum": "" if kind == "sft" else self.checksum,
+            "next_draw": self.next_draw,
+        }  # fmt: skip
+
+    def train(self, step: Step, folder: Path) -> None:
+        """All optimizer steps on one batch; what training saw is recorded."""
+        began = time.perf_counter()
+        self.trainer.start_phase(step.kind)
+        manifest = read_manifest(folder)
+        with self.phase("train") as facts:
+            batch = self.trainer.open_batch(manifest, folder)
+            found = [self.trainer.train_step(batch, index) for index in range(batch.steps)]
+            self.metrics = {name: sum(values[name] for values in found) / len(found) for name in found[0]} | batch.metrics()
+            self.trainer.close_batch(batch, self.folder.train(step.number), self.fence)
+            facts["tokens"] = manifest.tokens
+        self.trained = step.number
+        self.next_draw = manifest.next_draw if step.kind == "rollout" else self.next_draw
+        self.metrics["perf/train_time"] = time.perf_counter() - began
+
+    def sync(self) -> None:
+        """Give the engines the present weights, and make sure that they hold them."""
+        began = time.perf_counter()
+        with self.phase("sync", self.trained):
+            transport = DiskTransport(self.folder.path / "sync", self.engines, self.role.token)
+            self.checksum = transport.push(self.trainer, version=self.trained)
+        self.metrics["perf/update_weights_time"] = time.perf_counter() - began
+
+    def evaluate(self) -> None:
+        """Evaluate the present weights; rank 0 writes the metrics once a step, also when a resumed run evaluates again."""
+        if self.role.rank != 0:
+            return
+        number = self.trained
+        with self.phase("eval", number):
+            folder = Path(self.service.batch(self.job("eval", number))).parent
+            manifest = read_manifest(folder)
+            rows: dict[str, list[Any]] = {}
+            for entry in manifest.shards:
+                with open_shard(folder / entry.name) as shard:
+                    for name, values in shard.sequences().items():
+                        rows.setdefault(name, []).append(values)
+        found = summarise_sequences(join_sequences(rows))
+        if not any(line["kind"] == "eval" and line["step"] == number for line in read_metrics(self.folder.metrics)):
+            append_metrics(self.folder.metrics, {"step": number, "kind": "eval", "time": time.time(), **found}, self.fence)
+        self.service.announce(phase="eval", step=number, total_steps=total_steps(self.config), accuracy=found["eval/accuracy"])
+
+    def record(self, step: Step) -> None:
+        """One line of metrics, told to the service as well."""
+        if self.role.rank != 0:
+            return
+        line = {"step": step.number, "kind": step.kind, "time": time.time(), **self.metrics}
+        append_metrics(self.folder.metrics, line, self.fence)
+        self.service.announce(phase=step.kind, step=step.number, total_steps=total_steps(self.config), metrics=self.metrics)
+
+    def save(self) -> None:
+        """A checkpoint of the present step, unless there is one; then old ones and old batches go."""
+        if self.saved == self.trained:
+            return
+        with self.phase("save", self.trained):
+            progress = {"trained": self.trained, "next_draw": self.next_draw, "checksum": self.checksum}
+            self.trainer.save(self.folder.checkpoints, self.trained, progress, self.fence)
+            self.saved = self.trained
+            if self.role.rank == 0:
+                retire_batches(self.folder, self.config.checkpoint.retain_batches, self.fence)
+
+    def finish(self) -> None:
+        """Export the final weights and let the others go."""
+        if self.config.checkpoint.save_hf and not self.folder.hf.exists():
+            self.trainer.export_hf(self.folder.hf)
+        shutil.rmtree(self.folder.path / "sync", ignore_errors=True)
+        if self.role.rank == 0:
+            self.service.finish()
+
+    def close(self) -> None:
+        """Leave the process group."""
+        stop_ranks()
+
+
+def model_folder(config: RunConfig, run_dir: Path) -> Path:
+    """Folder of the initial model; made by `model.build` where the configuration names no folder that exists."""
+    named = config.model.hf_checkpoint
+    folder = Path(named) if named else run_dir / "model"
+    if folder.exists():
+        return folder
+    if config.model.build is None:
+        raise UserError(f"model.hf_checkpoint: no folder {folder}; give a Hugging Face folder, or model.build to make one")
+    module, _, name = config.model.build.rpartition(".")
+    temporary = folder.with_name(folder.name + ".making")
+    shutil.rmtree(temporary, ignore_errors=True)
+    getattr(importlib.import_module(module), name)(temporary, config.seed)
+    temporary.rename(folder)
+    return folder
+
+
+def join_sequences(rows: dict[str, list[Any]]) -> dict[str, Any]:
+    """Small arrays of several shards as one (offsets continue)."""
+    joined = {name: np.concatenate(parts) for name, parts in rows.items() if name != "offset"}
+    lengths = np.concatenate([np.diff(offset.astype(np.int64)) for offset in rows["offset"]])
+    joined["offset"] = np.concatenate([[0], np.cumsum(lengths)])
+    return joined
