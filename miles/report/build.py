@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+from markupsafe import Markup
 
 from miles.report.figures import figures
 from miles.report.records import RunRecord, read_run
@@ -55,7 +56,7 @@ def render(record: RunRecord) -> str:
     drawn = figures(record)
     shown = transcripts(record)
     return environment.get_template("report.html.j2").render(
-        style=jinja2.utils.markupsafe.Markup((TEMPLATES / "style.css").read_text(encoding="utf-8")),
+        style=Markup((TEMPLATES / "style.css").read_text(encoding="utf-8")),
         summary=summary,
         subtitle=_subtitle(record),
         progress_line=_progress_line(record, summary),

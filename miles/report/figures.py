@@ -9,14 +9,15 @@ from typing import Any
 
 from miles.report.records import RunRecord
 from miles.report.scales import number
-from miles.report.svg import Figure, Series, line_plot, stacked_bars
+from miles.report.svg import WIDTH, Figure, Series, line_plot, stacked_bars
 
 # Public names, in order of preference: the first that a run recorded is drawn.
 REWARD = ("rollout/raw_reward", "rollout/reward_mean", "rollout/rewards", "rollout/reward")
 ACCURACY = ("eval/accuracy",)
 LENGTH = ("rollout/response_len/mean", "rollout/response_length", "rollout/response_lengths")
 ENTROPY = ("train/entropy_loss", "train/entropy", "rollout/entropy")
-MISMATCH_MAX = ("train/train_rollout_logprob_abs_diff_max", "train/train_rollout_logprob_abs_diff/max", "train/mismatch_max")
+MISMATCH_MAX = ("train/train_rollout_logprob_max_abs_diff",)
+NOT_FINITE = ("train/mismatch_not_finite",)
 MISMATCH_MEAN = ("train/train_rollout_logprob_abs_diff",)
 GRAD_NORM = ("train/grad_norm",)
 LOSS = ("train/loss",)
@@ -95,7 +96,9 @@ def phase_bars(record: RunRecord) -> list[Placed]:
         together = [seconds[step] for step in steps[first : first + group]]
         stacks.append([sum(stack.get(label, 0.0) for stack in together) / len(together) for label in labels])
     colours = [PHASE_COLOURS.get(label, OTHER) for label in labels]
-    svg = stacked_bars("phases", "Time per phase", "seconds", labels, steps[::group], stacks, colours)
+    # Once for a wide page and once for a narrow one: scaled down, the words of the wide one could not be read.
+    svg = stacked_bars("phases-wide", "Time per phase", "seconds", labels, steps[::group], stacks, colours, width=2 * WIDTH)
+    svg += stacked_bars("phases-narrow", "Time per phase", "seconds", labels, steps[::group], stacks, colours)
     totals = [sum(stack.get(label, 0.0) for stack in seconds.values()) for label in labels]
     whole = sum(totals) or 1.0
     shares = ", ".join(f"{label} {100 * total / whole:.0f} %" for label, total in sorted(zip(labels, totals, strict=True), key=lambda pair: -pair[1]))

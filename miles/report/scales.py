@@ -27,7 +27,7 @@ def number(value: float, digits: int = 3) -> str:
     return text.replace("-", "−", 1) if value < 0 else text
 
 
-def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
+def nice_ticks(low: float, high: float, count: int = 6) -> list[float]:
     """About `count` round numbers (1, 2, 5 times a power of ten) that lie in low..high."""
     assert high > low, "an axis has an extent"
     rough = (high - low) / max(count, 1)
@@ -123,6 +123,6 @@ def log_with_zero(values: Sequence[float], pixel_low: float, pixel_high: float) 
 
 
 def _power(decade: int) -> str:
-    if decade in (-1, 0, 1):
-        return {-1: "0.1", 0: "1", 1: "10"}[decade]
+    if decade == 0:
+        return "1"
     return "10" + str(decade).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))

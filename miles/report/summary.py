@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from dataclasses import asdict, dataclass
@@ -133,7 +134,7 @@ def step_seconds(record: RunRecord) -> float | None:
     if recorded:
         return _median(recorded)
     recent = [line for line in trained if isinstance(line.get("time"), int | float)][-RECENT_STEPS - 1 :]
-    gaps = [float(after["time"]) - float(before["time"]) for before, after in zip(recent, recent[1:], strict=False)]
+    gaps = [float(after["time"]) - float(before["time"]) for before, after in itertools.pairwise(recent)]
     return _median([gap for gap in gaps if gap >= 0])
 
 
@@ -143,16 +144,6 @@ def last_written(record: RunRecord) -> float:
     for folder in (record.run_dir.events, record.attempts[-1].folder / "logs" if record.attempts else record.run_dir.events):
         places += list(folder.glob("*")) if folder.is_dir() else []
     return max((place.stat().st_mtime for place in places if place.exists()), default=0.0)
-
-
-def wilson(successes: float, trials: int, z: float = 1.959963984540054) -> tuple[float, float]:
-    """Wilson's score interval of a share (Wilson 1927, eq. for the 95 % interval by default); (0, 1) for no trials."""
-    if trials <= 0:
-        return 0.0, 1.0
-    share = successes / trials
-    centre = (share + z * z / (2 * trials)) / (1 + z * z / trials)
-    half = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials)) / (1 + z * z / trials)
-    return max(centre - half, 0.0), min(centre + half, 1.0)
 
 
 def duration(seconds: float | None) -> str:

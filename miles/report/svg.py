@@ -68,28 +68,30 @@ def line_plot(
     return _document(name, title, _describe(series, unit), "".join(parts))
 
 
-def stacked_bars(name: str, title: str, unit: str, labels: Sequence[str], steps: Sequence[int], stacks: Sequence[Sequence[float]], colours: Sequence[str]) -> str:
-    """An SVG of one bar a step; stacks[i][j] is the height of label j at step i."""
+def stacked_bars(
+    name: str, title: str, unit: str, labels: Sequence[str], steps: Sequence[int], stacks: Sequence[Sequence[float]], colours: Sequence[str], width: int = WIDTH
+) -> str:
+    """An SVG of one bar a step; stacks[i][j] is the height of label j at step i; width in pixels."""
     totals = [sum(stack) for stack in stacks]
     y = linear(totals, HEIGHT - BOTTOM, TOP, (0.0, max([*totals, 1e-9]) * 1.06))
-    gap = (WIDTH - RIGHT - LEFT) / max(len(steps), 1)
-    x = Linear(LEFT, WIDTH - RIGHT, low=0, high=max(len(steps), 1))
-    every = max(1, math.ceil(len(steps) / 8))
+    gap = (width - RIGHT - LEFT) / max(len(steps), 1)
+    x = Linear(LEFT, width - RIGHT, low=0, high=max(len(steps), 1))
+    every = max(1, math.ceil(len(steps) / (width / 70)))
     x.ticks = [(x(index + 0.5), number(step, 6)) for index, step in enumerate(steps) if index % every == 0]
-    parts = [_axes(x, y, "step", unit)]
-    width = max(gap - max(0.8, gap * 0.18), 0.6)
+    parts = [_axes(x, y, "step", unit, width)]
+    thick = max(gap - max(0.8, gap * 0.18), 0.6)
     for index, (step, stack) in enumerate(zip(steps, stacks, strict=True)):
         bottom, inside = 0.0, []
         for colour, height in zip(colours, stack, strict=True):
             if height > 0:
-                top = y(bottom + height)
-                inside.append(f'<rect x="{x(index) + (gap - width) / 2:.1f}" y="{top:.1f}" width="{width:.1f}" height="{y(bottom) - top:.2f}" fill="var(--{colour})"/>')
+                top, foot = round(y(bottom + height), 1), round(y(bottom), 1)  # rounded alike, so that no seam shows
+                inside.append(f'<rect x="{x(index) + (gap - thick) / 2:.1f}" y="{top}" width="{thick:.1f}" height="{foot - top:.1f}" fill="var(--{colour})"/>')
                 bottom += height
         words = [f"step {step}: {number(totals[index])} {unit}", *(f"{label} {number(part)}" for label, part in zip(labels, stack, strict=True) if part > 0)]
         parts.append(f"<g><title>{escape(chr(10).join(words))}</title>{''.join(inside)}</g>")
     mean = [sum(stack[j] for stack in stacks) / max(len(stacks), 1) for j in range(len(labels))]
     described = f"{len(steps)} bars; mean in {unit}: " + ", ".join(f"{label} {number(part)}" for label, part in zip(labels, mean, strict=True))
-    return _document(name, title, described, "".join(parts))
+    return _document(name, title, described, "".join(parts), width)
 
 
 def running_mean(values: Sequence[float], window: int = SMOOTH_WINDOW) -> list[float]:
@@ -102,15 +104,15 @@ def running_mean(values: Sequence[float], window: int = SMOOTH_WINDOW) -> list[f
     return result
 
 
-def _document(name: str, title: str, description: str, body: str) -> str:
+def _document(name: str, title: str, description: str, body: str, width: int = WIDTH) -> str:
     return (
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-labelledby="{name}-t {name}-d" preserveAspectRatio="xMidYMid meet">'
+        f'<svg viewBox="0 0 {width} {HEIGHT}" role="img" aria-labelledby="{name}-t {name}-d" preserveAspectRatio="xMidYMid meet">'
         f'<title id="{name}-t">{escape(title)}</title><desc id="{name}-d">{escape(description)}</desc>{body}</svg>'
     )
 
 
-def _axes(x: Scale, y: Scale, x_label: str, y_label: str) -> str:
-    bottom, right = HEIGHT - BOTTOM, WIDTH - RIGHT
+def _axes(x: Scale, y: Scale, x_label: str, y_label: str, width: int = WIDTH) -> str:
+    bottom, right = HEIGHT - BOTTOM, width - RIGHT
     parts = [f'<path class="grid" d="M{LEFT} {at:.1f}H{right}"/><text class="tick" x="{LEFT - 7}" y="{at + 3.6:.1f}" text-anchor="end">{escape(label)}</text>' for at, label in y.ticks]
     parts += [f'<path class="axis" d="M{at:.1f} {bottom}v4"/><text class="tick" x="{at:.1f}" y="{bottom + 16}" text-anchor="middle">{escape(label)}</text>' for at, label in x.ticks]
     parts.append(f'<path class="axis" d="M{LEFT} {bottom}H{right}"/>')

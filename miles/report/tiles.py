@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from miles.report.figures import ACCURACY, MISMATCH_MAX, MISMATCH_MEAN, REWARD, TOKENS_PER_SECOND, series_of
+from miles.report.figures import ACCURACY, MISMATCH_MAX, MISMATCH_MEAN, NOT_FINITE, REWARD, TOKENS_PER_SECOND, series_of
 from miles.report.records import RunRecord
 from miles.report.scales import number
-from miles.report.summary import Summary, wilson
+from miles.report.summary import Summary
 
 TIERS = {
     "exact": "an interrupted and resumed run has the bits of an undisturbed one",
@@ -43,8 +43,6 @@ def _accuracy(record: RunRecord) -> Tile:
     last = next(line for line in reversed(evals) if int(line["step"]) == steps[-1])
     size = int(last.get("eval/n", 0))
     low, high = last.get("eval/accuracy_low"), last.get("eval/accuracy_high")
-    if (low is None or high is None) and size:
-        low, high = wilson(values[-1] * size, size)
     interval = f"95 % interval {low:.3f} to {high:.3f}" if low is not None and high is not None else "no interval recorded"
     tone = ""
     if len(values) > 1 and low is not None and high is not None:
@@ -73,6 +71,9 @@ def _mismatch(record: RunRecord) -> Tile:
     over = f"over {len(values)} step{'s' if len(values) != 1 else ''}"
     if any(not math.isfinite(value) for value in values):
         return Tile(name, "not finite", f"at step {next(step for step, value in zip(steps, values, strict=True) if not math.isfinite(value))}", tone="bad")
+    lost = sum(series_of(lines, NOT_FINITE)[1])
+    if lost:
+        return Tile(name, "not finite", f"{number(lost)} log-probs {over}", tone="bad")
     worst = max(values)
     if worst == 0:
         return Tile(name, "exactly 0", f"trainer and engine agree to the bit {over}", tone="good")

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +14,8 @@ from numpy.typing import NDArray
 from miles.data.sample import Flag, Sample, Status
 from miles.data.store.manifest import Manifest, read_manifest
 from miles.data.store.run_dir import steps_in
-from miles.data.store.shard import Shard, open_shard, open_train_record
+from miles.data.store.shard import Shard, open_shard
+from miles.data.store.train_record import open_train_record
 from miles.report.records import RunRecord
 from miles.report.scales import number
 from miles.report.token_text import TokenText, load_token_text
@@ -27,7 +27,11 @@ PROMPT_TOKENS = 600
 
 # Upper ends of |train − rollout| by class of colour; equal bits have no colour, and the last class is open.
 DIFFERENCE_BOUNDS = (1e-6, 1e-4, 1e-2, 1e-1)
-DIFFERENCE_KEY = [("< −0.1", "dn5"), ("−0.01", "dn4"), ("−1e−4", "dn3"), ("−1e−6", "dn2"), ("−", "dn1"), ("exactly equal", ""), ("+", "up1"), ("1e−6", "up2"), ("1e−4", "up3"), ("0.01", "up4"), ("> 0.1", "up5")]
+DIFFERENCE_KEY = [
+    *(("< −0.1", "dn5"), ("< −0.01", "dn4"), ("< −10⁻⁴", "dn3"), ("< −10⁻⁶", "dn2"), ("< 0", "dn1")),
+    ("exactly equal", ""),
+    *(("> 0", "up1"), ("> 10⁻⁶", "up2"), ("> 10⁻⁴", "up3"), ("> 0.01", "up4"), ("> 0.1", "up5")),
+]
 # Lower ends of the sampled token's probability by class.
 PROBABILITY_BOUNDS = (0.9, 0.5, 0.2, 0.05, 0.01)
 PROBABILITY_KEY = [("≥ 0.9", ""), ("≥ 0.5", "pr1"), ("≥ 0.2", "pr2"), ("≥ 0.05", "pr3"), ("≥ 0.01", "pr4"), ("less", "pr5")]
@@ -93,15 +97,16 @@ def transcripts(record: RunRecord) -> Transcripts:
 
 
 def _chosen_batches(record: RunRecord) -> Iterator[tuple[str, Path, int, str]]:
-    """(title, folder, step, kind), last before first: the newest is what a reader wants."""
+    """(title, folder, step, kind), last before first: the newest is what a reader wants. Steps count from 1, the warm start's first."""
     run_dir = record.run_dir
-    sft = {int(line["step"]) for line in record.metrics if line.get("kind") == "sft"} | set(range(int(record.setting("warm_start.steps", 0) or 0)))
-    for kind, words, steps in (("eval", "Evaluation", steps_in(run_dir.evals)), ("rollout", "Rollout", [step for step in steps_in(run_dir.batches) if step not in sft])):
+    sft = {int(line["step"]) for line in record.metrics if line.get("kind") == "sft"} | set(range(1, int(record.setting("warm_start.steps", 0) or 0) + 1))
+    rollouts = [step for step in steps_in(run_dir.batches) if step not in sft]
+    for kind, words, steps in (("rollout", "Rollout", rollouts), ("eval", "Evaluation", steps_in(run_dir.evals))):
         sealed = [step for step in steps if (run_dir.batch_of(kind, step) / "manifest.json").is_file()]
         if sealed:
-            yield f"{words} at step {sealed[-1]}" + (", the last" if len(sealed) > 1 else ""), run_dir.batch_of(kind, sealed[-1]), sealed[-1], kind
+            yield f"{words} {'after' if kind == 'eval' else 'of'} step {sealed[-1]}" + (", the last" if len(sealed) > 1 else ""), run_dir.batch_of(kind, sealed[-1]), sealed[-1], kind
         if len(sealed) > 1:
-            yield f"{words} at step {sealed[0]}, the first", run_dir.batch_of(kind, sealed[0]), sealed[0], kind
+            yield f"{words} {'after' if kind == 'eval' else 'of'} step {sealed[0]}, the first", run_dir.batch_of(kind, sealed[0]), sealed[0], kind
 
 
 def _chosen_samples(record: RunRecord, manifest: Manifest, folder: Path, step: int, kind: str) -> Iterator[tuple[Sample, NDArray[np.float32] | None]]:
@@ -109,11 +114,12 @@ def _chosen_samples(record: RunRecord, manifest: Manifest, folder: Path, step: i
     index = next((index for index, shard in enumerate(manifest.shards) if shard.sequences), None)
     if index is None:
         return
-    shard = open_shard(folder / manifest.shards[index].name)
-    trained = _train_logprobs(record.run_dir.train(step), index) if kind == "rollout" else {}
-    for row in _choose_rows(shard):
-        (sample,) = shard.samples(row, row + 1)
-        yield sample, trained.get(row)
+    with open_shard(folder / manifest.shards[index].name) as shard:
+        rows = _choose_rows(shard)
+        trained = _train_logprobs(record.run_dir.train(step), index, rows) if kind == "rollout" else {}
+        for row in rows:
+            (sample,) = shard.samples(row, row + 1)
+            yield sample, trained.get(row)
 
 
 def _choose_rows(shard: Shard) -> list[int]:
@@ -175,7 +181,7 @@ def _token(sample: Sample, position: int, piece: str, train: float | None) -> st
     rollout = float(sample.rollout_logprob[position])
     generated = bool(sample.flags[position] & Flag.GENERATED)
     classes = ["t"]
-    words = [f"{piece!r}  id {int(sample.token_id[position])}" if piece.strip() or not piece else f"{piece!r}  id {int(sample.token_id[position])}"]
+    words = [f"{piece!r}  id {int(sample.token_id[position])}" if piece else f"id {int(sample.token_id[position])}, a part of a character"]
     if math.isfinite(rollout):
         classes.append(probability_class(math.exp(rollout)))
         words.append(f"rollout {rollout:.7g}  (p = {math.exp(rollout):.3g})")
@@ -221,9 +227,13 @@ def probability_class(probability: float) -> str:
     return f"p{level}" if level else ""
 
 
-def _train_logprobs(folder: Path, shard: int) -> dict[int, NDArray[np.float32]]:
-    raise AssertionError("follows the store's reader")
-
-
-def _of(values: Sequence[Any]) -> list[Any]:
-    return list(values)
+def _train_logprobs(folder: Path, shard: int, rows: Sequence[int]) -> dict[int, NDArray[np.float32]]:
+    """The trainer's log-probs of these rows of a shard, from whichever node's record holds them; none while training goes on."""
+    found: dict[int, NDArray[np.float32]] = {}
+    for path in sorted(folder.glob("*.h5")):
+        with open_train_record(path) as record:
+            sequences = record.sequences()
+            for row in rows:
+                for index in np.flatnonzero((sequences["shard"] == shard) & (sequences["row"] == row))[:1]:
+                    found[row] = record.tokens(int(index), int(index) + 1, ["train_logprob"])["train_logprob"]
+    return found

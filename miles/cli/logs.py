@@ -1,0 +1,144 @@
+"""`miles-submit logs`: the logs of the newest attempt, one role or all; -f follows across attempts until the run ends."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+
+from miles.config.exits import AGAIN, OK, UserError
+from miles.report.records import Attempt, read_attempts, require_run_dir
+
+POLL_SECONDS = 0.3
+GRACE_SECONDS = 3.0  # after an attempt's end, in which a new attempt may begin
+TAIL_BLOCK = 64 << 10
+COLOURS = {"service": "magenta", "trainer": "green", "engine": "cyan", "worker": "yellow"}
+
+
+def logs(run_dir: Path, component: str | None, follow: bool, lines: int) -> int:
+    """Print the last lines of each log of the newest attempt; with follow, go on until the run has ended.
+
+    component is a role (trainer) or one process of it (trainer.0). UserError for a folder that is no run, and for a component
+    that the attempt has not: with the list of those that it has.
+    """
+    run = require_run_dir(run_dir)
+    attempts = read_attempts(run)
+    if not attempts and not follow:
+        raise UserError(f"{run_dir}: no attempt has been made yet, so there are no logs; start it with `miles-submit run`")
+    show = Printer()
+    if attempts:
+        files = choose(attempts[-1], component, must=not follow)
+        show.width = max((len(path.stem) for path in files), default=0) if len(files) > 1 else 0
+        seen = {path: _tail(path, lines, partial(show, path.stem)) for path in files}
+    else:
+        seen = {}
+    if not follow:
+        return OK
+    try:
+        _follow(run_dir, component, show, seen)
+    except KeyboardInterrupt:
+        return 130
+    return OK
+
+
+def choose(attempt: Attempt, component: str | None, must: bool = True) -> list[Path]:
+    """Log files of an attempt: all, or a component's. UserError when there is none of that name (and must)."""
+    files = sorted((attempt.folder / "logs").glob("*.*.log"))
+    chosen = [path for path in files if component in (None, path.stem, path.stem.split(".")[0])]
+    known = sorted({path.stem.split(".")[0] for path in files} | set(COLOURS))
+    if component is not None and not chosen and (must or component.split(".")[0] not in known):
+        have = sorted({path.stem.split(".")[0] for path in files}) or ["none yet"]
+        raise UserError(f"{component}: attempt {attempt.epoch} has no such log; it has {', '.join(have)}")
+    return chosen
+
+
+class Printer:
+    """One line of a log, behind the name of its process when there are several."""
+
+    def __init__(self) -> None:
+        self.console = Console(soft_wrap=True, highlight=False, markup=False)
+        self.width = 0
+
+    def __call__(self, name: str, line: str) -> None:
+        text = Text.from_ansi(line) if self.console.is_terminal else Text(line)
+        if self.width:
+            text = Text.assemble((f"{name:<{self.width}} ", COLOURS.get(name.split(".")[0], "blue")), ("│ ", "dim"), text)
+        self.console.print(text)
+
+    def say(self, line: str) -> None:
+        """A line of ours."""
+        self.console.print(Text(line, style="dim"))
+        sys.stdout.flush()
+
+
+def _tail(path: Path, lines: int, show: Callable[[str], None]) -> int:
+    """Print the last lines that are whole; returns the byte after them."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        data, start = b"", size
+        while start > 0 and data.count(b"\n") <= lines:
+            step = min(TAIL_BLOCK, start)
+            start -= step
+            file.seek(start)
+            data = file.read(step) + data
+    ends_whole = data.endswith(b"\n")
+    whole = data.split(b"\n")
+    rest = b"" if ends_whole else whole[-1]
+    for line in whole[:-1][-lines:] if lines else []:
+        show(_text(line))
+    return size - len(rest)
+
+
+def _more(path: Path, start: int, show: Callable[[str], None], last: bool) -> int:
+    """Print whole lines from byte start on (unfinished ones too when it is the last look); returns where to go on."""
+    with path.open("rb") as file:
+        file.seek(start)
+        data = file.read()
+    end = len(data) if last else data.rfind(b"\n") + 1
+    for line in data[:end].split(b"\n")[: None if last and not data.endswith(b"\n") else -1]:
+        show(_text(line))
+    return start + end
+
+
+def _follow(run_dir: Path, component: str | None, show: Printer, seen: dict[Path, int]) -> None:
+    """Print what is added, of every attempt in turn, until the newest has ended and none followed it."""
+    run = require_run_dir(run_dir)
+    epoch: int | None = None
+    ended = 0.0
+    while True:
+        attempts = read_attempts(run)
+        if attempts:
+            latest = attempts[-1]
+            if epoch is not None and latest.epoch != epoch:
+                show.say(f"── attempt {latest.epoch} ──")
+                ended = 0.0
+            epoch = latest.epoch
+            over = latest.outcome is not None  # looked at before the logs, so that the last look sees everything
+            files = choose(latest, component, must=False)
+            show.width = max([show.width, *(len(path.stem) for path in files)]) if len(files) > 1 or show.width else 0
+            finished = over and ended and time.monotonic() - ended > (0.0 if _final(latest) else GRACE_SECONDS)
+            for path in files:
+                seen[path] = _more(path, seen.get(path, 0), partial(show, path.stem), last=bool(finished))
+            sys.stdout.flush()
+            if finished:
+                outcome = latest.outcome or {}
+                show.say(f"── attempt {latest.epoch} ended: {outcome.get('reason') or 'no reason recorded'} (exit code {outcome.get('code')}) ──")
+                return
+            if over and not ended:
+                ended = time.monotonic()
+        time.sleep(POLL_SECONDS)
+
+
+def _final(attempt: Attempt) -> bool:
+    """Whether no further attempt follows by itself: only after exit code 75 may one."""
+    outcome = attempt.outcome or {}
+    return outcome.get("code") != AGAIN or bool(outcome.get("stopped"))
+
+
+def _text(line: bytes) -> str:
+    return line.decode("utf-8", "replace").rstrip("\r")

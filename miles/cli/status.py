@@ -1,0 +1,105 @@
+"""`miles-submit status`: what a run is doing, from its service while it lives, else from its files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import httpx
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from miles.config.exits import OK
+from miles.report.records import RunRecord, read_run, read_small_json
+from miles.report.scales import number
+from miles.report.summary import Summary, duration, merge_service, summarise
+
+ASK_SECONDS = 3.0
+STATE_STYLES = {"finished": "green", "running": "cyan", "starting": "cyan", "stopped": "yellow", "lost": "yellow", "failed": "red"}
+
+
+def status(run_dir: Path, as_json: bool) -> int:
+    """Print the state of a run, as a table or as one JSON object. UserError when the folder is not a run directory."""
+    summary = state_of(run_dir)
+    if as_json:
+        print(json.dumps(summary.as_dict(), ensure_ascii=False))
+        return OK
+    console = Console(highlight=False)
+    if console.is_terminal:
+        console.print(_table(summary))
+    else:
+        for name, value in rows(summary):
+            print(f"{name}: {value}")
+    return OK
+
+
+def state_of(run_dir: Path) -> Summary:
+    """Files first; then the service of the newest attempt, if that has not ended and answers."""
+    record = read_run(run_dir)
+    summary = summarise(record)
+    answer = ask_service(record)
+    return merge_service(summary, answer) if answer is not None else summary
+
+
+def ask_service(record: RunRecord) -> dict[str, Any] | None:
+    """GET /status of the newest attempt's service; None when the attempt has ended or nothing answers from here."""
+    if not record.attempts or record.attempts[-1].outcome is not None:
+        return None
+    folder = record.attempts[-1].folder
+    service = read_small_json(folder / "service.json")
+    try:
+        token = (folder / "token").read_text().strip()
+    except (FileNotFoundError, PermissionError):
+        return None  # not started yet, or another user's run: the files still speak
+    if service is None or not token or not isinstance(service.get("url"), str):
+        return None
+    try:
+        reply = httpx.get(service["url"] + "/status", headers={"Authorization": f"Bearer {token}"}, timeout=ASK_SECONDS, trust_env=False)
+        answer = reply.json() if reply.status_code == 200 else None
+    except (httpx.HTTPError, ValueError):
+        return None
+    return answer if isinstance(answer, dict) else None
+
+
+def rows(summary: Summary) -> list[tuple[str, str]]:
+    """(name, value) lines of the table; what is unknown is left out, but for the state."""
+    step = f"{summary.step if summary.step is not None else 0}"
+    if summary.total_steps:
+        step += f" of {summary.total_steps} ({100 * min((summary.step or 0) / summary.total_steps, 1):.0f} %)"
+    found: list[tuple[str, str | None]] = [
+        ("run", summary.run),
+        ("directory", summary.run_dir),
+        ("state", summary.state + (" (its service answers)" if summary.alive else "")),
+        ("reason", summary.reason or None),
+        ("step", step + (f", {summary.kind}" if summary.kind else "")),
+        ("phase", summary.phase),
+        ("reward", number(summary.reward_mean) if summary.reward_mean is not None else None),
+        ("accuracy", _accuracy(summary)),
+        ("tokens/s", number(summary.tokens_per_second) if summary.tokens_per_second is not None else None),
+        ("seconds/step", number(summary.seconds_per_step) if summary.seconds_per_step is not None else None),
+        ("time left", duration(summary.seconds_left) if summary.seconds_left is not None else None),
+        ("attempt", f"{summary.epoch}" + (f" ({summary.restarts} restart{'s' if summary.restarts > 1 else ''})" if summary.restarts else "") if summary.epoch is not None else None),
+        ("guarantee", summary.tier),
+        ("checkpoint", f"step {summary.checkpoint}" if summary.checkpoint is not None else "none yet"),
+        ("message", summary.message or None),
+    ]
+    return [(name, value) for name, value in found if value is not None]
+
+
+def _accuracy(summary: Summary) -> str | None:
+    if summary.accuracy is None:
+        return None
+    known = summary.accuracy_low is not None and summary.accuracy_high is not None
+    return f"{summary.accuracy:.3f}" + (f" (95 % {summary.accuracy_low:.3f} to {summary.accuracy_high:.3f})" if known else "")
+
+
+def _table(summary: Summary) -> Table:
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows(summary):
+        style = STATE_STYLES.get(summary.state, "") if name == "state" else "bold" if name == "run" else ""
+        table.add_row(name, Text(value, style=style))
+    return table
