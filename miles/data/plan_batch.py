@@ -111,15 +111,15 @@ def first_fit_decreasing(length: NDArray[np.int64], members: NDArray[np.int64], 
 def _spread(length: NDArray[np.int64], members: NDArray[np.int64], count: int, max_tokens: int | None = None, max_sequences: int | None = None) -> Bins | None:
     """Longest first, each into the bin with the fewest tokens (Graham 1969), under one of the two caps; None if that breaks max_tokens."""
     bins: Bins = [[] for _ in range(count)]
-    heap = [(0, index) for index in range(count)]
+    heap = [(0, 0, index) for index in range(count)]  # tokens, sequences, bin: of equal tokens, the one with fewer sequences
     for member in _longest_first(length, members):
-        load, index = heapq.heappop(heap)
+        load, _, index = heapq.heappop(heap)
         load += int(length[member])
         if max_tokens is not None and bins[index] and load > max_tokens:
             return None  # the emptiest bin has no room: no bin has
         bins[index].append(member)
         if max_sequences is None or len(bins[index]) < max_sequences:
-            heapq.heappush(heap, (load, index))
+            heapq.heappush(heap, (load, len(bins[index]), index))
     return bins
 
 

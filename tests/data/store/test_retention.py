@@ -1,0 +1,95 @@
+import numpy as np
+import pytest
+
+from miles.data.store.journal import Journal
+from miles.data.store.manifest import Manifest, Policy, ShardEntry, read_manifest, seal_manifest, verify_batch
+from miles.data.store.retention import discard, retire_batches, retire_checkpoints, retire_journals
+from miles.data.store.routes import write_routes
+from miles.data.store.run_dir import newest_complete_checkpoint, steps_in
+from miles.data.store.shard import write_shard
+
+
+@pytest.fixture
+def batches(run_dir, make_sample):
+    for step in range(6):
+        samples = [make_sample(step, 0, routes=np.zeros((4, 1, 2), np.uint8))]
+        folder = run_dir.batch(step)
+        files = [write_shard(folder / "rollout.0.h5", samples), write_routes(folder / "routes.0.h5", samples)]
+        entries = [ShardEntry(name=file.name, bytes=file.bytes, xxh3=file.xxh3, sequences=1, tokens=5) for file in files]
+        policy = Policy(weight_version=0, weight_checksum="")
+        seal_manifest(folder, Manifest(run_id="r", epoch=1, step=step, kind="rollout", policy=policy, shards=entries[:1], routes=entries[1:], draws=[step]))
+        run_dir.train(step).mkdir(parents=True)
+        (run_dir.train(step) / "node.h5").touch()
+
+
+def checkpoint(run_dir, step, complete=True):
+    run_dir.checkpoint(step).mkdir(parents=True)
+    if complete:
+        (run_dir.checkpoint(step) / "COMPLETE").touch()
+
+
+def routes_left(run_dir):
+    return [step for step in steps_in(run_dir.batches) if (run_dir.batch(step) / "routes.0.h5").exists()]
+
+
+def test_nothing_goes_before_a_complete_checkpoint(run_dir, batches):
+    checkpoint(run_dir, 5, complete=False)
+    assert newest_complete_checkpoint(run_dir) is None
+    assert retire_batches(run_dir, keep=1) == []
+    assert routes_left(run_dir) == [0, 1, 2, 3, 4, 5]
+
+
+def test_routes_go_first_and_only_up_to_the_checkpoint(run_dir, batches):
+    checkpoint(run_dir, 3)
+    retire_batches(run_dir, keep=None)
+    assert steps_in(run_dir.batches) == [0, 1, 2, 3, 4, 5]
+    assert routes_left(run_dir) == [4, 5]
+    verify_batch(run_dir, read_manifest(run_dir.batch(0)))  # still a whole batch
+
+
+@pytest.mark.parametrize(("newest", "keep", "left"), [(3, 4, [2, 3, 4, 5]), (3, 1, [4, 5]), (5, 1, [5]), (1, 1, [2, 3, 4, 5]), (5, 9, [0, 1, 2, 3, 4, 5])])
+def test_newest_stay_and_what_a_resume_needs(run_dir, batches, newest, keep, left):
+    checkpoint(run_dir, newest)
+    retire_batches(run_dir, keep)
+    assert steps_in(run_dir.batches) == left
+    assert steps_in(run_dir.train_records) == left
+    assert all((run_dir.batch(step) / "rollout.0.h5").exists() for step in left)
+
+
+def test_unfinished_deletion_is_finished(run_dir, batches, monkeypatch):
+    checkpoint(run_dir, 5)
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            discard(run_dir.batch(0))
+    assert steps_in(run_dir.batches) == [1, 2, 3, 4, 5]
+    retire_batches(run_dir, keep=5)
+    assert not (run_dir.batches / ".trash" / "step_000000").exists()
+
+
+def test_damaged_old_manifest_stops_nobody(run_dir, batches, caplog):
+    checkpoint(run_dir, 5)
+    (run_dir.batch(1) / "manifest.json").write_text("{")
+    retire_batches(run_dir, keep=None)
+    assert routes_left(run_dir) == [1]
+    assert "manifest.json: not JSON" in caplog.text
+
+
+def test_journals_go_when_every_draw_is_under_the_checkpoint(run_dir, batches, make_sample):
+    for worker, draws in (("done", [0, 3]), ("newer", [3, 4]), ("unused", [3, 77])):
+        with Journal(run_dir.journal_file(worker, 1)) as journal:
+            for draw in draws:
+                journal.append([make_sample(draw, 0)], {"kind": "rollout", "step": draw})
+    with Journal(run_dir.journal_file("present", 2)) as journal:
+        journal.append([make_sample(0, 0)], {"kind": "rollout", "step": 0})
+    assert retire_journals(run_dir, epoch=2) == []
+    checkpoint(run_dir, 3)
+    assert [path.name for path in retire_journals(run_dir, epoch=2)] == ["done.1.log"]
+    assert sorted(path.name for path in run_dir.journal.iterdir()) == ["newer.1.log", "present.2.log", "unused.1.log"]
+
+
+def test_checkpoints(run_dir):
+    for step, complete in ((1, True), (2, False), (3, True), (5, True), (7, True), (8, False)):
+        checkpoint(run_dir, step, complete)
+    assert [path.name for path in retire_checkpoints(run_dir, keep=2)] == ["step_000001", "step_000002", "step_000003"]
+    assert steps_in(run_dir.checkpoints) == [5, 7, 8]  # 8 may be in the making
