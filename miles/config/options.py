@@ -176,9 +176,9 @@ def _sglang_name(flag: str) -> str:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        message = message.removeprefix("argument ").partition("/")[0] + ":" + message.rpartition(":")[2] if "/--" in message else message
+        message = re.sub(r"^argument (--[^/:]+)[^:]*", r"\1", message)  # without its aliases
         message = message.replace("expected one argument", "expected a value after it").replace("ignored explicit argument", "takes no value, got")
-        raise ConfigError(message.removeprefix("argument "))
+        raise ConfigError(message)
 
 
 @functools.cache

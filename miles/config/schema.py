@@ -27,11 +27,38 @@ class Cluster(Section):
     placement: Placement = Field("colocate", description="how trainer and engines share the allocation")
     device: Device = Field("cpu", description="device of trainer ranks and embedded engines")
     gpus_per_node: int = Field(8, ge=1, description="accelerators of one node (device cpu: processes of one node)")
+    gpu_memory: float | None = Field(None, gt=0, description="memory of one accelerator [GiB]; known, it is held against the estimate")
     threads: int = Field(1, ge=1, description="threads of every process; pinned and recorded, since bits depend on it")
     host: str = Field("127.0.0.1", description="address that servers bind to; loopback unless told otherwise")
     port: int = Field(0, ge=0, le=65535, description="TCP port of the rollout service; 0 picks a free one")
     restarts: int = Field(3, ge=0, description="new attempts after a crash (exit 78 never restarts)")
     stop_seconds: float = Field(60.0, gt=0, description="seconds between a stop request and the kill")
+
+
+class Shape(Section):
+    """Dimensions of a model, for arithmetic before any file is read. The checkpoint's own config.json wins where it exists."""
+
+    family: str | None = Field(None, description="transformers' model_type")
+    layers: int = Field(ge=1, description="layers, without multi-token prediction [layers]")
+    hidden: int = Field(ge=1, description="width of the residual stream")
+    ffn: int = Field(ge=1, description="inner width of a dense MLP")
+    heads: int = Field(ge=1, description="query heads")
+    kv_heads: int | None = Field(None, ge=1, description="key-value heads; default: heads")
+    head_dim: int | None = Field(None, ge=1, description="width of a head; default: hidden / heads")
+    vocab: int = Field(ge=1, description="rows of the embedding [tokens]")
+    tied: bool = Field(False, description="the output layer is the embedding")
+    qkv_bias: bool = Field(False, description="query, key and value have biases")
+    qk_norm: bool = Field(False, description="query and key heads are normalised")
+    experts: int = Field(0, ge=0, description="routed experts of a MoE layer; 0: dense")
+    top_k: int = Field(0, ge=0, description="routed experts of a token")
+    expert_ffn: int = Field(0, ge=0, description="inner width of a routed expert")
+    shared_ffn: int = Field(0, ge=0, description="inner width of the shared experts together")
+    dense_layers: int = Field(0, ge=0, description="layers before the first MoE layer [layers]")
+    q_lora: int = Field(0, ge=0, description="rank of the query's compression (multi-head latent attention)")
+    kv_lora: int = Field(0, ge=0, description="rank of the key-value compression; 0: no latent attention")
+    qk_nope: int = Field(0, ge=0, description="width of a query head without position")
+    qk_rope: int = Field(0, ge=0, description="width of a query head with position")
+    v_head: int = Field(0, ge=0, description="width of a value head under latent attention")
 
 
 class Model(Section):
@@ -42,6 +69,7 @@ class Model(Section):
     build: str | None = Field(None, description="import path of a function(folder, seed) that makes hf_checkpoint when it is missing")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="dtype of the forward pass in training and rollout")
     attn_implementation: Literal["miles"] = Field("miles", description="attention kernels, through transformers' attention interface")
+    shape: Shape | None = Field(None, description="dimensions; default: from hf_checkpoint, else from configs/models by name")
     mtp_num_layers: int | None = Field(None, ge=0, description="multi-token-prediction layers [layers]")
 
 

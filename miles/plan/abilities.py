@@ -1,0 +1,120 @@
+"""What the code does today. An entry leaves this file when its feature arrives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+from miles.config.schema import RunConfig
+
+Level = Literal["error", "warning", "note"]
+Entry = tuple[Level, str, str, str]  # level, where, message, mend
+FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe")  # transformers' model_type, each with a passing test
+REWARDS = ("exact_match", "math", "reasoning_gym", "remote_rm")
+
+
+def refused(config: RunConfig) -> Iterator[Entry]:
+    """Errors: options whose feature is not there yet."""
+    cluster, model, rollout, train, algorithm = config.cluster, config.model, config.rollout, config.train, config.algorithm
+
+    def unless(works: bool, where: str, asked: object, mend: str) -> Iterator[Entry]:
+        if not works:
+            yield "error", where, f"{asked} is not there yet", mend
+
+    yield from unless(cluster.executor == "local", "cluster.executor", cluster.executor, "set cluster.executor=local")
+    yield from unless(cluster.placement == "colocate", "cluster.placement", cluster.placement, "set cluster.placement=colocate")
+    yield from unless(train.num_nodes == 1, "train.num_nodes", f"{train.num_nodes} nodes", "set train.num_nodes=1")
+    yield from unless(train.backend == "fsdp", "train.backend", train.backend, "set train.backend=fsdp")
+    parallel = train.parallel
+    for name, size in [("tensor", parallel.tensor), ("pipeline", parallel.pipeline), ("context", parallel.context), ("expert", parallel.expert)]:
+        yield from unless(size == 1, f"train.parallel.{name}", f"{name} parallelism ({size} ranks)", f"fsdp splits data only: set train.parallel.{name}=1")
+    if parallel.expert_tensor not in (None, parallel.tensor):
+        yield from unless(parallel.expert_tensor == 1, "train.parallel.expert_tensor", "expert-tensor parallelism", "set train.parallel.expert_tensor=1")
+    yield from unless(not model.mtp_num_layers, "model.mtp_num_layers", "multi-token prediction", "set model.mtp_num_layers=null")
+    yield from unless(not train.enable_mtp_training, "train.enable_mtp_training", "multi-token-prediction training", "set train.enable_mtp_training=false")
+    estimator = algorithm.advantage_estimator
+    yield from unless(estimator == "grpo", "algorithm.advantage_estimator", estimator, "set algorithm.advantage_estimator=grpo")
+    yield from unless(not algorithm.use_tis, "algorithm.use_tis", "truncated importance sampling (use_tis)", "set algorithm.use_tis=false")
+    yield from _engine(config)
+    for where, reward in (("rollout.reward", rollout.reward), ("eval.reward", config.eval.reward)):
+        kind = (reward.type or "").removeprefix("boxed_") if reward else ""
+        yield from unless(not kind or kind in REWARDS, f"{where}.type", f"reward {kind}", f"take one of {', '.join(REWARDS)}, or {where}.path")
+        if where == "rollout.reward" and reward == config.eval.reward:
+            break  # evaluation has the rollout's: one message
+
+
+def _engine(config: RunConfig) -> Iterator[Entry]:
+    rollout, cuda = config.rollout, config.cluster.device == "cuda"
+    if rollout.engine == "sglang" and not cuda:
+        yield "error", "rollout.engine", "sglang needs GPUs, and cluster.device is cpu", "set rollout.engine=embedded, or cluster.device=cuda"
+    if rollout.engine == "embedded":
+        if rollout.sglang:
+            names = ", ".join(rollout.sglang)
+            yield "error", "rollout.sglang", f"the embedded engine does not read SGLang's arguments ({names})", "set rollout.engine=sglang, or leave them out"
+        if rollout.num_gpus_per_engine > 1:
+            yield (
+                "error",
+                "rollout.num_gpus_per_engine",
+                f"an embedded engine over {rollout.num_gpus_per_engine} devices is not there yet",
+                "set rollout.num_gpus_per_engine=1",
+            )
+        if rollout.batch_invariant and (cuda or config.model.dtype != "float32"):
+            yield (
+                "error",
+                "rollout.batch_invariant",
+                f"batch-invariant kernels are there for float32 on cpu, not for {config.model.dtype} on {config.cluster.device}",
+                "set rollout.batch_invariant=false",
+            )
+    elif rollout.batch_invariant:
+        yield "error", "rollout.batch_invariant", "batch invariance with SGLang is not there yet", "set rollout.batch_invariant=false"
+
+
+def suspicious(config: RunConfig) -> Iterator[Entry]:
+    """Warnings and notes: settings that work but rarely mean what they say."""
+    rollout, algorithm, train = config.rollout, config.algorithm, config.train
+    if algorithm.use_tis and algorithm.tis_clip < 1:
+        yield (
+            "warning",
+            "algorithm.tis_clip",
+            f"a cap of {algorithm.tis_clip:g} is under 1: the weight of every on-policy token (1) is scaled down to {algorithm.tis_clip:g}",
+            "set algorithm.tis_clip to 1 or more; 2 is usual",
+        )
+    if algorithm.kl_loss_coef and not algorithm.use_kl_loss:
+        yield "warning", "algorithm.kl_loss_coef", "has no effect while algorithm.use_kl_loss is off", "set algorithm.use_kl_loss=true"
+    if config.checkpoint.ref_load and not algorithm.use_kl_loss:
+        yield "warning", "checkpoint.ref_load", "has no effect while algorithm.use_kl_loss is off", "set algorithm.use_kl_loss=true"
+    if rollout.n_samples_per_prompt == 1 and algorithm.rewards_normalization and config.num_rollout:
+        yield (
+            "warning",
+            "rollout.n_samples_per_prompt",
+            "a group of 1 minus its own mean leaves every advantage 0",
+            "set rollout.n_samples_per_prompt to 2 or more, or algorithm.rewards_normalization=false",
+        )
+    if rollout.sampling.temperature == 0 and rollout.n_samples_per_prompt > 1 and config.num_rollout:
+        yield "warning", "rollout.sampling.temperature", "greedy responses of a group are all the same", "set rollout.sampling.temperature=1"
+    longest = rollout.sampling.max_context_len
+    if longest and train.use_dynamic_batch_size and longest > train.max_tokens_per_gpu:
+        yield (
+            "warning",
+            "train.max_tokens_per_gpu",
+            f"a sequence may have {longest} tokens, over the budget of {train.max_tokens_per_gpu}",
+            f"set train.max_tokens_per_gpu={longest}",
+        )
+    if longest and rollout.engine == "embedded" and longest > rollout.kv_cache_tokens:
+        yield (
+            "error",
+            "rollout.kv_cache_tokens",
+            f"one sequence may have {longest} tokens, the cache has {rollout.kv_cache_tokens}",
+            f"set rollout.kv_cache_tokens={longest * min(8, rollout.max_running_requests)}",
+        )
+    if rollout.engine == "sglang" and any(name.startswith("speculative_") for name in rollout.sglang):
+        yield "warning", "rollout.sglang", "speculative decoding goes to SGLang as given; its draft model is not updated by training", ""
+    if config.cluster.host not in ("127.0.0.1", "localhost", "::1"):
+        yield "note", "cluster.host", f"servers listen on {config.cluster.host}; control endpoints need the run's token", ""
+    if config.cluster.device == "cpu" and train.num_gpus_per_node >= 8:
+        yield (
+            "note",
+            "cluster.device",
+            f"{train.num_gpus_per_node} trainer ranks as processes on cpu",
+            "for GPUs compose with clusters/local_gpu, or set cluster.device=cuda",
+        )

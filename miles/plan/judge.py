@@ -1,0 +1,110 @@
+"""What is wrong with a run before it starts: what it asks for and the code cannot do is refused by name, never ignored."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from miles.config.exits import ConfigError
+from miles.config.schema import RunConfig
+from miles.plan import abilities, inputs
+from miles.plan.abilities import Level
+from miles.plan.layout import Layout, misfits
+from miles.plan.memory import estimate, host_memory
+from miles.plan.model import GIB, Facts, facts
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One judgement. where: dotted path in the configuration; mend: what to set."""
+
+    level: Level
+    where: str
+    message: str
+    mend: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.message}" + (f"; {self.mend}" if self.mend else "")
+
+
+def judge(config: RunConfig, memory: int | None = None) -> list[Finding]:
+    """Findings about a resolved configuration, errors first. memory: bytes of the host, for a run on cpu; default this machine's."""
+    found: list[Finding] = []
+    try:
+        model = facts(config.model)
+    except ConfigError as error:
+        where, _, rest = str(error).partition(": ")
+        where, rest = (where, rest) if where.startswith("model.") else ("model.hf_checkpoint", str(error))
+        message, _, mend = rest.rpartition("; ")
+        found.append(Finding("error", where, message, mend))
+        model = None
+    found += _layout(config, model)
+    for check in (abilities.refused, inputs.missing, abilities.suspicious):
+        found += [Finding(*entry) for entry in check(config)]
+    found += _family(model)
+    found += _memory(config, model, host_memory() if memory is None else memory)
+    order = {"error": 0, "warning": 1, "note": 2}
+    return sorted(found, key=lambda finding: order[finding.level])
+
+
+def _layout(config: RunConfig, model: Facts | None) -> Iterator[Finding]:
+    train, rollout, shape = config.train, config.rollout, model.shape if model else None
+    layout = Layout.of(train.num_nodes, train.num_gpus_per_node, train.parallel)
+    for misfit in misfits(layout, shape):
+        yield Finding("error", f"train.parallel.{misfit.field}", misfit.message, misfit.mend)
+    if train.num_gpus_per_node > config.cluster.gpus_per_node:
+        yield Finding(
+            "error",
+            "train.num_gpus_per_node",
+            f"{train.num_gpus_per_node} ranks on a node of cluster.gpus_per_node {config.cluster.gpus_per_node}",
+            f"set train.num_gpus_per_node={config.cluster.gpus_per_node}",
+        )
+    if config.cluster.device == "cuda" and config.cluster.placement == "colocate" and rollout.num_gpus > layout.world:
+        yield Finding(
+            "error",
+            "rollout.num_gpus",
+            f"colocated engines share the trainer's {layout.world} GPUs, but ask for {rollout.num_gpus}",
+            f"set rollout.num_gpus={layout.world}",
+        )
+    if shape and shape.heads % rollout.num_gpus_per_engine:
+        yield Finding(
+            "error", "rollout.num_gpus_per_engine", f"{rollout.num_gpus_per_engine} does not divide {shape.heads} heads", "take a divisor"
+        )
+    samples = train.global_batch_size or 0
+    if layout.data and samples < layout.data:
+        yield Finding(
+            "error",
+            "train.global_batch_size",
+            f"{samples} samples a step do not reach {layout.data} data-parallel ranks",
+            f"raise rollout.batch_size, or set at most {samples} ranks",
+        )
+
+
+def _family(model: Facts | None) -> Iterator[Finding]:
+    family = model.shape.family if model else None
+    if family and family not in abilities.FAMILIES:
+        supported = ", ".join(abilities.FAMILIES)
+        yield Finding("error", "model", f"family {family} is not there yet", f"take a model of {supported}")
+
+
+def _memory(config: RunConfig, model: Facts | None, host: int) -> Iterator[Finding]:
+    if model is None:
+        yield Finding("note", "model", "dimensions unknown, so memory is not estimated", "set model.name, or hf_checkpoint to a folder that exists")
+        return
+    need = estimate(config, model.shape)
+    yield Finding("note", "model", f"weights and optimizer: {need.words} ({model.source}; activations come on top)")
+    ranks = config.train.num_nodes * config.train.num_gpus_per_node
+    if config.cluster.device == "cpu" and config.cluster.executor == "local":
+        together = need.trainer * ranks + need.engine * config.rollout.num_gpus
+        if together > host:
+            yield Finding(
+                "error",
+                "cluster.device",
+                f"trainer and engines need {together / GIB:.0f} GiB on cpu, this machine has {host / GIB:.0f} GiB",
+                "take a smaller model, or a cluster with accelerators",
+            )
+    limit = config.cluster.gpu_memory
+    if config.cluster.device == "cuda" and limit is not None and max(need.trainer, need.engine) > limit * GIB:
+        worst = max(need.trainer, need.engine) / GIB
+        fit = "train.num_nodes" if need.trainer >= need.engine else "rollout.num_gpus_per_engine"
+        yield Finding("error", "cluster.gpu_memory", f"{worst:.0f} GiB a GPU are needed, {limit:g} GiB are there", f"raise {fit}")
