@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -113,4 +114,4 @@ def _with_errno(error: OSError | RuntimeError, path: Path) -> OSError:
         return error
     found = re.search(r"errno = (\d+)", str(error))
     number = int(found.group(1)) if found else errno.EIO
-    return OSError(number, f"{error}", str(path))
+    return OSError(number, os.strerror(number) if found else " ".join(str(error).split()), str(path))

@@ -11,16 +11,16 @@ import json
 import logging
 import os
 import struct
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, overload
 
 import msgpack
 import numpy as np
 import xxhash
 
 from miles.data.sample import Sample, Status
-from miles.data.store.files import make_folder, metadata_text, plain, schema_kind, seal, sync_folder
+from miles.data.store.files import Damaged, make_folder, metadata_text, plain, schema_kind, seal, sync_folder
 
 log = logging.getLogger(__name__)
 
@@ -55,8 +55,8 @@ class Journal:
         """Size of the good part of the file."""
         return self._end
 
-    def append(self, group: Group, context: Context) -> None:
-        """Append one finished group. Disk full: the file stays as it was before, and the OSError passes."""
+    def append(self, group: Group, context: Context) -> int:
+        """Append one finished group; returns its position for read(). Disk full: the file stays as it was, and the OSError passes."""
         payload = encode_group(group, context)
         if len(payload) >= 1 << 32:
             raise ValueError(f"{self.path}: a group of {len(payload)} bytes; a journal record holds less than 4 GiB: record fewer samples a prompt, or no routes")
@@ -68,24 +68,38 @@ class Journal:
         except OSError:
             os.ftruncate(self._handle, self._end)
             raise
+        position = self._end
         self._end += HEADER.size + len(payload)
+        return position
 
-    def compact(self, keep: Callable[[Context, Group], bool]) -> None:
+    def read(self, position: int) -> tuple[Context, Group]:
+        """The (context, group) that append put at this position. Damaged when its bytes are no longer what was appended."""
+        with open(self.path, "rb") as file:
+            file.seek(position)
+            payload = _next_payload(file, self._end - position)
+        if payload is None:
+            raise Damaged(f"{self.path}: the record at byte {position} doesn't have its checksum")
+        return decode_group(payload, self.path)
+
+    def compact(self, keep: Callable[[Context, Group], bool]) -> dict[int, int]:
         """Rewrite the journal with the groups worth keeping (those not in a sealed batch yet), atomically.
 
-        Without it a journal of routes grows by tens of gigabytes a step.
+        Without it a journal of routes grows by tens of gigabytes a step. Returns {position before: position now} of those kept.
         """
+        moved: dict[int, int] = {}
 
         def write(temporary: Path) -> None:
             with open(temporary, "xb") as file:
-                for payload in _payloads(self.path):
+                for position, payload in _payloads(self.path):
                     if keep(*decode_group(payload, self.path)):
+                        moved[position] = file.tell()
                         file.write(HEADER.pack(len(payload), xxhash.xxh3_64_intdigest(payload)))
                         file.write(payload)
 
         seal(self.path, write)
         os.close(self._handle)
         self._open()
+        return moved
 
     def close(self) -> None:
         os.close(self._handle)
@@ -102,8 +116,38 @@ def read_journal(path: Path) -> Iterator[tuple[Context, Group]]:
 
     Raises ValueError for a record of another schema.
     """
-    for payload in _payloads(path):
-        yield decode_group(payload, path)
+    for _, context, group in scan_journal(path):
+        yield context, group
+
+
+def scan_journal(path: Path) -> Iterator[tuple[int, Context, Group]]:
+    """read_journal with the position of each record, for Journal.read."""
+    for position, payload in _payloads(path):
+        yield position, *decode_group(payload, path)
+
+
+class StoredSamples(Sequence[Sample]):
+    """Samples of a journal's groups as a sequence, one group in memory at a time: what write_shard and write_routes want."""
+
+    def __init__(self, journal: Journal, positions: Iterable[int]) -> None:
+        self._journal = journal
+        self._places = [(position, index) for position in positions for index in range(len(journal.read(position)[1]))]
+        self._held: tuple[int, Group] = (-1, [])
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @overload
+    def __getitem__(self, index: int) -> Sample: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Sample]: ...
+    def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
+        if isinstance(index, slice):
+            return [self[each] for each in range(*index.indices(len(self)))]
+        position, at = self._places[index]
+        if self._held[0] != position:
+            self._held = (position, self._journal.read(position)[1])
+        return self._held[1][at]
 
 
 def merge_journals(paths: Iterable[Path], keep: Callable[[Context], bool] | None = None) -> Iterator[tuple[Context, Group]]:
@@ -138,8 +182,8 @@ def journal_paths(folder: Path) -> list[Path]:
 def last_good_end(path: Path) -> int:
     """Where the last good record ends [bytes]."""
     end = 0
-    for payload in _payloads(path):
-        end += HEADER.size + len(payload)
+    for position, payload in _payloads(path):
+        end = position + HEADER.size + len(payload)
     return end
 
 
@@ -201,7 +245,7 @@ def decode_array(encoded: list[Any] | None) -> np.ndarray | None:
     return np.frombuffer(content, dtype).reshape(shape)
 
 
-def _payloads(path: Path) -> Iterator[bytes]:
+def _payloads(path: Path) -> Iterator[tuple[int, bytes]]:
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         position = 0
@@ -210,7 +254,7 @@ def _payloads(path: Path) -> Iterator[bytes]:
             if payload is None:
                 log.warning("%s: the last %d bytes are no complete record; the groups before them are kept", path, size - position)
                 return
-            yield payload
+            yield position, payload
             position += HEADER.size + len(payload)
 
 

@@ -123,7 +123,7 @@ def test_fenced_attempt_seals_nothing(run_dir):
     old = Fence(run_dir, new_epoch(run_dir))
     seal_bytes(run_dir.path / "file", b"old", old)
     new_epoch(run_dir)
-    with pytest.raises(Fenced, match="attempt 1 .* superseded by attempt 2"):
+    with pytest.raises(Fenced, match=r"attempt 1 .* superseded by attempt 2"):
         seal_bytes(run_dir.path / "file", b"too late", old)
     assert (run_dir.path / "file").read_bytes() == b"old"
 

@@ -9,7 +9,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from miles.data.sample import Sample, Status
-from miles.data.store.journal import Journal, journal_paths, last_good_end, merge_journals, read_journal
+from miles.data.store.files import Damaged
+from miles.data.store.journal import Journal, StoredSamples, journal_paths, last_good_end, merge_journals, read_journal, scan_journal
+from miles.data.store.shard import open_shard, write_shard
 
 
 def assert_same(found: Sample, expected: Sample) -> None:
@@ -155,11 +157,33 @@ def test_compact_keeps_what_is_asked_and_goes_on(tmp_path, make_sample):
         for draw in range(6):
             journal.append([make_sample(draw, 0)], {"step": draw // 2})
         before = journal.bytes
-        journal.compact(lambda context, group: context["step"] == 1 and group[0].draw != 3)
+        moved = journal.compact(lambda context, group: context["step"] == 1 and group[0].draw != 3)
+        assert list(moved.values()) == [0]
+        assert 0 < next(iter(moved)) < before
         assert journal.bytes < before
         journal.append([make_sample(9, 0)], {"step": 4})
     assert draws(path) == [2, 9]
     assert [each.name for each in tmp_path.iterdir()] == ["w.1.log"]
+
+
+def test_positions_lead_back_to_groups(tmp_path, make_sample):
+    path = tmp_path / "w.1.log"
+    with Journal(path) as journal:
+        positions = {draw: journal.append([make_sample(draw, index) for index in range(2)], {"step": draw}) for draw in (5, 3, 4)}
+        assert [(position, context["step"]) for position, context, _ in scan_journal(path)] == [(positions[draw], draw) for draw in (5, 3, 4)]
+        assert journal.read(positions[3])[0] == {"step": 3}
+        stored = StoredSamples(journal, [positions[4], positions[5]])
+        assert [(sample.draw, sample.sample) for sample in stored] == [(4, 0), (4, 1), (5, 0), (5, 1)]
+        assert [sample.draw for sample in stored[1:3]] == [4, 5]
+        write_shard(tmp_path / "rollout.0.h5", stored)
+        with open_shard(tmp_path / "rollout.0.h5") as shard:
+            for found, (draw, index) in zip(shard.samples(), [(4, 0), (4, 1), (5, 0), (5, 1)], strict=True):
+                assert_same(found, make_sample(draw, index))
+        content = bytearray(path.read_bytes())
+        content[positions[3] + 20] ^= 1
+        path.write_bytes(content)
+        with pytest.raises(Damaged, match=rf"w\.1\.log: the record at byte {positions[3]}"):
+            journal.read(positions[3])
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
