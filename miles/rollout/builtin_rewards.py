@@ -71,7 +71,8 @@ def reasoning_gym(samples: list[Sample], context: RewardContext) -> list[Score]:
 
 async def remote_rm(samples: list[Sample], context: RewardContext) -> list[Score]:
     """What a reward server answers to {prompt, response, label}, a sample a call: a number, or an object with `reward.key`."""
-    assert context.http is not None and context.options.url is not None, "checked when the run was configured"
+    assert context.http is not None, "asynchronous rewards get a client"
+    assert context.options.url is not None, "checked when the run was configured"
     return list(await asyncio.gather(*(_ask(context.http, context.options, sample) for sample in samples)))
 
 

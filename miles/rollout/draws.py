@@ -2,9 +2,9 @@
 
 A draw number is given to one prompt and never again in a run:
 
-    0 …                          warm start, step k takes [k × batch_size, (k + 1) × batch_size)
-    warm_start.steps × batch …   rollouts, in the order of the data
-    2^48 + step × rows …         evaluation after `step`
+    0 …                            rollouts, in the order of the data
+    2^40 + (step - 1) × batch …    warm start
+    2^48 + step × rows …           evaluation after `step`
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import struct
 
 import xxhash
 
-from miles.config.schema import RunConfig
-
+SFT_BASE = 1 << 40
 EVAL_BASE = 1 << 48
+SOURCES = {"sft": "warm_start", "rollout": "data", "eval": "eval"}
 
 
 def sampling_seed(run_seed: int, draw: int, sample: int, turn: int) -> int:
@@ -26,22 +26,22 @@ def sampling_seed(run_seed: int, draw: int, sample: int, turn: int) -> int:
     return xxhash.xxh3_64_intdigest(struct.pack("<QQII", run_seed % 2**64, draw, sample, turn)) >> 1
 
 
-def first_draw(config: RunConfig, kind: str, step: int, eval_rows: int = 0) -> int:
-    """The draw that a batch of this kind starts with: at a fresh start for rollouts, always for the other kinds."""
+def first_draw(kind: str, step: int, batch_size: int, rows: int) -> int:
+    """The draw that a batch starts with: of a warm start and an evaluation always, of rollouts at a fresh start.
+
+    batch_size: draws of one batch; rows: of the source.
+    """
     if kind == "sft":
-        return step * config.warm_start.batch_size
+        return SFT_BASE + (step - 1) * batch_size
     if kind == "eval":
-        return EVAL_BASE + step * eval_rows
-    return config.warm_start.steps * config.warm_start.batch_size
+        return EVAL_BASE + step * rows
+    return 0
 
 
-def number_in_source(config: RunConfig, kind: str, draw: int, eval_rows: int = 0) -> int:
+def number_in_source(kind: str, draw: int, rows: int) -> int:
     """Which draw of its source (from 0) a run-wide draw number is."""
     if kind == "sft":
-        return draw
+        return draw - SFT_BASE
     if kind == "eval":
-        return (draw - EVAL_BASE) % eval_rows
-    return draw - config.warm_start.steps * config.warm_start.batch_size
-
-
-SOURCES = {"sft": "warm_start", "rollout": "data", "eval": "eval"}
+        return (draw - EVAL_BASE) % rows
+    return draw

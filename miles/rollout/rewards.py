@@ -20,6 +20,7 @@ from miles.config.exits import TryAgain, UserError
 from miles.config.schema import Reward, RunConfig
 from miles.data.sample import Draw, Sample
 from miles.rollout.builtin_rewards import RewardContext, exact_match
+from miles.rollout.imports import load_function
 from miles.rollout.reward_pool import RewardPool, as_scored, is_async, reward_function
 
 __all__ = ["RewardContext", "Scorer"]
@@ -38,6 +39,18 @@ class Scorer:
         self._http: httpx.AsyncClient | None = None
         size = max(1, min(MAX_PROCESSES, (os.cpu_count() or 2) // 2))
         self._pool = RewardPool(options, config, section, size)
+
+    @staticmethod
+    def check(config: RunConfig) -> None:
+        """Find every function that the run names, so that a wrong name shows at the start. Raises UserError."""
+        if config.num_rollout > 0:
+            Scorer(config.rollout.reward, config, "rollout.reward")
+        if config.eval.interval is not None:
+            Scorer(config.eval.reward or config.rollout.reward, config, "eval.reward")
+        if config.rollout.filter_path is not None:
+            load_function(config.rollout.filter_path, "rollout.filter_path")
+        if config.rollout.generate_path is not None:
+            load_function(config.rollout.generate_path, "rollout.generate_path")
 
     async def score(self, draw: Draw, samples: list[Sample]) -> None:
         """Fill in reward and reward_parts of a group. Raises UserError (the function's or the user's fault) or TryAgain (a server is away)."""

@@ -65,14 +65,14 @@ class Tokenizer:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
-            rendered, _ = render_jinja_template(
+            rendered: Any = render_jinja_template(
                 conversations=[messages], **{"chat_template": self.template(), "add_generation_prompt": True, **self.special, **options}
             )
         except UserError:
             raise
         except Exception as error:  # a template may raise anything
             raise UserError(f"{self.folder}: the chat template refuses a prompt: {type(error).__name__}: {' '.join(str(error).split())}") from error
-        return str(rendered[0])
+        return str(rendered[0][0])
 
     def template(self) -> str:
         """The chat template: chat_template.jinja, or the one in tokenizer_config.json."""

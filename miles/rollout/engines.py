@@ -1,0 +1,96 @@
+"""The engines of one worker: requests go to the least busy one, samples of a group in one HTTP call, hiccups are retried."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from miles.config.exits import TryAgain, UserError
+from miles.engine.client import EngineClient, EngineError
+
+TRIES = 4
+PAUSE_SECONDS = 0.25
+
+
+class Engines:
+    """`generate` of single samples, coalesced: what a group asks for in one turn of the event loop is one call to one engine."""
+
+    def __init__(self, clients: list[EngineClient], **fields: Any) -> None:
+        """fields: go into every /generate body (such as return_routed_experts)."""
+        self._clients = clients
+        self._fields = fields
+        self._busy = [0] * len(clients)
+        self._waiting: dict[int, list[tuple[list[int], dict[str, Any], asyncio.Future[Any]]]] = {}
+        self._calls: set[asyncio.Task[None]] = set()
+
+    async def generate(self, group: int, input_ids: list[int], sampling_params: dict[str, Any]) -> dict[str, Any]:
+        """SGLang's reply to one prompt i32 [L], with log-probs, and the address that gave it under "engine".
+
+        Raises UserError for what the engine refuses (400), TryAgain when it stays away.
+        """
+        future: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
+        waiting = self._waiting.setdefault(group, [])
+        waiting.append((input_ids, sampling_params, future))
+        if len(waiting) == 1:
+            asyncio.get_running_loop().call_soon(self._flush, group)
+        return await future
+
+    def _flush(self, group: int) -> None:
+        task = asyncio.ensure_future(self._call(self._waiting.pop(group)))
+        self._calls.add(task)
+        task.add_done_callback(self._calls.discard)
+
+    async def _call(self, waiting: list[tuple[list[int], dict[str, Any], asyncio.Future[Any]]]) -> None:
+        try:
+            replies = await self._send([ids for ids, _, _ in waiting], [params for _, params, _ in waiting])
+        except BaseException as error:
+            for _, _, future in waiting:
+                if not future.done():
+                    future.set_exception(error)
+            if not isinstance(error, Exception):
+                raise
+            return
+        for (_, _, future), reply in zip(waiting, replies, strict=True):
+            if not future.done():
+                future.set_result(reply)
+
+    async def _send(self, ids: list[list[int]], params: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        body = {"input_ids": ids, "sampling_params": params, "return_logprob": True, **self._fields}
+        for again in range(TRIES):
+            index = min(range(len(self._clients)), key=lambda i: (self._busy[i], i))
+            client = self._clients[index]
+            self._busy[index] += len(ids)
+            try:
+                replies = await client.generate(body)
+                why = next((_abort(reply) for reply in replies if _abort(reply)), None)
+                if why is None:
+                    return [{**reply, "engine": client.url} for reply in replies]
+            except EngineError as error:
+                if 400 <= error.status < 500:
+                    raise UserError(f"the engine refuses a request: {error.message}") from error
+                why = str(error)
+            finally:
+                self._busy[index] -= len(ids)
+            if again + 1 < TRIES:
+                await asyncio.sleep(PAUSE_SECONDS * 2**again)
+        raise TryAgain(f"engine {client.url} failed {TRIES} times: {why}")
+
+    async def describe(self) -> list[dict[str, Any]]:
+        """What a manifest records of each engine: address, version, kernels."""
+        told = []
+        for client in self._clients:
+            info = await client.server_info()
+            names = ("version", "engine", "attention_backend", "sampling_backend", "dtype", "batch_invariant", "device", "enable_deterministic_inference")
+            told.append({"address": client.url, **{name: info[name] for name in names if info.get(name) is not None}})
+        return told
+
+    async def close(self) -> None:
+        """Close connections."""
+        for client in self._clients:
+            await client.close()
+
+
+def _abort(reply: dict[str, Any]) -> str | None:
+    """Why the engine gave up on a request, None when it ended by itself."""
+    reason = reply["meta_info"].get("finish_reason") or {}
+    return str(reason.get("message") or "aborted") if reason.get("type") == "abort" else None

@@ -1,0 +1,154 @@
+"""One batch in the making: which draws it asks for, which came back, which are in. A state machine without clock or network.
+
+Draws are asked for in rounds. A round is judged only when all its groups are finished, and groups are accepted in draw order, so
+the batch does not depend on who was fast. Kept groups beyond what the batch needs are dropped as "surplus", on record.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from miles.config.exits import UserError
+
+Kind = Literal["rollout", "sft", "eval"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the trainer asks for."""
+
+    kind: Kind
+    step: int
+    weight_version: int = 0
+    weight_checksum: str = ""
+    next_draw: int | None = None
+    parent_checkpoint: str | None = None
+
+    @classmethod
+    def parse(cls, fields: dict[str, Any]) -> Job:
+        """From a request; unknown keys are ignored. A warm start does not depend on weights, and only rollouts go on from a draw."""
+        known = {name: fields[name] for name in cls.__dataclass_fields__ if fields.get(name) is not None}
+        if known["kind"] == "sft":
+            known |= {"weight_version": 0, "weight_checksum": ""}
+        if known["kind"] != "rollout":
+            known.pop("next_draw", None)
+        return cls(**known)
+
+    def lineage(self) -> dict[str, Any]:
+        """What worker and journal know it by."""
+        return {"kind": self.kind, "step": self.step, "weight_version": self.weight_version, "weight_checksum": self.weight_checksum}
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A worker's word about one group. `dropped`: why a filter does not want it."""
+
+    draw: int
+    worker: int
+    samples: int
+    tokens: int
+    reward_mean: float | None
+    dropped: str | None
+
+
+@dataclass
+class ShardReport:
+    """A worker's sealed part: the manifest's entries, and per sequence (in the shard's order) draw, sample and length [tokens]."""
+
+    shard: dict[str, Any]
+    routes: dict[str, Any] | None
+    draws: list[int]
+    samples: list[int]
+    lengths: list[int]
+    engines: list[dict[str, Any]] = field(default_factory=list)
+    tokenizer_hash: str = ""
+
+
+class BatchJob:
+    """A batch of `needed` groups from draw `first` on, asked for in rounds of `round_size` draws (later rounds: `again`).
+
+    data_rows: rows of the source; a filter that drops all of them ends the run.
+    """
+
+    def __init__(self, job: Job, first: int, needed: int, again: int, data_rows: int) -> None:
+        assert needed >= 1, "a batch has groups"
+        assert again >= 1, "a round has draws"
+        self.job = job
+        self.first = first
+        self.needed = needed
+        self.again = again
+        self.data_rows = data_rows
+        self.next_draw = first
+        self.pending: deque[int] = deque()
+        self.handed: dict[int, int] = {}
+        self.finished: dict[int, Finished] = {}
+        self.orders: dict[int, list[int]] = {}
+        self.given: set[int] = set()
+        self.shards: dict[int, ShardReport] = {}
+        self._ask(max(needed, again))
+
+    def _ask(self, count: int) -> None:
+        self.pending.extend(range(self.next_draw, self.next_draw + count))
+        self.next_draw += count
+
+    def take(self, worker: int, most: int) -> list[int]:
+        """Up to `most` draws for a worker, in order."""
+        taken = [self.pending.popleft() for _ in range(min(most, len(self.pending)))]
+        self.handed.update(dict.fromkeys(taken, worker))
+        return taken
+
+    def finish(self, group: Finished) -> None:
+        """Record a finished group; judges the round when it was the last. Raises UserError when a filter leaves nothing."""
+        if self.handed.get(group.draw) != group.worker or group.draw in self.finished:
+            return  # told already
+        self.finished[group.draw] = group
+        if len(self.finished) < self.next_draw - self.first:
+            return
+        kept = self.kept()
+        if len(kept) >= self.needed:
+            for draw in kept[: self.needed]:
+                self.orders.setdefault(self.finished[draw].worker, []).append(draw)
+            return
+        if not kept and len(self.finished) >= max(self.data_rows, 4 * self.needed):
+            reasons = sorted({str(f.dropped) for f in self.finished.values()})
+            raise UserError(
+                f"rollout.filter_path: step {self.job.step}: the filter dropped all of {len(self.finished)} groups "
+                f"({', '.join(reasons)[:200]}); loosen it, or take prompts of another difficulty"
+            )
+        self._ask(self.again)
+
+    def kept(self) -> list[int]:
+        """Draws that no filter dropped, ascending."""
+        return sorted(draw for draw, group in self.finished.items() if group.dropped is None)
+
+    def order_for(self, worker: int) -> list[int] | None:
+        """The draws that a worker should seal, once."""
+        if worker in self.orders and worker not in self.given:
+            self.given.add(worker)
+            return self.orders[worker]
+        return None
+
+    @property
+    def complete(self) -> bool:
+        """Whether every part is sealed."""
+        return bool(self.orders) and self.shards.keys() == self.orders.keys()
+
+    def dropped(self) -> list[dict[str, Any]]:
+        """{draw, why} of every consumed draw that is not in the batch."""
+        taken = {draw for draws in self.orders.values() for draw in draws}
+        return [{"draw": draw, "why": group.dropped or "surplus"} for draw, group in sorted(self.finished.items()) if draw not in taken]
+
+    def progress(self) -> dict[str, Any]:
+        """For the display."""
+        groups = list(self.finished.values())
+        rewards = [group.reward_mean for group in groups if group.reward_mean is not None]
+        return {
+            "kind": self.job.kind,
+            "step": self.job.step,
+            "groups_done": len(groups),
+            "groups_total": self.next_draw - self.first,
+            "tokens": sum(group.tokens for group in groups),
+            "reward_mean": sum(rewards) / len(rewards) if rewards else None,
+        }

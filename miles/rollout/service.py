@@ -1,0 +1,297 @@
+"""The rollout service: hands out draws, judges rounds, composes manifests. It holds no tensors and drives nobody.
+
+Its state is one integer, the next draw, and that is in the manifest of the last batch: a service that dies is started anew and
+asked again. Routes and authentication are in service_http; this is what they call.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+from miles.config.exits import AGAIN, OK, WRONG, TryAgain, UserError
+from miles.config.schema import RunConfig
+from miles.data.prompts import PromptSet
+from miles.data.store.epoch import Fence, Fenced
+from miles.data.store.manifest import NAME as MANIFEST
+from miles.data.store.manifest import Manifest, find_batch, read_manifest, seal_manifest, set_aside
+from miles.data.store.run_dir import RunDir, newest_complete_checkpoint, step_name
+from miles.rollout.compose import compose
+from miles.rollout.draws import SOURCES, first_draw, number_in_source
+from miles.rollout.jobs import BatchJob, Finished, Job, ShardReport
+
+log = logging.getLogger(__name__)
+
+BATCH_WAIT_SECONDS = 5.0
+WORK_WAIT_SECONDS = 1.0
+FAILED = 1  # a bug: files are kept, nothing is tried again
+SUPERVISED_AT_ONCE = 1024  # draws of a warm start cost the worker next to nothing
+
+
+class Ended(Exception):
+    """The attempt is over: `code` says how (OK, AGAIN, WRONG)."""
+
+    def __init__(self, code: int, message: str) -> None:
+        super().__init__(message)
+        self.code, self.message = code, message
+
+
+class RolloutService:
+    """State of the service in one attempt. All methods run in one event loop."""
+
+    def __init__(self, config: RunConfig, run_dir: RunDir, epoch: int, prompts: dict[str, PromptSet], silence: float = 60.0) -> None:
+        """silence: seconds without a word from a role that has a heartbeat, after which the attempt is given up."""
+        self.config, self.run_dir, self.epoch, self.prompts, self.silence = config, run_dir, epoch, prompts, silence
+        self.fence = Fence(run_dir, epoch)
+        complete = newest_complete_checkpoint(run_dir)
+        self.parent_checkpoint = None if complete is None else step_name(complete)
+        self.jobs: dict[tuple[str, int], BatchJob] = {}
+        self.sealed: dict[tuple[str, int], tuple[Job, Manifest]] = {}
+        self.peers: list[dict[str, Any]] = []
+        self.values: dict[str, Any] = {}
+        self.heard: dict[tuple[str, int], float] = {}
+        self.told: set[int] = set()
+        self.announced: dict[str, Any] = {}
+        self.stop = False
+        self.end: Ended | None = None
+        self._wake = asyncio.Event()
+        self._asked: tuple[tuple[str, int], float] | None = None  # the batch that the trainer waits for, and since when
+
+    # Waiting.
+
+    def changed(self) -> None:
+        """Wake everybody who waits."""
+        self._wake.set()
+        self._wake = asyncio.Event()
+
+    async def until(self, ready: Callable[[], Any], seconds: float) -> Any:
+        """The first true value of ready(), or its last value after so many seconds; Ended cuts it short."""
+        deadline = time.monotonic() + seconds
+        while not (value := ready()):
+            self.check()
+            left = deadline - time.monotonic()
+            if left <= 0:
+                break
+            try:
+                await asyncio.wait_for(self._wake.wait(), left)
+            except TimeoutError:
+                continue
+        return value
+
+    def check(self) -> None:
+        """Raise Ended when the attempt is over."""
+        if self.end is not None:
+            raise self.end
+
+    def finish(self, code: int, message: str) -> None:
+        """End the attempt for everybody; the first reason stays."""
+        if self.end is None:
+            self.end = Ended(code, message)
+            if code != OK:
+                log.error("%s", message)
+        self.changed()
+
+    # Processes.
+
+    def register(self, role: str, rank: int, **facts: Any) -> None:
+        """A process is here; a later word of the same process replaces the earlier one."""
+        self.peers = [peer for peer in self.peers if (peer["role"], peer["rank"]) != (role, rank)]
+        self.peers.append({"role": role, "rank": rank, **facts})
+        self.changed()
+
+    def of_role(self, role: str, count: int) -> list[dict[str, Any]]:
+        """Its processes by rank, once there are `count` of them; else none."""
+        found = sorted((peer for peer in self.peers if peer["role"] == role), key=lambda peer: peer["rank"])
+        return found if len(found) >= count else []
+
+    def heartbeat(self, role: str, rank: int) -> None:
+        """Note a sign of life."""
+        self.heard[role, rank] = time.monotonic()
+
+    def watch_silence(self) -> None:
+        """End the attempt when a role has gone silent."""
+        for (role, rank), last in self.heard.items():
+            if time.monotonic() - last > self.silence:
+                self.finish(AGAIN, f"{role} {rank} was silent for {self.silence:g} s")
+
+    # Batches.
+
+    async def batch(self, job: Job) -> Manifest | None:
+        """The sealed batch of a job (made before, or now), or None after some seconds while it is being made. Raises Ended."""
+        self.check()
+        key = job.kind, job.step
+        if (manifest := self._ready(job)) is not None:
+            self._prefetch(job, manifest)
+            return manifest
+        batch = self.jobs.get(key)
+        if batch is None or batch.job.lineage() != job.lineage() or (job.next_draw is not None and job.next_draw != batch.first):
+            found = self._recorded(job)
+            if found is not None:
+                self.sealed[key] = job, found
+                self._prefetch(job, found)
+                return found
+            self.jobs[key] = self._begin(job)
+            self.changed()
+        if self._asked is None or self._asked[0] != key:
+            self._asked = key, time.monotonic()
+        manifest = await self.until(lambda: self._ready(job), BATCH_WAIT_SECONDS)
+        if manifest is not None:
+            self._asked = None
+            self._prefetch(job, manifest)
+        return manifest
+
+    def _ready(self, job: Job) -> Manifest | None:
+        made = self.sealed.get((job.kind, job.step))
+        if made is None or made[0].lineage() != job.lineage():
+            return None
+        return made[1] if job.next_draw is None or _first(made[1]) == job.next_draw else None
+
+    def _recorded(self, job: Job) -> Manifest | None:
+        """The batch on disk, if it is of this lineage and of these draws; any other is set aside."""
+        manifest = find_batch(self.run_dir, job.step, job.kind, job.weight_checksum, fence=self.fence)
+        if manifest is None:
+            return None
+        first = self._first_draw(job)
+        if manifest.draws and _first(manifest) != first:
+            aside = set_aside(self.run_dir.batch_of(job.kind, job.step), str(manifest.epoch), self.fence)
+            log.warning("step %d: the recorded %s batch begins with draw %d, not %d; set aside as %s", job.step, job.kind, _first(manifest), first, aside)
+            return None
+        return manifest
+
+    def _rows(self, kind: str) -> int:
+        prompts = self.prompts.get(SOURCES[kind])
+        if prompts is None:
+            raise UserError(f"{SOURCES[kind]}: no prompts, but a batch of kind {kind} was asked for; set {SOURCES[kind]}.prompt_data")
+        return len(prompts)
+
+    def _first_draw(self, job: Job) -> int:
+        """Where the batch's draws begin: as asked, else after the batch before it."""
+        if job.next_draw is not None:
+            return job.next_draw
+        if job.kind == "rollout" and job.step > self.config.warm_start.steps + 1:
+            before = self.run_dir.batch(job.step - 1) / MANIFEST
+            if not before.exists():
+                raise UserError(f"{before}: missing, so the next draw is unknown; resume from an older checkpoint, or restore the file")
+            return read_manifest(before).next_draw
+        return first_draw(job.kind, job.step, self._needed(job.kind), self._rows(job.kind))
+
+    def _needed(self, kind: str) -> int:
+        """Groups of a batch."""
+        if kind == "eval":
+            return self._rows(kind)
+        return self.config.warm_start.batch_size if kind == "sft" else self.config.rollout.batch_size
+
+    def _begin(self, job: Job) -> BatchJob:
+        config, needed = self.config.rollout, self._needed(job.kind)
+        filtered = job.kind == "rollout" and config.filter_path is not None
+        again = (config.over_sampling_batch_size or needed) if filtered else needed
+        return BatchJob(job, self._first_draw(job), needed, again, self._rows(job.kind))
+
+    def _prefetch(self, job: Job, manifest: Manifest) -> None:
+        """Make the next warm-start batch while the trainer works on this one: it depends on no weights."""
+        following = job.step + 1
+        if job.kind != "sft" or following > self.config.warm_start.steps:
+            return
+        key = "sft", following
+        if key in self.jobs or key in self.sealed or (self.run_dir.batch(following) / MANIFEST).exists():
+            return
+        self.jobs[key] = self._begin(Job("sft", following))
+        self.changed()
+
+    def _seal(self, key: tuple[str, int]) -> None:
+        batch = self.jobs.pop(key)
+        manifest = compose(batch, self.config, self.run_dir.run_id(), self.epoch, self.parent_checkpoint)
+        seal_manifest(self.run_dir.batch_of(*key), manifest, self.fence)
+        self.sealed = {k: v for k, v in self.sealed.items() if k[1] >= key[1] - 2}
+        self.sealed[key] = batch.job, manifest
+
+    # Workers.
+
+    async def work(self, report: dict[str, Any]) -> dict[str, Any]:
+        """Take a worker's report, give it what to do next; waits a little when there is nothing. Raises Ended."""
+        worker = int(report["worker"])
+        self.heartbeat("worker", worker)
+        try:
+            self._take(worker, report)
+            answer = await self.until(lambda: self._give(worker, int(report.get("idle", 0))), float(report.get("wait", WORK_WAIT_SECONDS)))
+        except Ended as end:
+            self.told.add(worker)
+            if end.code != OK:
+                raise
+            return {"draws": [], "seal": [], "stop": True}
+        return answer or {"draws": [], "seal": [], "stop": False}
+
+    def _take(self, worker: int, report: dict[str, Any]) -> None:
+        failed = report.get("failed")
+        if failed:
+            self.finish(WRONG if failed["user_fault"] else AGAIN if failed.get("again", True) else FAILED, failed["message"])
+        self.check()
+        for group in report.get("finished", ()):
+            batch = self.jobs.get((group["kind"], group["step"]))
+            if batch is not None:
+                batch.finish(Finished(group["draw"], worker, group["samples"], group["tokens"], group["reward_mean"], group["dropped"]))
+        for part in report.get("sealed", ()):
+            key = part["job"]["kind"], part["job"]["step"]
+            batch = self.jobs.get(key)
+            if batch is not None and batch.job.lineage() == part["job"]:
+                batch.shards[worker] = ShardReport(**part["shard"])
+                if batch.complete:
+                    self._seal(key)
+        if report.get("finished") or report.get("sealed"):
+            self.changed()
+
+    def _give(self, worker: int, idle: int) -> dict[str, Any] | None:
+        """Seal orders and draws for a worker with `idle` free places for samples; None when there is neither."""
+        seals, draws = [], []
+        for batch in list(self.jobs.values()):
+            order = batch.order_for(worker)
+            if order is not None:
+                seals.append({"job": batch.job.lineage(), "draws": order})
+            each = {"rollout": self.config.rollout.n_samples_per_prompt, "eval": self.config.eval.n_samples_per_prompt, "sft": 1}[batch.job.kind]
+            most = SUPERVISED_AT_ONCE if batch.job.kind == "sft" else idle // each
+            taken = batch.take(worker, most)
+            if batch.job.kind != "sft":
+                idle -= len(taken) * each
+            if taken:
+                draws.append({"job": batch.job.lineage(), "draws": [self._draw(batch.job.kind, draw) for draw in taken]})
+        return {"draws": draws, "seal": seals, "stop": False} if seals or draws else None
+
+    def _draw(self, kind: str, draw: int) -> dict[str, Any]:
+        prompts = self.prompts[SOURCES[kind]]
+        return vars(prompts.draw(number_in_source(kind, draw, len(prompts)), draw))
+
+    # What a person sees.
+
+    def status(self) -> dict[str, Any]:
+        """Everything that the progress display and `miles-submit status` show."""
+        total = self.config.warm_start.steps + self.config.num_rollout
+        told: dict[str, Any] = {"run": self.config.name, "epoch": self.epoch, "total_steps": total, "stop": self.stop}
+        told |= self.announced
+        batch = self.jobs.get(self._asked[0]) if self._asked else None
+        if self._asked and batch is not None:
+            progress = batch.progress()
+            told |= {**progress, "phase": "generate", "tokens_per_second": progress["tokens"] / max(1e-3, time.monotonic() - self._asked[1])}
+        if self.end is not None:
+            told |= {"phase": "finished" if self.end.code == OK else "failed", "message": self.end.message}
+        now = time.monotonic()
+        told["roles"] = [{"role": role, "rank": rank, "silent_seconds": round(now - last, 1)} for (role, rank), last in sorted(self.heard.items())]
+        return told
+
+
+def as_end(error: BaseException) -> Ended | None:
+    """How an exception ends the attempt; None for a bug."""
+    if isinstance(error, Ended):
+        return error
+    if isinstance(error, UserError):
+        return Ended(WRONG, str(error))
+    if isinstance(error, TryAgain | Fenced):
+        return Ended(AGAIN, str(error))
+    return None
+
+
+def _first(manifest: Manifest) -> int:
+    """Lowest draw that a batch consumed."""
+    return min([*manifest.draws, *(each.draw for each in manifest.dropped)])

@@ -1,0 +1,81 @@
+"""The rollout worker's process: finds the model's folder and its engines through the service, then works."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import httpx
+import orjson
+
+from miles.config.exits import TryAgain, UserError
+from miles.data.store.epoch import Fence
+from miles.data.store.files import Damaged
+from miles.data.store.retention import retire_journals
+from miles.data.store.run_dir import RunDir
+from miles.engine.client import EngineClient
+from miles.rollout.engines import Engines
+from miles.rollout.rewards import Scorer
+from miles.rollout.tokenizer import Tokenizer
+from miles.rollout.worker import Worker
+from miles.run.coordinator import Coordinator
+from miles.run.role import Role, load_run, main
+
+
+def caller(role: Role, http: httpx.AsyncClient) -> Callable[[dict[str, Any]], Coroutine[Any, Any, dict[str, Any]]]:
+    """POST /work as a function. Raises TryAgain (service lost, fenced, given up), UserError (somebody's mistake)."""
+
+    async def call(report: dict[str, Any]) -> dict[str, Any]:
+        try:
+            reply = await http.post("/work", content=orjson.dumps({**report, "epoch": role.epoch}))
+        except httpx.TransportError as error:
+            raise TryAgain(f"the rollout service at {role.service} is lost ({type(error).__name__} {error})") from error
+        body = orjson.loads(reply.content) if reply.headers.get("content-type") == "application/json" else {}
+        if reply.status_code == 409:
+            raise TryAgain(body.get("message") or body["error"])
+        if reply.status_code == 422:
+            raise UserError(body["error"])
+        if reply.status_code != 200:
+            raise RuntimeError(f"rollout service: POST /work answered {reply.status_code}: {reply.text[:500]}")
+        return dict(body)
+
+    return call
+
+
+def work(role: Role) -> None:
+    """Body of the role."""
+    config, run_dir = load_run(role.run_dir), RunDir(role.run_dir)
+    service = Coordinator(role)
+    service.register(pid=os.getpid(), host=socket.gethostname())
+    service.keep_alive()
+    Scorer.check(config)
+    if role.rank == 0:
+        _tidy_journals(run_dir, role)
+    tokenizer = Tokenizer(service.lookup("model"))
+
+    async def engines() -> Engines:
+        count = config.rollout.num_gpus // config.rollout.num_gpus_per_engine
+        found = await asyncio.to_thread(service.peers, "engine", count)
+        fields = {"return_routed_experts": True} if config.rollout.return_routed_experts else {}
+        return Engines([EngineClient(peer["url"], role.token) for peer in found], **fields)
+
+    async def body() -> None:
+        headers = {"Authorization": f"Bearer {role.token}", "Content-Type": "application/json"}
+        async with httpx.AsyncClient(base_url=role.service, headers=headers, timeout=60.0, trust_env=False) as http:
+            await Worker(config, run_dir, role.rank, role.epoch, caller(role, http), tokenizer, engines).run()
+
+    asyncio.run(body())
+
+
+def _tidy_journals(run_dir: RunDir, role: Role) -> None:
+    try:
+        retire_journals(run_dir, role.epoch, Fence(run_dir, role.epoch))
+    except Damaged as error:
+        print(f"worker: old journals are kept: {error}", flush=True)
+
+
+if __name__ == "__main__":
+    main("worker", work)
