@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
+from miles.cli.check import summary
 from miles.cli.inputs import configuration, existing_run
 from miles.cli.progress import Progress
 from miles.config.compose import dump_config, load_config
@@ -14,7 +15,8 @@ from miles.config.exits import OK, UserError
 from miles.config.schema import RunConfig
 from miles.data.store.files import seal_bytes
 from miles.data.store.run_dir import RunDir, write_plan
-from miles.plan.judge import judge, planned
+from miles.plan.judge import judge
+from miles.plan.tier import guarantee
 from miles.report.build import build_report
 from miles.report.refresh import Refresher
 from miles.slurm.launch import launch
@@ -37,7 +39,7 @@ def run(words: list[str], run_dir: Path | None) -> int:
         raise UserError(f"{folder.path}: not empty, and not a run; choose another --run-dir")
     folder.path.mkdir(parents=True, exist_ok=True)
     seal_bytes(folder.run_yaml, dump_config(config).encode())
-    write_plan(folder, planned(config))
+    write_plan(folder, {"summary": dict(summary(config)), "guarantee": guarantee(config).name})
 
     progress = Progress()
     refresher = Refresher(folder.path)

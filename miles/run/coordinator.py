@@ -57,7 +57,7 @@ class Coordinator:
         while True:
             code, body = self.call("GET", "/peers", params={"role": role, "count": count, "wait": 20})
             if code == 200:
-                return list(body["peers"] if isinstance(body, dict) else body)
+                return list(body)
 
     def publish(self, key: str, value: Any) -> None:
         """Leave a value for the others (a port, a folder)."""
@@ -74,10 +74,10 @@ class Coordinator:
         """Wait for a sealed batch; returns the manifest's path. Raises StopRequested."""
         while True:
             code, body = self.call("POST", "/batch", {"job": job, "epoch": self.role.epoch})
+            if body.get("stop"):
+                raise StopRequested  # a batch that is sealed already is used when the run goes on
             if code == 200:
                 return str(body["manifest"])
-            if body.get("stop"):
-                raise StopRequested
 
     def announce(self, **what: Any) -> bool:
         """Say what the trainer does (for `status`); returns whether a stop was asked for."""

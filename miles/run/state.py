@@ -31,8 +31,6 @@ from miles.training.checkpoint import newest_good
 from miles.training.distributed import Ranks, open_store, start_ranks, stop_ranks
 from miles.training.fsdp import FsdpTrainer
 
-BUCKET_BYTES = 512 * 1024**2
-
 
 class Run:
     """One rank's run between two steps: `trained` steps are behind it, `next_draw` is the first prompt draw not handed out."""
