@@ -1,0 +1,161 @@
+"""Checkpoint folders: complete or absent, verified before use, the newest ones kept.
+
+    step_000010/model/        distributed checkpoint of the weights, Hugging Face parameter names
+    step_000010/optimizer/    distributed checkpoint of AdamW's states: exp_avg.<name>, exp_avg_sq.<name>, step.<name>
+    step_000010/rng/rank_00000.safetensors
+    step_000010/state.json    step, phase, schedule, progress of the run, lineage
+    step_000010/COMPLETE      JSON: name, bytes and xxh3 of every other file; written last
+
+A checkpoint grows under a temporary name and is renamed when COMPLETE is in it, so that a folder called step_NNNNNN is a finished
+one. One without COMPLETE, or whose files differ from it, is passed over.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from miles.data.store.epoch import Fence
+from miles.data.store.files import Damaged, checksum, make_folder, read_json, schema_kind, seal_json, sync_folder, verify
+from miles.data.store.run_dir import COMPLETE, step_name, steps_in
+from miles.training.distributed import Ranks
+
+SCHEMA = "miles.checkpoint/1"
+STATE = "state.json"
+ASIDE = ".aside"
+
+
+def write_checkpoint(
+    checkpoints: Path, step: int, ranks: Ranks, write: Callable[[Path], None], state: dict[str, Any], fence: Fence | None = None
+) -> Path:
+    """Write one checkpoint; returns its folder. Collective.
+
+    write(folder): every rank writes its files there, in any subfolders, and has synced them. state: content of state.json.
+    An older folder of the same step is replaced at the end, in one rename after another.
+    """
+    target = checkpoints / step_name(step)
+    if fence is not None:
+        fence.check()
+    draft = (checkpoints if fence is None else fence.staging) / f".{step_name(step)}.tmp"
+    if ranks.rank == 0:
+        make_folder(checkpoints)
+        if draft.exists():
+            shutil.rmtree(draft)
+        draft.mkdir()
+        seal_json(draft / STATE, {"schema": SCHEMA, **state})
+    ranks.barrier()
+    write(draft)
+    ranks.barrier()
+    # Files are divided over the ranks: no rank reads a whole checkpoint back.
+    names = ranks.broadcast_json(_files(draft) if ranks.rank == 0 else None)
+    own = [_entry(draft, name) for name in names[ranks.rank :: ranks.world_size]]
+    entries = sorted((entry for part in ranks.gather_json(own) for entry in part), key=lambda entry: entry["name"])
+    if ranks.rank == 0:
+        for folder in {(draft / name).parent for name in names}:
+            sync_folder(folder)
+        seal_json(draft / COMPLETE, {"schema": SCHEMA, "step": step, "files": entries})
+        if fence is not None:
+            fence.check()
+        old = None
+        if target.exists():
+            old = _free_name(target)
+            os.rename(target, old)
+        os.rename(draft, target)
+        sync_folder(checkpoints)
+        if old is not None:
+            shutil.rmtree(old)
+    ranks.barrier()
+    return target
+
+
+def verify_checkpoint(folder: Path) -> dict[str, Any]:
+    """Compare every file with COMPLETE; returns state.json. Damaged says in one line what is wrong."""
+    mark = folder / COMPLETE
+    if not mark.is_file():
+        raise Damaged(f"{folder}: unfinished ({COMPLETE} is missing)")
+    listing = read_json(mark)
+    if not isinstance(listing, dict):
+        raise Damaged(f"{mark}: an object expected")
+    schema_kind(listing.get("schema"), SCHEMA, mark)
+    try:
+        files = [(str(entry["name"]), int(entry["bytes"]), str(entry["xxh3"])) for entry in listing["files"]]
+    except (KeyError, TypeError, ValueError) as error:
+        raise Damaged(f"{mark}: a list of files with name, bytes and xxh3 expected ({type(error).__name__}: {error})") from None
+    for name, size, digest in files:
+        verify(folder / name, size, digest)
+    if STATE not in {name for name, _, _ in files}:
+        raise Damaged(f"{mark}: names no {STATE}")
+    return read_state(folder)
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """state.json of a checkpoint. Another kind or major version is refused by name."""
+    state = read_json(folder / STATE)
+    if not isinstance(state, dict):
+        raise Damaged(f"{folder / STATE}: an object expected")
+    schema_kind(state.get("schema"), SCHEMA, folder / STATE)
+    return state
+
+
+def newest_good(checkpoints: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint whose every file is as it was sealed, and one line about each newer one that was passed over.
+
+    Called by one rank. A checkpoint of another major version of the format is not passed over: ValueError names it.
+    """
+    said: list[str] = []
+    for step in reversed(steps_in(checkpoints)):
+        folder = checkpoints / step_name(step)
+        try:
+            verify_checkpoint(folder)
+            return folder, said
+        except Damaged as error:
+            said.append(f"checkpoint passed over: {error}")
+    return None, said
+
+
+def retain(checkpoints: Path, keep: int) -> list[Path]:
+    """Delete complete checkpoints but the newest `keep`; returns what was deleted. Called by one rank.
+
+    Nothing is deleted unless a good one stays: the newest is verified first, and while it is damaged all others are kept.
+    Unfinished and set-aside folders are not touched.
+    """
+    assert keep >= 1, "at least one checkpoint is kept"
+    complete = [step for step in steps_in(checkpoints) if (checkpoints / step_name(step) / COMPLETE).is_file()]
+    old = complete[:-keep]
+    if not old:
+        return []
+    try:
+        verify_checkpoint(checkpoints / step_name(complete[-1]))
+    except Damaged:
+        return []
+    deleted = []
+    for step in old:
+        folder = checkpoints / step_name(step)
+        # COMPLETE goes first: a crash in the middle leaves a folder that says of itself that it is unfinished.
+        (folder / COMPLETE).unlink()
+        sync_folder(folder)
+        shutil.rmtree(folder)
+        deleted.append(folder)
+    return deleted
+
+
+def _files(folder: Path) -> list[str]:
+    """Files below a folder, as relative names with slashes."""
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def _entry(folder: Path, name: str) -> dict[str, Any]:
+    path = folder / name
+    return {"name": name, "bytes": path.stat().st_size, "xxh3": checksum(path)}
+
+
+def _free_name(target: Path) -> Path:
+    aside = target.with_name(f"{target.name}{ASIDE}")
+    count = 1
+    while aside.exists():
+        count += 1
+        aside = target.with_name(f"{target.name}{ASIDE}.{count}")
+    return aside
