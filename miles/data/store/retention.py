@@ -10,7 +10,7 @@ from miles.data.store.epoch import Fence
 from miles.data.store.files import Damaged, make_folder
 from miles.data.store.journal import journal_paths, read_journal
 from miles.data.store.manifest import NAME, read_manifest
-from miles.data.store.run_dir import COMPLETE, RunDir, newest_complete_checkpoint, steps_in
+from miles.data.store.run_dir import RunDir, newest_complete_checkpoint, steps_in
 
 log = logging.getLogger(__name__)
 
@@ -85,22 +85,6 @@ def retire_journals(run_dir: RunDir, epoch: int, fence: Fence | None = None) -> 
             path.unlink()
             deleted.append(path)
     return deleted
-
-
-def retire_checkpoints(run_dir: RunDir, keep: int, fence: Fence | None = None) -> list[Path]:
-    """Delete COMPLETE checkpoints beyond the newest `keep`, and unfinished ones older than the newest COMPLETE one."""
-    assert keep >= 1, "the newest checkpoint is kept"
-    if fence is not None:
-        fence.check()
-    empty_trash(run_dir.checkpoints)
-    newest = newest_complete_checkpoint(run_dir)
-    if newest is None:
-        return []
-    complete = [step for step in steps_in(run_dir.checkpoints) if (run_dir.checkpoint(step) / COMPLETE).is_file()]
-    gone = [run_dir.checkpoint(step) for step in steps_in(run_dir.checkpoints) if step <= newest and step not in complete[-keep:]]
-    for folder in gone:
-        discard(folder)
-    return gone
 
 
 def discard(folder: Path) -> None:

@@ -20,11 +20,9 @@ from miles.data.store.epoch import Fence
 from miles.data.store.files import Sealed, metadata_text
 from miles.data.store.hdf5 import attributes, get_strings, open_hdf5, put_blocks, put_strings, seal_hdf5, set_attribute
 
-# The other two HDF5 kinds, so that a reader of batches needs one import.
+# A shard and the routes beside it are written and read together: one import for both.
 from miles.data.store.routes import open_routes as open_routes
 from miles.data.store.routes import write_routes as write_routes
-from miles.data.store.train_record import open_train_record as open_train_record
-from miles.data.store.train_record import write_train_record as write_train_record
 
 SCHEMA = "miles.rollout/1"
 TOKENS = {"token_id": np.int32, "rollout_logprob": np.float32, "loss_mask": np.uint8, "flags": np.uint8}

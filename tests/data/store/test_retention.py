@@ -3,7 +3,7 @@ import pytest
 
 from miles.data.store.journal import Journal
 from miles.data.store.manifest import Manifest, Policy, ShardEntry, read_manifest, seal_manifest, verify_batch
-from miles.data.store.retention import discard, retire_batches, retire_checkpoints, retire_journals
+from miles.data.store.retention import discard, retire_batches, retire_journals
 from miles.data.store.routes import write_routes
 from miles.data.store.run_dir import newest_complete_checkpoint, steps_in
 from miles.data.store.shard import write_shard
@@ -86,10 +86,3 @@ def test_journals_go_when_every_draw_is_under_the_checkpoint(run_dir, batches, m
     checkpoint(run_dir, 3)
     assert [path.name for path in retire_journals(run_dir, epoch=2)] == ["done.1.log"]
     assert sorted(path.name for path in run_dir.journal.iterdir()) == ["newer.1.log", "present.2.log", "unused.1.log"]
-
-
-def test_checkpoints(run_dir):
-    for step, complete in ((1, True), (2, False), (3, True), (5, True), (7, True), (8, False)):
-        checkpoint(run_dir, step, complete)
-    assert [path.name for path in retire_checkpoints(run_dir, keep=2)] == ["step_000001", "step_000002", "step_000003"]
-    assert steps_in(run_dir.checkpoints) == [5, 7, 8]  # 8 may be in the making

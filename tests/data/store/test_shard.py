@@ -70,7 +70,7 @@ def assert_round_trip(path, batch):
                 assert back == value, name
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(batch=BATCHES)
 @example(batch=())
 def test_round_trip_of_any_batch(tmp_path, batch):
