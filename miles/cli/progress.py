@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from rich.console import Console, Group
@@ -15,11 +15,12 @@ from rich.table import Table
 from rich.text import Text
 
 from miles.report.scales import number
-from miles.report.summary import duration
+from miles.report.summary import duration, steps_behind
 
 LINE_SECONDS = 5.0  # between plain lines when nothing but time has passed
 EVENTS = 4  # last events shown under the bar
 NARROW = 70  # columns under which the display has one fact a line
+RECENT = 6  # steps that the time of a step is taken from
 KINDS = {"sft": "warm start", "rollout": "rollout", "eval": "evaluation"}
 
 
@@ -27,16 +28,18 @@ class Progress:
     """update(status) with the service's GET /status, at any rate; say(line) for an event; close() at the end.
 
     status: {"run", "epoch", "phase", "step", "total_steps", "kind", "groups_done", "groups_total", "tokens_per_second",
-    "reward_mean", "accuracy", "metrics", "seconds_per_step", "message"}; any key may be missing or null. `step` is the step
-    being worked on (from 1), so step - 1 are done. Everything goes to stderr; NO_COLOR and narrow terminals are honoured.
+    "reward_mean", "accuracy", "metrics", "seconds_per_step", "message"}; any key may be missing or null. Everything goes to
+    stderr; NO_COLOR and narrow terminals are honoured.
     """
 
-    def __init__(self, console: Console | None = None, line_seconds: float = LINE_SECONDS) -> None:
-        self.console = console or Console(stderr=True, highlight=False, markup=False, soft_wrap=False)
+    def __init__(self, console: Console | None = None, line_seconds: float = LINE_SECONDS, clock: Callable[[], float] = time.monotonic) -> None:
+        self.console = console or Console(stderr=True, highlight=False, markup=False)
         self.line_seconds = line_seconds
+        self.clock = clock
         self.status: dict[str, Any] = {}
         self.events: deque[str] = deque(maxlen=EVENTS)
-        self.started = time.monotonic()
+        self.started = clock()
+        self._marks: deque[tuple[float, int]] = deque(maxlen=RECENT)  # when how many steps were behind us, in this phase of the run
         self._said_at = -math.inf
         self._said: tuple[Any, ...] = ()
         self._live: Live | None = None
@@ -52,28 +55,35 @@ class Progress:
         if known.get("step") != self.status.get("step") or known.get("phase") != self.status.get("phase"):
             for key in ("groups_done", "groups_total"):
                 self.status.pop(key, None)
+        if known.get("kind", self.status.get("kind")) != self.status.get("kind") and "eval" not in (known.get("kind"), self.status.get("kind")):
+            self._marks.clear()  # a warm-start step tells nothing about the time of a rollout
         message = known.get("message")
         if message and message != self.status.get("message"):
             self.say(str(message))
-        self.status.update(known)
+        self.status = {**self.status, **known}
+        behind = steps_behind(self.status)
+        if behind is not None and (not self._marks or behind != self._marks[-1][1]):
+            if self._marks and behind < self._marks[-1][1]:
+                self._marks.clear()
+            self._marks.append((self.clock(), behind))
         if self._live is None:
             self._line()
 
     def say(self, line: str) -> None:
-        """An event: kept above the bar for good on a terminal, a line of its own otherwise."""
+        """An event: under the bar on a terminal, a line of its own otherwise."""
         line = " ".join(line.split())
         if self._live is not None:
             self.events.append(f"{time.strftime('%H:%M:%S')}  {line}")
         else:
-            self.console.print(line, soft_wrap=True)
+            self.console.print(Text(line), soft_wrap=True)
 
     def close(self) -> None:
-        """Take the display down; what was shown last stays as plain lines."""
+        """Take the display down; the last events and the last state stay as plain lines."""
         if self._live is not None:
             self._live.stop()
             self._live = None
             for event in self.events:
-                self.console.print(event, soft_wrap=True)
+                self.console.print(Text(event), soft_wrap=True)
         if self.status and self._key() != self._said:
             self._print_line()
 
@@ -81,67 +91,53 @@ class Progress:
 
     def display(self) -> Group:
         """The live display: a bar, the facts, the last events."""
-        status, width = self.status, self.console.width
+        width = self.console.width
+        status = dict(self.status)
         if not status:
-            return Group(Text(f"starting ({duration(time.monotonic() - self.started)})", style="dim"), *self._event_lines(width))
-        head = Text.assemble((str(status.get("run") or "run"), "bold"), ("  attempt " + str(status["epoch"]) if "epoch" in status else "", "dim"))
+            return Group(Text(f"starting ({duration(self.clock() - self.started)})", style="dim"), *self._event_lines(width))
+        head = Text.assemble((str(status.get("run") or "run"), "bold"), (f"  attempt {status['epoch']}" if "epoch" in status else "", "dim"))
         parts: list[Any] = [_cut(head, width)]
-        total, done = status.get("total_steps"), self._done()
-        if total:
-            share = f" {done:g}/{total}" if width < NARROW else f" {done:g} of {total} steps, {100 * min(done / total, 1):.0f} %"
-            line = Table.grid()
-            line.add_column(width=max(width - len(share) - 1, 8))
-            line.add_column(no_wrap=True)
-            line.add_row(ProgressBar(total=float(total), completed=float(min(done, total)), width=max(width - len(share) - 1, 8)), Text(share))
-            parts.append(line)
-        facts = self._facts()
-        if width < NARROW:
-            parts += [_cut(Text.assemble((f"{name} ", "dim"), value), width) for name, value in facts]
-        else:
-            line_text = Text()
-            for name, value in facts:
-                piece = Text.assemble((f"{name} ", "dim"), value)
-                if line_text and line_text.cell_len + piece.cell_len + 3 > width:
-                    parts.append(line_text)
-                    line_text = Text()
-                line_text = Text.assemble(line_text, "   " if line_text else "", piece)
-            parts.append(line_text)
+        if status.get("total_steps"):
+            parts.append(_bar(steps_behind(status) or 0, int(status["total_steps"]), width))
+        parts += _flow([Text.assemble((f"{name} ", "dim"), value) for name, value in self.facts()], width)
         return Group(*parts, *self._event_lines(width))
 
-    def _event_lines(self, width: int) -> list[Text]:
-        return [_cut(Text(event, style="dim"), width) for event in self.events]
-
-    def _done(self) -> int:
-        step = int(self.status.get("step") or 0)
-        finished = self.status.get("phase") in ("finished", "finish", "done")
-        return step if finished else max(step - 1, 0)
-
-    def _phase(self) -> str:
+    def facts(self) -> list[tuple[str, str]]:
+        """(name, value) of what is known, in reading order."""
         status = self.status
-        phase = str(status.get("phase") or "starting")
-        if status.get("groups_total"):
-            phase += f" {status.get('groups_done', 0)}/{status['groups_total']}"
-        return phase
-
-    def _facts(self) -> list[tuple[str, str]]:
-        status = self.status
-        facts = [("phase", self._phase())]
+        facts = []
         if "step" in status:
-            facts.insert(0, (KINDS.get(str(status.get("kind")), "step"), f"step {status['step']}"))
-        if "reward_mean" in status:
-            facts.append(("reward", _number(status["reward_mean"])))
-        if "accuracy" in status:
-            facts.append(("accuracy", _number(status["accuracy"])))
-        if "tokens_per_second" in status:
-            facts.append(("tokens/s", _number(status["tokens_per_second"])))
-        left = self._seconds_left()
+            facts.append((KINDS.get(str(status.get("kind") or status.get("phase")), "at"), f"step {status['step']}"))
+        facts.append(("phase", self._phase()))
+        reward = status.get("reward_mean", (status.get("metrics") or {}).get("rollout/raw_reward"))
+        for name, value in (("reward", reward), ("accuracy", status.get("accuracy")), ("tokens/s", status.get("tokens_per_second"))):
+            if value is not None:
+                facts.append((name, number(float(value)) if isinstance(value, int | float) else str(value)))
+        left = self.seconds_left()
         if left is not None:
             facts.append(("left", f"about {duration(left)}"))
         return facts
 
-    def _seconds_left(self) -> float | None:
-        each, total = self.status.get("seconds_per_step"), self.status.get("total_steps")
-        return max(int(total) - self._done(), 0) * float(each) if each and total else None
+    def seconds_left(self) -> float | None:
+        """Steps left times the seconds of a step, as the service says or as seen here; None while unknown."""
+        total, behind = self.status.get("total_steps"), steps_behind(self.status)
+        each = self.status.get("seconds_per_step")
+        if each is None and len(self._marks) > 1:
+            (first, before), (last, after) = self._marks[0], self._marks[-1]
+            each = (last - first) / (after - before)
+        if not each or not total or behind is None or self.status.get("phase") in ("finished", "failed"):
+            return None
+        return max(int(total) - behind, 0) * float(each)
+
+    def _phase(self) -> str:
+        phase = str(self.status.get("phase") or "starting")
+        phase = {"sft": "trained", "rollout": "trained"}.get(phase, phase)
+        if self.status.get("groups_total"):
+            phase += f" {self.status.get('groups_done', 0)}/{self.status['groups_total']}"
+        return phase
+
+    def _event_lines(self, width: int) -> list[Text]:
+        return [_cut(Text(event, style="dim"), width) for event in list(self.events)]
 
     # Plain lines
 
@@ -150,22 +146,38 @@ class Progress:
 
     def _line(self) -> None:
         """One line at every new step, and every few seconds within one."""
-        now = time.monotonic()
-        if self._key()[:2] != self._said[:2] or now - self._said_at >= self.line_seconds:
+        if self._key()[:2] != self._said[:2] or self.clock() - self._said_at >= self.line_seconds:
             self._print_line()
 
     def _print_line(self) -> None:
-        self._said_at, self._said = time.monotonic(), self._key()
+        self._said_at, self._said = self.clock(), self._key()
         status = self.status
         total = f"/{status['total_steps']}" if status.get("total_steps") else ""
-        start = f"step {status.get('step', 0)}{total}"
-        kind = KINDS.get(str(status.get("kind")))
-        rest = [f"{name} {value}" for name, value in self._facts() if name not in (*KINDS.values(), "step")]
-        self.console.print(", ".join([f"{start} ({kind})" if kind else start, *rest]), soft_wrap=True)
+        kind = KINDS.get(str(status.get("kind") or status.get("phase")))
+        start = f"step {status.get('step', 0)}{total}" + (f" ({kind})" if kind else "")
+        rest = [f"{name} {value}" for name, value in self.facts() if not value.startswith("step ")]
+        self.console.print(Text(", ".join([start, *rest])), soft_wrap=True)
 
 
-def _number(value: Any) -> str:
-    return number(float(value)) if isinstance(value, int | float) else str(value)
+def _bar(behind: int, total: int, width: int) -> Table:
+    share = f"{behind}/{total}" if width < NARROW else f"{behind} of {total} steps, {100 * min(behind / total, 1):.0f} %"
+    room = max(min(width, 110) - len(share) - 2, 6)
+    line = Table.grid(padding=(0, 1, 0, 0))
+    line.add_column(width=room)
+    line.add_column(no_wrap=True)
+    line.add_row(ProgressBar(total=float(total), completed=float(min(behind, total)), width=room), Text(share))
+    return line
+
+
+def _flow(pieces: list[Text], width: int) -> list[Text]:
+    """As many pieces a line as fit; one a line on a narrow terminal."""
+    lines: list[Text] = []
+    for piece in pieces:
+        if lines and width >= NARROW and lines[-1].cell_len + piece.cell_len + 3 <= width:
+            lines[-1] = Text.assemble(lines[-1], "   ", piece)
+        else:
+            lines.append(_cut(piece, width))
+    return lines
 
 
 def _cut(text: Text, width: int) -> Text:

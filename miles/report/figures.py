@@ -22,10 +22,14 @@ MISMATCH_MEAN = ("train/train_rollout_logprob_abs_diff",)
 GRAD_NORM = ("train/grad_norm",)
 LOSS = ("train/loss",)
 TOKENS_PER_SECOND = ("perf/tokens_per_second", "perf/rollout_tokens_per_second", "perf/tokens_per_gpu_per_sec", "rollout/tokens_per_second")
+TOKENS = ("rollout/tokens",)
 STEP_SECONDS = ("perf/step_time",)
 
-PHASE_COLOURS = {"generate": "c1", "train": "c2", "log_probs": "c3", "ref_log_probs": "c9", "sync": "c5", "eval": "c4", "save": "c8", "seal": "c7"}
+# The trainer waits while rollout generates: that wait is the time of generation as far as the loop is concerned.
+PHASE_LABELS = {"wait": "generate (wait for the batch)", "log_probs": "log-probs", "ref_log_probs": "reference log-probs"}
+PHASE_COLOURS = {"wait": "c1", "generate": "c7", "train": "c2", "log_probs": "c3", "ref_log_probs": "c9", "sync": "c5", "eval": "c4", "save": "c8", "seal": "c6"}
 OTHER = "c6"
+ASIDE = frozenset({"eval", "save"})  # phases that are no part of a step's own time
 MAX_BARS = 60
 
 
@@ -43,6 +47,17 @@ def series_of(lines: Sequence[dict[str, Any]], names: Sequence[str]) -> tuple[li
         if found:
             return [step for step, _ in found], [value for _, value in found]
     return [], []
+
+
+def tokens_per_second(record: RunRecord) -> tuple[list[int], list[float]]:
+    """Steps and tokens/s of rollout steps: as recorded, else a batch's tokens by the seconds of its step (without evaluation and saving)."""
+    lines = record.of_kind("rollout")
+    steps, values = series_of(lines, TOKENS_PER_SECOND)
+    if steps:
+        return steps, values
+    seconds = {step: sum(part for phase, part in stack.items() if phase not in ASIDE) for step, stack in record.phase_seconds().items()}
+    pairs = [(step, tokens / seconds[step]) for step, tokens in zip(*series_of(lines, TOKENS), strict=True) if seconds.get(step, 0.0) > 0]
+    return [step for step, _ in pairs], [value for _, value in pairs]
 
 
 def figures(record: RunRecord) -> list[Placed]:
@@ -97,14 +112,15 @@ def phase_bars(record: RunRecord) -> list[Placed]:
         stacks.append([sum(stack.get(label, 0.0) for stack in together) / len(together) for label in labels])
     colours = [PHASE_COLOURS.get(label, OTHER) for label in labels]
     # Once for a wide page and once for a narrow one: scaled down, the words of the wide one could not be read.
-    svg = stacked_bars("phases-wide", "Time per phase", "seconds", labels, steps[::group], stacks, colours, width=2 * WIDTH)
-    svg += stacked_bars("phases-narrow", "Time per phase", "seconds", labels, steps[::group], stacks, colours)
+    names = [PHASE_LABELS.get(label, label) for label in labels]
+    svg = stacked_bars("phases-wide", "Time per phase", "seconds", names, steps[::group], stacks, colours, width=2 * WIDTH)
+    svg += stacked_bars("phases-narrow", "Time per phase", "seconds", names, steps[::group], stacks, colours)
     totals = [sum(stack.get(label, 0.0) for stack in seconds.values()) for label in labels]
     whole = sum(totals) or 1.0
-    shares = ", ".join(f"{label} {100 * total / whole:.0f} %" for label, total in sorted(zip(labels, totals, strict=True), key=lambda pair: -pair[1]))
+    shares = ", ".join(f"{label} {100 * total / whole:.0f} %" for label, total in sorted(zip(names, totals, strict=True), key=lambda pair: -pair[1]))
     means = f" Each bar is the mean of {group} steps." if group > 1 else ""
     caption = f"Seconds of each step as {record.phase_source} saw them.{means} Of all the time: {shares}."
-    return [Placed("phases", "Time per phase", caption, svg, list(zip(colours, labels, strict=True)), wide=True)]
+    return [Placed("phases", "Time per phase", caption, svg, list(zip(colours, names, strict=True)), wide=True)]
 
 
 def _with_interval(evals: Sequence[dict[str, Any]]) -> Series:
@@ -125,7 +141,7 @@ def _with_range(rollout: Sequence[dict[str, Any]]) -> Series:
 
 
 def _eval_size(evals: Sequence[dict[str, Any]]) -> str:
-    sizes = sorted({int(line["eval/n"]) for line in evals if isinstance(line.get("eval/n"), int | float)})
+    sizes = sorted({int(size) for size in series_of(evals, ["eval/n"])[1] if math.isfinite(size)})
     return f"{' or '.join(str(size) for size in sizes)} answers an evaluation." if sizes else ""
 
 

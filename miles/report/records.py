@@ -9,11 +9,10 @@ from typing import Any
 
 from miles.config.exits import UserError
 from miles.data.store.events import read_events
-from miles.data.store.files import Damaged
 from miles.data.store.metrics import read_metrics
 from miles.data.store.run_dir import RunDir, newest_complete_checkpoint, read_provenance, read_run_yaml
 
-NOT_PHASES = frozenset({"step", "wait", "idle"})  # spans that contain others, or nothing
+NOT_PHASES = frozenset({"step", "idle"})  # spans that contain others, or nothing
 
 
 @dataclass
@@ -85,7 +84,7 @@ class RunRecord:
         return seconds or self._phase_metrics()
 
     def _phase_metrics(self) -> dict[int, dict[str, float]]:
-        names = {"perf/rollout_time": "generate", "perf/log_probs_time": "log_probs", "perf/ref_log_probs_time": "ref_log_probs", "perf/actor_train_time": "train", "perf/update_weights_time": "sync"}
+        names = {"perf/rollout_time": "generate", "perf/log_probs_time": "log_probs", "perf/ref_log_probs_time": "ref_log_probs", "perf/actor_train_time": "train", "perf/train_time": "train", "perf/update_weights_time": "sync"}
         found = {int(line["step"]): {phase: float(line[name]) for name, phase in names.items() if isinstance(line.get(name), int | float)} for line in self.metrics}
         return {step: stack for step, stack in found.items() if stack}
 
@@ -135,7 +134,7 @@ def read_run(path: Path) -> RunRecord:
             return read()
         except FileNotFoundError:
             return default
-        except (Damaged, OSError) as error:
+        except (OSError, ValueError) as error:
             record.damaged.append(" ".join(str(error).split()))
             return default
 

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from miles.config.exits import AGAIN, OK, WRONG
-from miles.report.figures import ACCURACY, REWARD, STEP_SECONDS, TOKENS_PER_SECOND, series_of
+from miles.report.figures import ACCURACY, REWARD, STEP_SECONDS, series_of, tokens_per_second
 from miles.report.records import RunRecord
 
 QUIET_SECONDS = 120.0  # a run that wrote something within this time is taken for alive
@@ -68,8 +68,7 @@ def summarise(record: RunRecord, now: float | None = None) -> Summary:
     if evals:
         summary.accuracy = _last(series_of(evals, ACCURACY)[1])
         summary.accuracy_low, summary.accuracy_high = evals[-1].get("eval/accuracy_low"), evals[-1].get("eval/accuracy_high")
-    rollouts = record.of_kind("rollout")
-    summary.tokens_per_second = _last(series_of(rollouts, TOKENS_PER_SECOND)[1])
+    summary.tokens_per_second = _last(tokens_per_second(record)[1])
     summary.seconds_per_step = step_seconds(record)
     if summary.seconds_per_step is not None and summary.total_steps:
         summary.seconds_left = max(summary.total_steps - summary.steps_done, 0) * summary.seconds_per_step
@@ -109,14 +108,28 @@ def _judge(record: RunRecord, summary: Summary, now: float) -> None:
 def merge_service(summary: Summary, status: dict[str, Any]) -> Summary:
     """Let what the living service says win over the files. Keys may be missing."""
     summary.alive, summary.reason = True, ""
-    summary.state = "running"
+    summary.state = "running"  # also when it says finished: its attempt has not ended yet
     summary.phase = status.get("phase") or summary.phase
+    behind = steps_behind(status)
+    summary.steps_done = max(summary.steps_done, behind or 0)
     for name in ("kind", "epoch", "step", "total_steps", "reward_mean", "accuracy", "tokens_per_second", "seconds_per_step", "message"):
         if status.get(name) is not None:
             setattr(summary, name, status[name])
     if summary.seconds_per_step is not None and summary.total_steps:
         summary.seconds_left = max(summary.total_steps - summary.steps_done, 0) * float(summary.seconds_per_step)
     return summary
+
+
+def steps_behind(status: dict[str, Any]) -> int | None:
+    """Steps that are done, from the service's status: while a batch is generated or trained on, its own step is not done yet.
+
+    An evaluation belongs to the step that it follows; `sft`, `rollout` (told once a step is recorded), `sync`, `save` and
+    `finished` come after the step.
+    """
+    if not isinstance(status.get("step"), int):
+        return None
+    at_work = status.get("phase") in (None, "starting", "generate", "wait", "log_probs", "train") and status.get("kind") != "eval"
+    return max(status["step"] - 1, 0) if at_work else int(status["step"])
 
 
 def guarantee_tier(record: RunRecord) -> str | None:

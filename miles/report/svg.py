@@ -64,6 +64,8 @@ def line_plot(
     parts = [_shade(x, warm_start), _axes(x, y, "step", unit)]
     parts += [_band(one, x, y) for one in series if one.low]
     parts += [_line(one, x, y, points) for one in series]
+    if log and finite(every) and not any(finite(every)):
+        parts.append(f'<text class="remark" x="{(max(LEFT, x(min(series[0].steps))) + WIDTH - RIGHT) / 2:.0f}" y="{(HEIGHT - BOTTOM + TOP) / 2:.0f}" text-anchor="middle">exactly 0 at every step</text>')
     parts.append(_hits(series, x))
     return _document(name, title, _describe(series, unit), "".join(parts))
 

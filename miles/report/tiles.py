@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from miles.report.figures import ACCURACY, MISMATCH_MAX, MISMATCH_MEAN, NOT_FINITE, REWARD, TOKENS_PER_SECOND, series_of
+from miles.report.figures import ACCURACY, MISMATCH_MAX, MISMATCH_MEAN, NOT_FINITE, REWARD, series_of, tokens_per_second
 from miles.report.records import RunRecord
 from miles.report.scales import number
 from miles.report.summary import Summary
@@ -41,7 +41,8 @@ def _accuracy(record: RunRecord) -> Tile:
     if not values:
         return Tile("Evaluation accuracy", "–", "no evaluation yet")
     last = next(line for line in reversed(evals) if int(line["step"]) == steps[-1])
-    size = int(last.get("eval/n", 0))
+    sizes = [value for value in series_of([last], ["eval/n"])[1] if math.isfinite(value)]
+    size = int(sizes[0]) if sizes else 0
     low, high = last.get("eval/accuracy_low"), last.get("eval/accuracy_high")
     interval = f"95 % interval {low:.3f} to {high:.3f}" if low is not None and high is not None else "no interval recorded"
     tone = ""
@@ -81,7 +82,7 @@ def _mismatch(record: RunRecord) -> Tile:
 
 
 def _speed(record: RunRecord) -> Tile:
-    values = sorted(value for value in series_of(record.of_kind("rollout"), TOKENS_PER_SECOND)[1] if math.isfinite(value))
+    values = sorted(value for value in tokens_per_second(record)[1] if math.isfinite(value))
     if not values:
         return Tile("Tokens per second", "–", "not recorded yet")
     return Tile("Tokens per second", number(values[len(values) // 2], 3), f"median; {number(values[0])} to {number(values[-1])}", unit="tok/s")

@@ -34,7 +34,7 @@ class TokenText:
 
 def find_tokenizer(record: RunRecord) -> Path | None:
     """tokenizer.json of the export, of the model the run started from, or of a checkpoint."""
-    places = [record.run_dir.hf]
+    places = [record.run_dir.hf, record.run_dir.path / "model"]
     if record.setting("model.hf_checkpoint"):
         places.append(Path(str(record.setting("model.hf_checkpoint"))))
     if record.checkpoint is not None:

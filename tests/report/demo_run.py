@@ -71,7 +71,7 @@ def end_attempt(run: RunDir, epoch: int, code: int = 0, reason: str = "finished"
 def sample(rng: np.random.Generator, tokenizer: Tokenizer, draw: int, index: int, prompt: str, response: str, answer: str, reward: float) -> Sample:
     """One sample with log-probs of a model that is sure of most tokens."""
     prompt_ids = tokenizer.encode(prompt).ids
-    response_ids = tokenizer.encode(response).ids + [tokenizer.token_to_id("<|end|>")]
+    response_ids = [*tokenizer.encode(response).ids, tokenizer.token_to_id("<|end|>")]
     ids = np.array(prompt_ids + response_ids, np.int32)
     generated = np.arange(len(ids)) >= len(prompt_ids)
     logprob = np.where(generated, -rng.exponential(0.25, len(ids)) * rng.integers(0, 2, len(ids)), np.nan).astype(np.float32)
@@ -186,8 +186,8 @@ def demo_run(folder: Path, *, rollouts: int = 40, noise: float = 0.0, finished: 
     at = START
     for step in range(1, warm + 1):
         at += 2.2
-        record_phases(run, epoch, step, at - 2.2, {"train": 2.0, "save": 0.2})
-        record_step(run, epoch, step, "sft", at, **{"train/loss": 3.2 * math.exp(-step / 4) + 0.4, "train/grad_norm": 2.5 * math.exp(-step / 8) + rng.uniform(0, 0.3), "perf/step_time": 2.2})
+        record_phases(run, epoch, step, at - 2.2, {"wait": 0.1, "train": 1.9, "save": 0.2})
+        record_step(run, epoch, step, "sft", at, **{"train/loss": 3.2 * math.exp(-step / 4) + 0.4, "train/grad_norm": 2.5 * math.exp(-step / 8) + rng.uniform(0, 0.3)})
     kept = {warm + 1, warm + rollouts} if batches else set()
     for index in range(rollouts):
         step = warm + 1 + index
@@ -195,7 +195,7 @@ def demo_run(folder: Path, *, rollouts: int = 40, noise: float = 0.0, finished: 
         if index % max(rollouts // 8, 1) == 0 or index == rollouts - 1:
             evaluate(run, epoch, step if index else step - 1, at, skill, rng, tokenizer, batches and index in (0, rollouts - 1))
         at += SECONDS
-        phases = {"generate": 4.2 + rng.uniform(0, 0.8), "log_probs": 0.6, "train": 1.5 + rng.uniform(0, 0.3), "sync": 0.25}
+        phases = {"wait": 4.2 + rng.uniform(0, 0.8), "train": 2.1 + rng.uniform(0, 0.3), "sync": 0.25}
         record_phases(run, epoch, step, at - SECONDS, {**phases, **({"eval": 2.0} if index % 10 == 9 else {})})
         worst, mean = 0.0, 0.0
         if step in kept:
@@ -226,8 +226,7 @@ def demo_run(folder: Path, *, rollouts: int = 40, noise: float = 0.0, finished: 
                 "train/train_rollout_logprob_abs_diff": mean,
                 "train/train_rollout_logprob_max_abs_diff": worst,
                 "train/mismatch_not_finite": 0,
-                "perf/tokens_per_second": 2400 + rng.uniform(-300, 300),
-                "perf/step_time": SECONDS,
+                "rollout/tokens": 128 * long,
             },
         )
     checkpoint = run.checkpoint(warm + rollouts)
