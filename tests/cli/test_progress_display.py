@@ -1,0 +1,165 @@
+"""The launcher's progress: plain lines, and the live display on a real pseudo-terminal."""
+
+from __future__ import annotations
+
+import io
+import os
+import pty
+import re
+import select
+import subprocess
+import sys
+import time
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from miles.cli.progress import Progress
+
+STATUS: dict[str, Any] = {
+    "run": "quickstart",
+    "epoch": 1,
+    "phase": "generate",
+    "kind": "rollout",
+    "step": 12,
+    "total_steps": 40,
+    "groups_done": 3,
+    "groups_total": 16,
+    "reward_mean": 0.4375,
+    "accuracy": 0.615,
+    "tokens_per_second": 1234.0,
+    "seconds_per_step": 10.0,
+}
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def plain(clock: Clock | None = None) -> tuple[Progress, io.StringIO]:
+    out = io.StringIO()
+    return Progress(Console(file=out, width=200, highlight=False), clock=clock or Clock()), out
+
+
+def test_a_plain_line_says_everything() -> None:
+    progress, out = plain()
+    progress.update(STATUS)
+    assert out.getvalue() == "step 12/40 (rollout), phase generate 3/16, reward 0.438, accuracy 0.615, tokens/s 1234, left about 4 min 50 s\n"
+
+
+def test_plain_lines_come_at_steps_and_every_few_seconds() -> None:
+    clock = Clock()
+    progress, out = plain(clock)
+    for second in range(12):
+        clock.now = 100.0 + second
+        progress.update({**STATUS, "groups_done": second})
+    progress.update({**STATUS, "step": 13})
+    steps = [re.search(r"step (\d+)/40.* (\d+)/16", line) for line in out.getvalue().splitlines()]
+    assert [found.groups() for found in steps if found] == [("12", "0"), ("12", "5"), ("12", "10"), ("13", "3")]
+
+
+def test_missing_and_null_keys() -> None:
+    progress, out = plain()
+    progress.update({})
+    progress.update({"step": None, "phase": "starting"})
+    progress.update({"step": 1, "total_steps": None, "reward_mean": None})
+    progress.close()
+    assert [line.split(",")[0] for line in out.getvalue().splitlines()] == ["step 0", "step 1"]
+    assert "None" not in out.getvalue()
+
+
+def test_time_left_is_measured_when_the_service_does_not_say_it() -> None:
+    clock = Clock()
+    progress, _ = plain(clock)
+    for step in range(1, 5):
+        progress.update({"step": step, "total_steps": 24, "kind": "rollout", "phase": "generate"})
+        clock.now += 6.0
+    assert progress.seconds_left() == pytest.approx((24 - 3) * 6.0), "step 4 is being made: 3 are done"
+    progress.update({"phase": "finished"})
+    assert progress.seconds_left() is None
+
+
+def test_warm_start_steps_tell_nothing_of_rollouts() -> None:
+    clock = Clock()
+    progress, _ = plain(clock)
+    for step in range(1, 4):
+        progress.update({"step": step, "total_steps": 20, "kind": "sft", "phase": "generate"})
+        clock.now += 1.0
+    progress.update({"step": 4, "total_steps": 20, "kind": "rollout", "phase": "generate"})
+    assert progress.seconds_left() is None
+
+
+def test_a_new_attempt_forgets_the_old_state() -> None:
+    progress, out = plain()
+    progress.update(STATUS)
+    progress.update({"run": "quickstart", "epoch": 2, "phase": "starting"})
+    assert "reward" not in out.getvalue().splitlines()[-1]
+
+
+def test_messages_and_events_are_lines() -> None:
+    progress, out = plain()
+    progress.say("attempt 1: worker 0 was killed\nby SIGKILL [bold]")
+    progress.update({**STATUS, "message": "engine 0 is back"})
+    progress.update({**STATUS, "message": "engine 0 is back"})
+    lines = out.getvalue().splitlines()
+    assert lines[0] == "attempt 1: worker 0 was killed by SIGKILL [bold]"
+    assert lines.count("engine 0 is back") == 1
+
+
+SHOW = """
+import sys, time
+from miles.cli.progress import Progress
+progress = Progress()
+progress.say("attempt 1 begins")
+progress.update(eval(sys.argv[1]))
+time.sleep(0.7)
+progress.close()
+"""
+
+
+def on_terminal(width: int, **environment: str) -> str:
+    """What a terminal of this width is sent."""
+    import fcntl
+    import struct
+    import termios
+
+    leader, follower = pty.openpty()
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24, width, 0, 0))
+    keep = {key: value for key, value in os.environ.items() if key not in ("NO_COLOR", "COLUMNS", "FORCE_COLOR")}
+    process = subprocess.Popen([sys.executable, "-c", SHOW, repr(STATUS)], stdin=follower, stdout=follower, stderr=follower, env={**keep, "TERM": "xterm-256color", **environment})
+    os.close(follower)
+    sent, deadline = b"", time.monotonic() + 30
+    while time.monotonic() < deadline:
+        if select.select([leader], [], [], 0.1)[0]:
+            try:
+                part = os.read(leader, 65536)
+            except OSError:
+                break  # the other side is closed: the process has ended
+            sent += part
+        elif process.poll() is not None:
+            break
+    assert process.wait(timeout=10) == 0, sent.decode()
+    os.close(leader)
+    return sent.decode()
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 160])
+def test_live_display_fits_the_terminal(width: int) -> None:
+    sent = on_terminal(width)
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", sent)
+    assert "quickstart" in shown
+    assert "generate 3/16" in shown
+    assert "reward 0.438" in shown
+    assert "11/40" in shown if width < 70 else "11 of 40 steps, 28 %" in shown
+    assert max(len(line.rstrip()) for line in re.split(r"[\r\n]+", shown)[:-4]) <= width
+    assert "\x1b[38;" in sent or re.search(r"\x1b\[[0-9;]*3[0-9]", sent), "colours on a terminal"
+
+
+def test_no_color_is_honoured() -> None:
+    sent = on_terminal(80, NO_COLOR="1")
+    assert "quickstart" in sent
+    assert not re.search(r"\x1b\[(?:\d+;)*(?:3[0-9]|4[0-9]|9[0-9])(?:;\d+)*m", sent)
