@@ -34,6 +34,8 @@ def logs(run_dir: Path, component: str | None, follow: bool, lines: int) -> int:
     if attempts:
         files = choose(attempts[-1], component, must=not follow)
         show.width = max((len(path.stem) for path in files), default=0) if len(files) > 1 else 0
+        if not files and not follow:
+            show.say(f"attempt {attempts[-1].epoch} has no logs yet")
         seen = {path: _tail(path, lines, partial(show, path.stem)) for path in files}
     else:
         seen = {}

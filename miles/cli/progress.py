@@ -142,11 +142,13 @@ class Progress:
     # Plain lines
 
     def _key(self) -> tuple[Any, ...]:
-        return self.status.get("epoch"), self.status.get("step"), self.status.get("phase")
+        """A line is due when this changes: a step was done, an evaluation came in, an attempt or the end."""
+        ended = self.status.get("phase") in ("finished", "failed")
+        return self.status.get("epoch"), steps_behind(self.status), self.status.get("accuracy"), ended
 
     def _line(self) -> None:
-        """One line at every new step, and every few seconds within one."""
-        if self._key()[:2] != self._said[:2] or self.clock() - self._said_at >= self.line_seconds:
+        """One line for every step done, and every few seconds within one."""
+        if self._key() != self._said or self.clock() - self._said_at >= self.line_seconds:
             self._print_line()
 
     def _print_line(self) -> None:
@@ -165,7 +167,7 @@ def _bar(behind: int, total: int, width: int) -> Table:
     line = Table.grid(padding=(0, 1, 0, 0))
     line.add_column(width=room)
     line.add_column(no_wrap=True)
-    line.add_row(ProgressBar(total=float(total), completed=float(min(behind, total)), width=room), Text(share))
+    line.add_row(ProgressBar(total=float(total), completed=float(min(behind, total)), width=room, complete_style="cyan", finished_style="green"), Text(share))
     return line
 
 

@@ -66,6 +66,13 @@ def test_no_attempt_and_no_run(tmp_path: Path) -> None:
         logs(tmp_path / "missing", None, False, 3)
 
 
+def test_an_attempt_that_has_only_begun(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = empty_run(tmp_path / "run")
+    begin_attempt(run)
+    assert logs(run.path, None, False, 3) == 0
+    assert capsys.readouterr().out == "attempt 1 has no logs yet\n"
+
+
 def test_newest_attempt_counts(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
     write(run, begin_attempt(run), "trainer.0", "again\n")
     assert logs(run.path, None, False, 9) == 0
