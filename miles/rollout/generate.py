@@ -122,7 +122,7 @@ def from_reply(draw: Draw, sample: int, seed: int, text: str, prompt: list[int],
     if output:
         flags[start] |= Flag.FIRST_OF_TURN
     cached = int(meta.get("cached_tokens") or 0)
-    flags[:cached] |= Flag.PREFIX_CACHED
+    flags[:cached] |= np.uint8(Flag.PREFIX_CACHED)
     return Sample(
         draw=draw.draw,
         sample=sample,

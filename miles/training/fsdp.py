@@ -25,6 +25,7 @@ from miles.data.store.files import make_folder, sync_folder
 from miles.data.store.manifest import Manifest
 from miles.models.forward import PackedContext, forward
 from miles.models.hf_folder import named_tensors, save_hf, tokenizer_files, weight_checksum
+from miles.models.hf_names import to_hf_names
 from miles.models.load import load_model
 from miles.precision.logprob import token_logprob
 from miles.training import checkpoint, dcp
@@ -177,7 +178,7 @@ class FsdpTrainer:
         for name, tensor in named_tensors(self.model):
             full = tensor.detach()
             full = full.full_tensor() if isinstance(full, DTensor) else full
-            yield name, full.to(self.dtype).cpu()
+            yield from to_hf_names([(name, full.to(self.dtype).cpu())])
 
     def export_weights(self, bucket_bytes: int) -> Iterator[Bucket]:
         """named_weights in buckets of about bucket_bytes; ranks but the first get empty buckets, as many of them."""
