@@ -38,6 +38,12 @@ def main(version: str, wheel: str) -> None:
                     given = ast.literal_eval(keyword.value)
                     aliases |= {flag.removeprefix("--"): name for flag in ([given] if isinstance(given, str) else given)}
         types[name] = simple_type(ast.unparse(annotation))
+    for call in (node for node in ast.walk(server_args) if isinstance(node, ast.Call)):  # older spellings
+        given = {keyword.arg: keyword.value for keyword in call.keywords}
+        if "dest" in given and "action" in given and ast.unparse(given["action"]) == "DeprecatedAliasStoreAction":
+            flag, name = ast.literal_eval(call.args[0]).removeprefix("--"), ast.literal_eval(given["dest"])
+            if flag.replace("-", "_") not in types:
+                aliases[flag] = name
     json.dump({"version": version, "types": types, "aliases": aliases}, sys.stdout, indent=1)
     print()
 

@@ -20,7 +20,7 @@ from miles.config.explain import explain, place, section_keys
 from miles.config.options import check_sglang, flag_values
 from miles.config.resolve import resolved
 from miles.config.schema import RunConfig
-from miles.config.yaml_file import Key, parse_value, read_yaml
+from miles.config.yaml_file import Dumper, Key, parse_value, read_yaml
 
 SGLANG = ("rollout", "sglang")
 
@@ -55,13 +55,13 @@ def load_config(paths: Sequence[Path | str] = (), overrides: Sequence[str] = (),
 
 def dump_config(config: RunConfig) -> str:
     """YAML text of every field; load_config of it gives an equal configuration."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+    return yaml.dump(config.model_dump(mode="json"), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def configs_dir() -> Path:
     """configs/ of a source tree or editable install, else the installed copy under the environment's share/."""
-    source = Path(__file__).resolve().parents[2] / "configs"
-    return source if source.is_dir() else Path(sys.prefix) / "share" / "miles" / "configs"
+    root = Path(__file__).resolve().parents[2]
+    return root / "configs" if (root / "setup.cfg").is_file() else Path(sys.prefix) / "share" / "miles" / "configs"
 
 
 def _find(path: Path, beside: Path | None, problem: str) -> Path:
