@@ -1,13 +1,15 @@
-"""An embedded engine: as a role of a run (MILES_RUN_DIR is set), or on its own with command-line options."""
+"""An engine: as a role of a run (MILES_RUN_DIR is set), or on its own with command-line options."""
 
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import traceback
 
-from miles.config.exits import OK, WRONG
+from miles.config.exits import OK, WRONG, TryAgain
 from miles.config.schema import RunConfig
+from miles.engine import sglang
 from miles.engine.engine import Engine
 from miles.engine.options import EngineOptions, options_from
 from miles.engine.server import serve
@@ -51,13 +53,31 @@ def run(role: Role) -> None:
     """Body of the role: serves until it is stopped."""
     service = Coordinator(role)
     service.keep_alive()
-    options = options_of(role, load_run(role.run_dir), str(service.lookup("model")))
+    config = load_run(role.run_dir)
+    folder = str(service.lookup("model"))
+    if config.rollout.engine == "sglang":
+        run_sglang(role, config, service, folder)
+        return
+    options = options_of(role, config, folder)
 
     def ready(url: str, engine: Engine) -> None:
         print(f"engine: serving {options.folder} at {url}", flush=True)
         service.register(url=url, pid=os.getpid())
 
     serve(options, ready)
+
+
+def run_sglang(role: Role, config: RunConfig, service: Coordinator, folder: str) -> None:
+    """SGLang in a child of this process: registered when it serves; its end is ours."""
+    host = config.cluster.host
+    with socket.create_server((host, 0)) as probe:
+        port = int(probe.getsockname()[1])
+    server = sglang.start(config, folder, host, port, role.token)
+    url = f"http://{host}:{port}"
+    sglang.wait_ready(server, url)
+    print(f"engine: SGLang serves {folder} at {url}", flush=True)
+    service.register(url=url, pid=server.pid)
+    raise TryAgain(f"SGLang ended with exit code {server.wait()}")
 
 
 def alone() -> int:

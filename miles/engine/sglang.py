@@ -1,0 +1,72 @@
+"""SGLang as the engine of a run: its command line from the configuration, its process, and the wait until it serves."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+
+import httpx
+
+from miles.config.exits import TryAgain, UserError
+from miles.config.schema import RunConfig
+
+START_SECONDS = 1200.0
+
+
+def arguments(config: RunConfig, folder: str, host: str, port: int, token: str) -> list[str]:
+    """Arguments of sglang.launch_server. What the run needs comes first; rollout.sglang adds to it and overrides it.
+
+    Names in rollout.sglang are SGLang's own (checked by miles.config.options): true is a bare switch, false and null leave it out.
+    """
+    wanted: dict[str, object] = {
+        "model_path": folder,
+        "host": host,
+        "port": port,
+        "api_key": token,
+        "dtype": config.model.dtype,
+        "tp_size": config.rollout.num_gpus_per_engine,
+        "random_seed": config.seed,
+        "skip_tokenizer_init": not (config.rollout.sampling.stop or config.eval.sampling.stop),
+        "max_running_requests": config.rollout.max_running_requests,
+        "enable_return_routed_experts": config.rollout.return_routed_experts,
+        "enable_metrics": True,
+        "skip_server_warmup": True,
+        **config.rollout.sglang,
+    }
+    words = []
+    for name, value in wanted.items():
+        flag = "--" + name.replace("_", "-")
+        if value is True:
+            words.append(flag)
+        elif isinstance(value, list):
+            words += [flag, *map(str, value)]
+        elif value is not None and value is not False:
+            words += [flag, str(value)]
+    return words
+
+
+def start(config: RunConfig, folder: str, host: str, port: int, token: str) -> subprocess.Popen[bytes]:
+    """Start the server as a child whose output goes to this role's log."""
+    command = [sys.executable, "-m", "sglang.launch_server", *arguments(config, folder, host, port, token)]
+    # Not a tokenizer's worth of threads each, and no proxies on the way to loopback.
+    return subprocess.Popen(command, stdin=subprocess.DEVNULL, env={**os.environ, "NO_PROXY": host})
+
+
+def wait_ready(server: subprocess.Popen[bytes], url: str, seconds: float = START_SECONDS) -> None:
+    """Until /health answers 200. Raises UserError when the server refuses its arguments, TryAgain when it dies or takes too long."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        code = server.poll()
+        if code == 2:
+            raise UserError("rollout.sglang: SGLang refused its arguments; its message is in the engine's log")
+        if code is not None:
+            raise TryAgain(f"SGLang ended with exit code {code} before it served")
+        try:
+            if httpx.get(url + "/health", timeout=25.0, trust_env=False).status_code == 200:
+                return
+        except httpx.HTTPError:
+            pass  # not listening yet
+        time.sleep(1.0)
+    raise TryAgain(f"SGLang did not serve within {seconds:.0f} s")
