@@ -251,7 +251,10 @@ class Control:
         action = _field(await _body(http), "action", str, "checksum")
         if action != "checksum":
             return reply({"success": False, "message": f"action {action!r} is not supported by the embedded engine; choose checksum"}, 400)
-        each, whole = await self._ask(self._engine.weights.checksums)
+        found = await self._ask(self._engine.checksums)
+        if found is None:
+            return reply({"success": False, "message": "the weights are released; resume memory occupation (tag weights) first"}, 400)
+        each, whole = found
         ranks = {name: 0 if name.endswith("rank") else 1 for name in ("tp_rank", "tp_size", "dp_rank", "dp_size", "pp_rank", "pp_size", "rank", "size")}
         rank = {"checksums": each, "per_gpu_checksum": whole, "parallelism_info": ranks}
         return reply({"success": True, "message": "checksum", "ranks": [rank], "per_engine_checksum": whole})

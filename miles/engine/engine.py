@@ -127,6 +127,10 @@ class Engine:
             self.weights.version = version
         return True, message
 
+    def checksums(self) -> tuple[dict[str, str], str] | None:
+        """Weights.checksums, or None while the weights are released."""
+        return None if "weights" in self._released else self.weights.checksums()
+
     def release(self, tags: list[str]) -> str | None:
         """Gives memory back; returns a message when it can't be."""
         if self.scheduler.busy:

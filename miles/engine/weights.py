@@ -27,6 +27,7 @@ class Weights:
         self.path = path
         self.version = version
         self.missing: set[str] = set()
+        self._shapes: list[torch.Size] = []
 
     def _own(self) -> dict[str, torch.Tensor]:
         """Views of the model's tensors under the names of Hugging Face files."""
@@ -86,14 +87,14 @@ class Weights:
     def release(self) -> None:
         """Frees the parameters' memory; their contents are lost."""
         self.missing = set(self._own())
-        for parameter in self._runner.model.parameters():
-            parameter.untyped_storage().resize_(0)
+        parameters = list(self._runner.model.parameters())
+        self._shapes = [parameter.shape for parameter in parameters]
+        for parameter in parameters:
+            parameter.data = parameter.data.new_empty(0)
         if self._runner.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    @torch.no_grad()
     def resume(self) -> None:
         """Allocates the parameters again, as zeros."""
-        for parameter in self._runner.model.parameters():
-            parameter.untyped_storage().resize_(parameter.numel() * parameter.element_size())
-            parameter.zero_()
+        for parameter, shape in zip(self._runner.model.parameters(), self._shapes, strict=True):
+            parameter.data = parameter.data.new_zeros(shape)
