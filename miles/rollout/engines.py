@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 from miles.config.exits import TryAgain, UserError
@@ -10,16 +11,25 @@ from miles.engine.client import EngineClient, EngineError
 
 TRIES = 4
 PAUSE_SECONDS = 0.25
+RECORDED = (
+    "engine", "version", "device", "dtype", "attention_backend", "sampling_backend", "batch_invariant", "enable_deterministic_inference", "max_running_requests",
+)  # fmt: skip
 
 
 class Engines:
-    """`generate` of single samples, coalesced: what a group asks for in one turn of the event loop is one call to one engine."""
+    """`generate` of single samples, coalesced: what a group asks for in one turn of the event loop is one call to one engine.
 
-    def __init__(self, clients: list[EngineClient], **fields: Any) -> None:
-        """fields: go into every /generate body (such as return_routed_experts)."""
-        self._clients = clients
+    Engines are looked for when the first sample needs one: a user's generate function may do without.
+    """
+
+    def __init__(self, find: Callable[[], Coroutine[Any, Any, list[EngineClient]]], **fields: Any) -> None:
+        """find: this worker's engines. fields: go into every /generate body (such as return_routed_experts)."""
+        self._find = find
         self._fields = fields
-        self._busy = [0] * len(clients)
+        self._found = asyncio.Lock()
+        self._clients: list[EngineClient] = []
+        self._described: list[dict[str, Any]] = []
+        self._busy: list[int] = []
         self._waiting: dict[int, list[tuple[list[int], dict[str, Any], asyncio.Future[Any]]]] = {}
         self._calls: set[asyncio.Task[None]] = set()
 
@@ -36,13 +46,13 @@ class Engines:
         return await future
 
     def _flush(self, group: int) -> None:
-        task = asyncio.ensure_future(self._call(self._waiting.pop(group)))
+        task = asyncio.ensure_future(self._call(group, self._waiting.pop(group)))
         self._calls.add(task)
         task.add_done_callback(self._calls.discard)
 
-    async def _call(self, waiting: list[tuple[list[int], dict[str, Any], asyncio.Future[Any]]]) -> None:
+    async def _call(self, group: int, waiting: list[tuple[list[int], dict[str, Any], asyncio.Future[Any]]]) -> None:
         try:
-            replies = await self._send([ids for ids, _, _ in waiting], [params for _, params, _ in waiting])
+            replies = await self._send(group, [ids for ids, _, _ in waiting], [params for _, params, _ in waiting])
         except BaseException as error:
             for _, _, future in waiting:
                 if not future.done():
@@ -54,8 +64,9 @@ class Engines:
             if not future.done():
                 future.set_result(reply)
 
-    async def _send(self, ids: list[list[int]], params: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    async def _send(self, group: int, ids: list[list[int]], params: list[dict[str, Any]]) -> list[dict[str, Any]]:
         body = {"input_ids": ids, "sampling_params": params, "return_logprob": True, **self._fields}
+        await self._look()
         for again in range(TRIES):
             index = min(range(len(self._clients)), key=lambda i: (self._busy[i], i))
             client = self._clients[index]
@@ -67,7 +78,7 @@ class Engines:
                     return [{**reply, "engine": client.url} for reply in replies]
             except EngineError as error:
                 if 400 <= error.status < 500:
-                    raise UserError(f"the engine refuses a request: {error.message}") from error
+                    raise UserError(f"draw {group}: the engine refuses the request: {error.message}") from error
                 why = str(error)
             finally:
                 self._busy[index] -= len(ids)
@@ -75,14 +86,22 @@ class Engines:
                 await asyncio.sleep(PAUSE_SECONDS * 2**again)
         raise TryAgain(f"engine {client.url} failed {TRIES} times: {why}")
 
+    async def _look(self) -> None:
+        async with self._found:
+            if not self._clients:
+                self._clients = await self._find()
+                self._busy = [0] * len(self._clients)
+
     async def describe(self) -> list[dict[str, Any]]:
-        """What a manifest records of each engine: address, version, kernels."""
-        told = []
-        for client in self._clients:
-            info = await client.server_info()
-            names = ("version", "engine", "attention_backend", "sampling_backend", "dtype", "batch_invariant", "device", "enable_deterministic_inference")
-            told.append({"address": client.url, **{name: info[name] for name in names if info.get(name) is not None}})
-        return told
+        """What a manifest records of each engine that was used: address, version, kernels."""
+        if not self._described:
+            for client in self._clients:
+                try:
+                    info = await client.server_info()
+                except EngineError as error:
+                    raise TryAgain(str(error)) from error
+                self._described.append({"address": client.url, **{name: info[name] for name in RECORDED if info.get(name) is not None}})
+        return self._described
 
     async def close(self) -> None:
         """Close connections."""

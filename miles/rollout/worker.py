@@ -33,7 +33,6 @@ from miles.rollout.rewards import Scorer
 from miles.rollout.tokenizer import Tokenizer
 
 Call = Callable[[dict[str, Any]], Coroutine[Any, Any, dict[str, Any]]]  # POST /work
-MakeEngines = Callable[[], Coroutine[Any, Any, Engines]]
 
 GATHER_SECONDS = 0.004  # groups that finish together are reported together
 BUSY_SECONDS = 0.5
@@ -41,9 +40,9 @@ IDLE_SECONDS = 1.0
 
 
 class Worker:
-    """One worker of one attempt. `call` posts to the service's /work; `engines` finds this worker's engines when first needed."""
+    """One worker of one attempt. `call` posts to the service's /work; `engines` are this worker's."""
 
-    def __init__(self, config: RunConfig, run_dir: RunDir, rank: int, epoch: int, call: Call, tokenizer: Tokenizer, engines: MakeEngines) -> None:
+    def __init__(self, config: RunConfig, run_dir: RunDir, rank: int, epoch: int, call: Call, tokenizer: Tokenizer, engines: Engines) -> None:
         rollout = config.rollout
         self.config, self.run_dir, self.rank, self.call, self.tokenizer = config, run_dir, rank, call, tokenizer
         self.fence = Fence(run_dir, epoch)
@@ -54,9 +53,7 @@ class Worker:
         self.generate = generate if rollout.generate_path is None else load_function(rollout.generate_path, "rollout.generate_path")
         self.filter = None if rollout.filter_path is None else load_function(rollout.filter_path, "rollout.filter_path")
         self.scorers: dict[str, Scorer] = {}
-        self._make_engines = engines
-        self._engines: Engines | None = None
-        self._described: list[dict[str, Any]] = []
+        self._engines = engines
         self._contexts: dict[tuple[str, int, str], GenerateContext] = {}
         self._recalled: dict[tuple[str, int, str], dict[int, list[Sample]]] = {}
         self._began: dict[tuple[str, int, str], tuple[float, list[float]]] = {}
@@ -85,8 +82,7 @@ class Worker:
             await asyncio.gather(*self._tasks, return_exceptions=True)
             for scorer in self.scorers.values():
                 await scorer.close()
-            if self._engines is not None:
-                await self._engines.close()
+            await self._engines.close()
             self.held.close()
 
     async def _report(self) -> dict[str, Any]:
@@ -129,7 +125,7 @@ class Worker:
             await self._run_group(self._supervise(job, draws))
             return
         if name not in self._contexts:
-            self._contexts[name] = await self._context(job)
+            self._contexts[name] = self._context(job)
             self._recalled[name] = self.held.recall(job)
         for draw in draws:
             self._in_flight += self.samples[job["kind"]]
@@ -215,10 +211,7 @@ class Worker:
             self.scorers[section] = Scorer(options, self.config, section)
         return self.scorers[section]
 
-    async def _context(self, job: Lineage) -> GenerateContext:
-        if self._engines is None:
-            self._engines = await self._make_engines()
-            self._described = await self._engines.describe()
+    def _context(self, job: Lineage) -> GenerateContext:
         sampling = self.config.eval.sampling if job["kind"] == "eval" else self.config.rollout.sampling
         shape, dtype = route_layout(self.tokenizer.folder) if self.config.rollout.return_routed_experts else (None, np.uint8)
         return GenerateContext(self.config, job["kind"], sampling, self.tokenizer, self._engines, job["weight_version"], shape, dtype)
@@ -231,6 +224,7 @@ class Worker:
         samples = sorted(self.held.take(job, draws), key=lambda sample: (sample.draw, sample.sample))
         shard, routes = await asyncio.to_thread(self._write, job, samples)
         self.held.sealed()
+        described = [] if job["kind"] == "sft" else await self._engines.describe()
         lengths = [len(sample.token_id) for sample in samples]
         entry = {"sequences": len(samples), "tokens": sum(lengths)}
         self._sealed.append(
@@ -242,7 +236,7 @@ class Worker:
                     "draws": [sample.draw for sample in samples],
                     "samples": [sample.sample for sample in samples],
                     "lengths": lengths,
-                    "engines": [] if job["kind"] == "sft" else self._described,
+                    "engines": described,
                     "tokenizer_hash": self.tokenizer.hash,
                 },
             }

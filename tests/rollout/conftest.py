@@ -148,7 +148,7 @@ class Attempt:
         self.http.close()
 
 
-@pytest.fixture()
+@pytest.fixture
 def attempts(tmp_path: Path, tokenizer_folder: Path) -> Iterator[Callable[..., Attempt]]:
     """attempts(overrides..., environment=...) makes the next attempt of one run; the first call's overrides make run.yaml."""
     made: list[Attempt] = []

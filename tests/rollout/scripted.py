@@ -69,7 +69,7 @@ async def reward_parts(samples: list[Sample], context: RewardContext) -> list[di
 
 
 def reward_raises(samples: list[Sample], context: RewardContext) -> list[float]:
-    raise KeyError("gold\nanswer")
+    raise ValueError("gold\nanswer")
 
 
 def reward_short(samples: list[Sample], context: RewardContext) -> list[float]:
