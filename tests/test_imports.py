@@ -21,7 +21,7 @@ ALLOWED = {
     "engine": {"config", "models", "precision"},
     "rollout": {"config", "data", "engine"},
     "training": {"config", "data", "models", "precision", "algorithms"},
-    "sync": {"config", "engine", "models"},
+    "sync": {"config", "engine", "models", "training"},
     "recipes": {"config"},
     "slurm": {"config", "data"},
     "report": {"config", "data"},

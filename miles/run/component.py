@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from miles.run.role import load_run
 from miles.config.exits import AGAIN, OK, WRONG
 from miles.config.schema import RunConfig
+from miles.run.role import load_run
 
 PRIMARY = {"train": "trainer", "rollout": "worker"}
 PR_SET_PDEATHSIG = 1

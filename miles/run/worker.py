@@ -56,15 +56,15 @@ def work(role: Role) -> None:
         _tidy_journals(run_dir, role)
     tokenizer = Tokenizer(service.lookup("model"))
 
-    async def engines() -> Engines:
+    async def find() -> list[EngineClient]:
         count = config.rollout.num_gpus // config.rollout.num_gpus_per_engine
         found = await asyncio.to_thread(service.peers, "engine", count)
-        fields = {"return_routed_experts": True} if config.rollout.return_routed_experts else {}
-        return Engines([EngineClient(peer["url"], role.token) for peer in found], **fields)
+        return [EngineClient(peer["url"], role.token) for peer in found]
 
     async def body() -> None:
         headers = {"Authorization": f"Bearer {role.token}", "Content-Type": "application/json"}
         async with httpx.AsyncClient(base_url=role.service, headers=headers, timeout=60.0, trust_env=False) as http:
+            engines = Engines(find, **({"return_routed_experts": True} if config.rollout.return_routed_experts else {}))
             await Worker(config, run_dir, role.rank, role.epoch, caller(role, http), tokenizer, engines).run()
 
     asyncio.run(body())

@@ -1,0 +1,75 @@
+"""The supervisor, with real processes: shared fate, the primary's end, and what is said of a failure."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from miles.config.schema import RunConfig
+from miles.run.component import RoleProcess, roles_of, stop, watch
+
+FOREVER = "import time; time.sleep(600)"
+
+
+def process(folder: Path, name: str, code: str, rank: int = 0) -> RoleProcess:
+    log = (folder / f"{name}.{rank}.log").open("ab")
+    return RoleProcess(name, rank, subprocess.Popen([sys.executable, "-c", code], stdout=log, stderr=log), log)
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    (tmp_path / "attempts" / "000001" / "logs").mkdir(parents=True)
+    return tmp_path
+
+
+def test_roles_of_components() -> None:
+    config = RunConfig.model_validate({"train": {"num_gpus_per_node": 2}, "rollout": {"num_gpus": 4, "num_gpus_per_engine": 2}})
+    assert roles_of("train", config) == [("service", 0, 1), ("trainer", 0, 2), ("trainer", 1, 2)]
+    assert roles_of("rollout", config) == [("engine", 0, 2), ("engine", 1, 2), ("worker", 0, 1)]
+
+
+def test_primary_end_finishes_and_the_rest_is_stopped(run_dir: Path) -> None:
+    roles = [process(run_dir, "service", FOREVER), process(run_dir, "trainer", "pass")]
+    assert watch(roles, "trainer", run_dir, 1) == {"code": 0, "role": "trainer", "rank": 0, "reason": "finished"}
+    stop(roles)
+    assert roles[0].code == -signal.SIGTERM
+
+
+def test_a_killed_role_means_try_again_and_is_named(run_dir: Path) -> None:
+    roles = [process(run_dir, "engine", FOREVER), process(run_dir, "worker", FOREVER)]
+    os.kill(roles[0].process.pid, signal.SIGKILL)
+    outcome = watch(roles, "worker", run_dir, 1)
+    stop(roles)
+    assert (outcome["code"], outcome["reason"]) == (75, "engine 0 was killed by SIGKILL")
+
+
+def test_a_users_mistake_outweighs_its_echoes(run_dir: Path) -> None:
+    line = "data.prompt_data: no such file"
+    (run_dir / "attempts" / "000001" / "logs" / "fault.worker.0.json").write_text(json.dumps({"message": line}))
+    roles = [process(run_dir, "engine", "raise SystemExit(75)"), process(run_dir, "worker", "import time; time.sleep(0.05); raise SystemExit(78)")]
+    outcome = watch(roles, "worker", run_dir, 1)
+    stop(roles)
+    assert (outcome["code"], outcome["role"], outcome["reason"]) == (78, "worker", line)
+
+
+def test_a_bug_names_its_log(run_dir: Path) -> None:
+    roles = [process(run_dir, "service", FOREVER), process(run_dir, "trainer", "raise RuntimeError('bug')", rank=1)]
+    outcome = watch(roles, "trainer", run_dir, 1)
+    stop(roles)
+    assert outcome["code"] == 1
+    assert "attempts/000001/logs/trainer.1.log" in outcome["reason"]
+
+
+def test_a_role_that_ignores_the_request_is_killed(run_dir: Path) -> None:
+    stubborn = process(run_dir, "engine", "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(600)")
+    while not (run_dir / "engine.0.log").read_text():
+        time.sleep(0.02)
+    stop([stubborn], grace=0.3)
+    assert stubborn.code == -signal.SIGKILL

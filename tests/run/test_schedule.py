@@ -1,0 +1,40 @@
+"""Which steps a run has: worked out by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from miles.config.schema import RunConfig
+from miles.run.schedule import steps, total_steps
+
+
+def config(**fields: Any) -> RunConfig:
+    return RunConfig.model_validate(fields)
+
+
+def test_warm_start_comes_first_and_steps_count_through() -> None:
+    run = config(num_rollout=3, warm_start={"steps": 2})
+    assert total_steps(run) == 5
+    found = list(steps(run, 0))
+    assert [step.number for step in found] == [1, 2, 3, 4, 5]
+    assert [step.kind for step in found] == ["sft", "sft", "rollout", "rollout", "rollout"]
+    assert [step.number_in_phase for step in found] == [0, 1, 0, 1, 2]
+    assert [step.first_rollout for step in found] == [False, False, True, False, False]
+
+
+def test_end_of_warm_start_and_last_step_are_saved() -> None:
+    assert [step.number for step in steps(config(num_rollout=3, warm_start={"steps": 2}), 0) if step.save] == [2, 5]
+    run = config(num_rollout=5, warm_start={"steps": 1}, checkpoint={"save_interval": 2})
+    assert [step.number for step in steps(run, 0) if step.save] == [1, 3, 5, 6]
+
+
+def test_evaluation_counts_rollouts_and_includes_the_last() -> None:
+    assert [step.number for step in steps(config(num_rollout=5, warm_start={"steps": 4}, eval={"interval": 2}), 0) if step.evaluate] == [6, 8, 9]
+    assert not any(step.evaluate for step in steps(config(num_rollout=5), 0))
+
+
+def test_a_resumed_run_has_the_remaining_steps_of_the_whole() -> None:
+    run = config(num_rollout=7, warm_start={"steps": 3}, eval={"interval": 2}, checkpoint={"save_interval": 3})
+    whole = list(steps(run, 0))
+    for trained in range(len(whole) + 1):
+        assert list(steps(run, trained)) == whole[trained:]

@@ -1,0 +1,85 @@
+"""The local executor with real submitit jobs: results, a killed component, a component that survives Ctrl-C, a stop."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from miles.config.exits import UserError
+from miles.slurm.launch import free_port
+from miles.slurm.local import LocalComponent, LocalRunner
+
+
+def wait_for(path: Path, seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not path.exists():
+        assert time.monotonic() < deadline, f"{path} did not appear"
+        time.sleep(0.02)
+
+
+def ended(component: LocalComponent, seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while component.running():
+        assert time.monotonic() < deadline, "the component goes on"
+        time.sleep(0.02)
+
+
+def sleeper(tmp_path: Path) -> LocalComponent:
+    component = LocalRunner(tmp_path / "jobs").submit("sleeper", "slow_component.wait", str(tmp_path / "up"))
+    wait_for(tmp_path / "up")
+    return component
+
+
+@pytest.fixture(autouse=True)
+def importable(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    folder = tmp_path / "code"
+    folder.mkdir()
+    (folder / "slow_component.py").write_text(
+        "import pathlib, time\n"
+        "def add(a, b): return {'code': 0, 'reason': str(a + b)}\n"
+        "def wait(path):\n    pathlib.Path(path).touch()\n    time.sleep(600)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+
+
+def test_a_function_by_its_import_name(tmp_path: Path) -> None:
+    component = LocalRunner(tmp_path / "jobs").submit("adder", "slow_component.add", 40, 2)
+    ended(component)
+    assert component.outcome() == {"code": 0, "reason": "42"}
+
+
+def test_interrupt_of_the_terminal_does_not_reach_components(tmp_path: Path) -> None:
+    component = sleeper(tmp_path)
+    for process in psutil.Process(component.job._process.pid).children(recursive=True):  # type: ignore[union-attr]
+        os.kill(process.pid, signal.SIGINT)
+    time.sleep(0.3)
+    assert component.running()
+    component.kill()
+    assert not component.running()
+
+
+def test_a_killed_component_says_try_again(tmp_path: Path) -> None:
+    component = sleeper(tmp_path)
+    children = psutil.Process(component.job._process.pid).children(recursive=True)  # type: ignore[union-attr]
+    component.kill()
+    outcome = component.outcome()
+    assert outcome["code"] == 75
+    assert "sleeper" in outcome["reason"]
+    gone, alive = psutil.wait_procs(children, timeout=5)
+    assert not alive
+    assert gone
+
+
+def test_port_in_use_is_one_line() -> None:
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=rf"cluster.port: 127.0.0.1:{port} can't be used .*; choose another, or 0"):
+            free_port("127.0.0.1", port)
+    assert free_port("127.0.0.1", 0) > 0
