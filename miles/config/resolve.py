@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from miles.config.exits import ConfigError
 from miles.config.explain import place
-from miles.config.schema import RunConfig, Sampling, Section
+from miles.config.schema import Optimizer, RunConfig, Sampling, Section
 from miles.config.yaml_file import Key
 
 S = TypeVar("S", bound=Section)
@@ -37,10 +37,10 @@ def resolved(config: RunConfig, origin: Mapping[Key, str] | None = None) -> RunC
             global_batch_size=global_batch_size,
             num_steps_per_rollout=steps,
             parallel=_replace(parallel, expert_tensor=parallel.expert_tensor or parallel.tensor),
-            optimizer=_replace(optimizer, lr_decay_steps=optimizer.lr_decay_steps or max(1, config.num_rollout * steps)),
+            optimizer=_replace(optimizer, lr_decay_steps=_decay(optimizer, config.num_rollout * steps)),
         ),
         warm_start=_replace(
-            warm, optimizer=_replace(warm.optimizer, lr_decay_steps=warm.optimizer.lr_decay_steps or max(1, warm.steps))
+            warm, optimizer=_replace(warm.optimizer, lr_decay_steps=_decay(warm.optimizer, warm.steps))
         ),
     )
 
@@ -127,6 +127,11 @@ def _context(sampling: Sampling) -> Sampling:
 
 def _replace(section: S, **changes: Any) -> S:
     return section.model_copy(update=changes)
+
+
+def _decay(optimizer: Optimizer, total: int) -> int:
+    """Steps of the decay: as given, else what the warm-up leaves of the phase."""
+    return optimizer.lr_decay_steps or max(1, total - optimizer.lr_warmup_steps)
 
 
 def _near_divisor(number: int, wanted: int) -> int:

@@ -145,7 +145,7 @@ class Optimizer(Section):
     min_lr: float = Field(0.0, ge=0, description="learning rate at the end of the decay")
     lr_schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="decay after the warm-up")
     lr_warmup_steps: int = Field(0, ge=0, description="linear warm-up [optimizer steps]")
-    lr_decay_steps: int | None = Field(None, ge=1, description="length of the decay [optimizer steps]; default: to the end of the phase")
+    lr_decay_steps: int | None = Field(None, ge=1, description="length of the decay [optimizer steps]; counted after the warm-up; default: to the end of the phase")
     weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay; not on norms and biases")
     beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's first decay")
     beta2: float = Field(0.95, ge=0, lt=1, description="AdamW's second decay")

@@ -34,7 +34,8 @@ def refused(config: RunConfig) -> Iterator[Entry]:
     yield from unless(not train.enable_mtp_training, "train.enable_mtp_training", "multi-token-prediction training", "set train.enable_mtp_training=false")
     estimator = algorithm.advantage_estimator
     yield from unless(estimator == "grpo", "algorithm.advantage_estimator", estimator, "set algorithm.advantage_estimator=grpo")
-    yield from unless(not algorithm.use_tis, "algorithm.use_tis", "truncated importance sampling (use_tis)", "set algorithm.use_tis=false")
+    load = config.checkpoint.load
+    yield from unless(not load, "checkpoint.load", "starting from a checkpoint of another run", "set model.hf_checkpoint to its hf folder")
     yield from _engine(config)
     for where, reward in (("rollout.reward", rollout.reward), ("eval.reward", config.eval.reward)):
         kind = (reward.type or "").removeprefix("boxed_") if reward else ""
@@ -83,6 +84,8 @@ def suspicious(config: RunConfig) -> Iterator[Entry]:
         yield "warning", "algorithm.kl_loss_coef", "has no effect while algorithm.use_kl_loss is off", "set algorithm.use_kl_loss=true"
     if config.checkpoint.ref_load and not algorithm.use_kl_loss:
         yield "warning", "checkpoint.ref_load", "has no effect while algorithm.use_kl_loss is off", "set algorithm.use_kl_loss=true"
+    if (rollout.over_sampling_batch_size or 0) > rollout.batch_size and not rollout.filter_path:
+        yield "warning", "rollout.over_sampling_batch_size", "has no effect without a filter", "set rollout.filter_path, or leave it out"
     if rollout.n_samples_per_prompt == 1 and algorithm.rewards_normalization and config.num_rollout:
         yield (
             "warning",

@@ -20,8 +20,6 @@ def missing(config: RunConfig) -> Iterator[Entry]:
         yield "error", "model.hf_checkpoint", "no model is named", "give --hf-checkpoint FOLDER"
     elif not model.build:
         yield from _folder("model.hf_checkpoint", model.hf_checkpoint)
-    if checkpoint.load:
-        yield from _folder("checkpoint.load", checkpoint.load)
     if checkpoint.ref_load:
         yield from _folder("checkpoint.ref_load", checkpoint.ref_load)
     for where, path in [

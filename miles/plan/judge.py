@@ -41,7 +41,7 @@ def judge(config: RunConfig, memory: int | None = None) -> list[Finding]:
     found += _layout(config, model)
     for check in (abilities.refused, inputs.missing, abilities.suspicious):
         found += [Finding(*entry) for entry in check(config)]
-    found += _family(model)
+    found += _family(config, model)
     found += _memory(config, model, host_memory() if memory is None else memory)
     order = {"error": 0, "warning": 1, "note": 2}
     return sorted(found, key=lambda finding: order[finding.level])
@@ -80,11 +80,13 @@ def _layout(config: RunConfig, model: Facts | None) -> Iterator[Finding]:
         )
 
 
-def _family(model: Facts | None) -> Iterator[Finding]:
+def _family(config: RunConfig, model: Facts | None) -> Iterator[Finding]:
     family = model.shape.family if model else None
     if family and family not in abilities.FAMILIES:
         supported = ", ".join(abilities.FAMILIES)
         yield Finding("error", "model", f"family {family} is not there yet", f"take a model of {supported}")
+    if model and config.rollout.return_routed_experts and not model.shape.experts:
+        yield Finding("error", "rollout.return_routed_experts", "the model has no experts", "set rollout.return_routed_experts=false")
 
 
 def _memory(config: RunConfig, model: Facts | None, host: int) -> Iterator[Finding]:

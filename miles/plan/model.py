@@ -114,7 +114,7 @@ def _attention(shape: Shape) -> int:
 def _named(name: str) -> Shape:
     path = configs_dir() / "models" / f"{name}.yaml"
     if not path.is_file():
-        near = difflib.get_close_matches(name, known_names(), 1, 0.5)
+        near = [known for known in known_names() if known.startswith(name.lower())] or difflib.get_close_matches(name, known_names(), 1, 0.5)
         mend = f"did you mean {near[0]}?" if near else "leave it out: the checkpoint's config.json says the same"
         raise ConfigError(f"model.name: {name!r} is not in configs/models; {mend}")
     return Shape.model_validate(read_yaml(path)[0]["model"]["shape"], strict=True)

@@ -32,7 +32,6 @@ def guarantee(config: RunConfig) -> Tier:
             ("rollout.batch_invariant is off", rollout.engine == "embedded" and not rollout.batch_invariant),
             (f"batch-invariant kernels are float32, not {config.model.dtype}", config.model.dtype != "float32"),
             ("a remote reward may answer differently", (rollout.reward.type or "").removeprefix("boxed_") == "remote_rm"),
-            ("which groups are kept depends on which finish first", (rollout.over_sampling_batch_size or 0) > rollout.batch_size),
         ]
         if holds
     ]

@@ -81,6 +81,7 @@ def test_resolved_defaults() -> None:
     config = load_config([], overrides.split())
     assert config.train.num_steps_per_rollout == 3  # 6 × 4 / 8
     assert config.train.optimizer.lr_decay_steps == 15  # 5 rollouts × 3 steps
+    assert load_config([], ["num_rollout=9", "train.optimizer.lr_warmup_steps=4"]).train.optimizer.lr_decay_steps == 5  # what the warm-up leaves
     assert config.train.parallel.expert_tensor == 2
     assert config.rollout.sampling.max_context_len == 128
     assert config.rollout.over_sampling_batch_size == 6
