@@ -102,7 +102,8 @@ def _more(path: Path, start: int, show: Callable[[str], None], last: bool) -> in
         file.seek(start)
         data = file.read()
     end = len(data) if last else data.rfind(b"\n") + 1
-    for line in data[:end].split(b"\n")[: None if last and not data.endswith(b"\n") else -1]:
+    lines = data[:end].split(b"\n")
+    for line in lines if lines[-1] else lines[:-1]:  # what comes after the last line end is no line, unless there is something
         show(_text(line))
     return start + end
 

@@ -17,7 +17,7 @@ from miles.report.scales import number
 from miles.report.summary import Summary, duration, merge_service, summarise
 
 ASK_SECONDS = 3.0
-STATE_STYLES = {"finished": "green", "running": "cyan", "starting": "cyan", "stopped": "yellow", "lost": "yellow", "failed": "red"}
+STATE_STYLES = {"new": "yellow", "finished": "green", "running": "cyan", "starting": "cyan", "stopped": "yellow", "lost": "yellow", "failed": "red"}
 
 
 def status(run_dir: Path, as_json: bool) -> int:

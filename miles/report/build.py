@@ -18,7 +18,7 @@ from miles.report.summary import Summary, duration, summarise
 from miles.report.tiles import config_lines, tiles
 from miles.report.transcripts import DIFFERENCE_KEY, PROBABILITY_KEY, transcripts
 
-TEMPLATES = Path(__file__).parent / "templates"
+TEMPLATES = Path(__file__).parent
 
 
 @dataclass
@@ -55,8 +55,8 @@ def render(record: RunRecord) -> str:
     summary = summarise(record)
     drawn = figures(record)
     shown = transcripts(record)
-    return environment.get_template("report.html.j2").render(
-        style=Markup((TEMPLATES / "style.css").read_text(encoding="utf-8")),
+    return environment.get_template("page.html.j2").render(
+        style=Markup((TEMPLATES / "page.css").read_text(encoding="utf-8")),
         summary=summary,
         subtitle=_subtitle(record),
         progress_line=_progress_line(record, summary),
@@ -121,8 +121,8 @@ def _progress_line(record: RunRecord, summary: Summary) -> str:
 
 
 def _curves_note(record: RunRecord) -> str:
-    shaded = "The shaded part is the supervised warm start. " if record.of_kind("sft") else ""
-    return f"{shaded}All steps share one numbering. Hover over a plot for its values."
+    shaded = "Steps are counted through the whole run, the supervised warm start (shaded) first. " if record.of_kind("sft") else ""
+    return f"{shaded}Hover over a plot for its values."
 
 
 def _text(path: Path) -> str:

@@ -55,7 +55,7 @@ def tokens_per_second(record: RunRecord) -> tuple[list[int], list[float]]:
     steps, values = series_of(lines, TOKENS_PER_SECOND)
     if steps:
         return steps, values
-    seconds = {step: sum(part for phase, part in stack.items() if phase not in ASIDE) for step, stack in record.phase_seconds().items()}
+    seconds = {step: sum(part for phase, part in stack.items() if phase not in ASIDE) for step, stack in record.phase_seconds.items()}
     pairs = [(step, tokens / seconds[step]) for step, tokens in zip(*series_of(lines, TOKENS), strict=True) if seconds.get(step, 0.0) > 0]
     return [step for step, _ in pairs], [value for _, value in pairs]
 
@@ -63,15 +63,17 @@ def tokens_per_second(record: RunRecord) -> tuple[list[int], list[float]]:
 def figures(record: RunRecord) -> list[Placed]:
     """Every plot that the run has data for, in reading order."""
     rollout, sft, evals = record.of_kind("rollout"), record.of_kind("sft"), record.of_kind("eval")
-    every_step = sorted({int(line["step"]) for line in record.metrics})
     sft_steps = [int(line["step"]) for line in sft]
     shade = (min(sft_steps), max(sft_steps)) if sft_steps else None
+    # A plot begins with what it shows: a long warm start must not squeeze the rollouts of plots that it is not part of.
+    after = [int(line["step"]) for line in [*rollout, *evals]]
 
     def curve(name: str, title: str, unit: str, caption: str, series: list[Series], **how: Any) -> list[Placed]:
         series = [one for one in series if one.steps]
         if not series:
             return []
-        svg = line_plot(name, title, unit, series, warm_start=shade, steps=every_step, **how)
+        extent = sft_steps if all(one.label.startswith("warm") for one in series) else after
+        svg = line_plot(name, title, unit, series, warm_start=shade, steps=extent, **how)
         legend = [(one.colour, one.label) for one in series] if len(series) > 1 else []
         return [Placed(name, title, caption, svg, legend)]
 
@@ -94,13 +96,13 @@ def figures(record: RunRecord) -> list[Placed]:
     placed += curve("mismatch", "Train–inference mismatch", "|Δ log-prob|", _mismatch_caption(mismatch), mismatch, log=True)
     placed += curve("grad_norm", "Gradient norm", "norm", "Global norm of the gradient before clipping.", both(GRAD_NORM, "c3"))
     placed += curve("loss", "Policy loss", "loss", "Loss of the rollout steps. Near zero by construction; its size says little.", [Series("policy loss", *series_of(rollout, LOSS), "c5", smooth=True)])
-    placed += curve("sft_loss", "Warm-start loss", "nats per token", "Cross-entropy of the supervised warm start.", [Series("warm-start loss", *series_of(sft, LOSS), "c6")])
+    placed += curve("sft_loss", "Warm-start loss", "nats per token", "Cross-entropy of the supervised warm start.", [Series("warm start", *series_of(sft, LOSS), "c6")])
     return placed + phase_bars(record)
 
 
 def phase_bars(record: RunRecord) -> list[Placed]:
     """Seconds of every phase at every step (means of neighbouring steps when there are many)."""
-    seconds = record.phase_seconds()
+    seconds = record.phase_seconds
     if not seconds:
         return []
     present = {phase for stack in seconds.values() for phase in stack}

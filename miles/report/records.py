@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ class RunRecord:
         """Warm-start steps and rollouts together, as configured."""
         return int(self.setting("warm_start.steps", 0) or 0) + int(self.setting("num_rollout", 0) or 0)
 
-    @property
+    @cached_property
     def phase_source(self) -> str:
         """Which process the time of phases is taken from: the trainer's rank 0 drives the loop."""
         present = {(str(event["component"]), int(event["rank"])) for event in self.events}
@@ -70,10 +71,12 @@ class RunRecord:
             return f"{component} {rank}"
         return "the trainer"
 
+    @cached_property
     def phase_seconds(self) -> dict[int, dict[str, float]]:
         """Seconds by step and phase, of the attempt that did the step last; from perf/*_time metrics where no events are."""
         newest: dict[int, int] = {}
-        mine = [event for event in self.events if f"{event['component']} {event['rank']}" == self.phase_source and _is_span(event)]
+        source = self.phase_source
+        mine = [event for event in self.events if f"{event['component']} {event['rank']}" == source and _is_span(event)]
         for event in mine:
             newest[event["step"]] = max(newest.get(event["step"], -1), event["epoch"])
         seconds: dict[int, dict[str, float]] = {}

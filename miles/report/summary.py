@@ -18,7 +18,7 @@ RECENT_STEPS = 5  # steps that speed and remaining time are taken from
 
 @dataclass
 class Summary:
-    """state: starting, running, finished, stopped, failed, or lost (died without a word). Unknown values are None."""
+    """state: new (no attempt yet), starting, running, finished, stopped, failed, or lost (died without a word). Unknown values are None."""
 
     run: str
     run_dir: str
@@ -79,7 +79,7 @@ def summarise(record: RunRecord, now: float | None = None) -> Summary:
 def _judge(record: RunRecord, summary: Summary, now: float) -> None:
     """State and reason from the newest attempt's end and from how fresh the files are."""
     if not record.attempts:
-        summary.state, summary.reason = "stopped", "no attempt has been made yet; start it with `miles-submit run`"
+        summary.state, summary.reason = "new", "no attempt has been made yet; start it with `miles-submit run`"
         summary.seconds_left = None
         return
     latest = record.attempts[-1]

@@ -10,7 +10,7 @@ from html import escape
 from miles.report.scales import Linear, Scale, finite, linear, log_with_zero, number, steps_axis
 
 WIDTH, HEIGHT = 560, 270
-LEFT, RIGHT, TOP, BOTTOM = 58, 14, 14, 40
+LEFT, RIGHT, TOP, BOTTOM = 66, 14, 14, 40
 MAX_HITS = 240  # places with a tooltip in one plot
 SMOOTH_FROM = 40  # points from which on a running mean is drawn over the raw line
 SMOOTH_WINDOW = 9  # points of that mean
@@ -65,7 +65,7 @@ def line_plot(
     parts += [_band(one, x, y) for one in series if one.low]
     parts += [_line(one, x, y, points) for one in series]
     if log and finite(every) and not any(finite(every)):
-        parts.append(f'<text class="remark" x="{(max(LEFT, x(min(series[0].steps))) + WIDTH - RIGHT) / 2:.0f}" y="{(HEIGHT - BOTTOM + TOP) / 2:.0f}" text-anchor="middle">exactly 0 at every step</text>')
+        parts.append(f'<text class="remark" x="{(LEFT + WIDTH - RIGHT) / 2:.0f}" y="{(HEIGHT - BOTTOM + TOP) / 2:.0f}" text-anchor="middle">exactly 0 at every step</text>')
     parts.append(_hits(series, x))
     return _document(name, title, _describe(series, unit), "".join(parts))
 
@@ -119,7 +119,7 @@ def _axes(x: Scale, y: Scale, x_label: str, y_label: str, width: int = WIDTH) ->
     parts += [f'<path class="axis" d="M{at:.1f} {bottom}v4"/><text class="tick" x="{at:.1f}" y="{bottom + 16}" text-anchor="middle">{escape(label)}</text>' for at, label in x.ticks]
     parts.append(f'<path class="axis" d="M{LEFT} {bottom}H{right}"/>')
     parts.append(f'<text class="label" x="{(LEFT + right) / 2:.0f}" y="{HEIGHT - 5}" text-anchor="middle">{escape(x_label)}</text>')
-    parts.append(f'<text class="label" transform="translate(13 {(TOP + bottom) / 2:.0f}) rotate(-90)" text-anchor="middle">{escape(y_label)}</text>')
+    parts.append(f'<text class="label" transform="translate(12 {(TOP + bottom) / 2:.0f}) rotate(-90)" text-anchor="middle">{escape(y_label)}</text>')
     return "".join(parts)
 
 
@@ -127,7 +127,9 @@ def _shade(x: Linear, warm_start: tuple[int, int] | None) -> str:
     if warm_start is None:
         return ""
     left, right = max(x(warm_start[0] - 0.5), LEFT), min(x(warm_start[1] + 0.5), WIDTH - RIGHT)
-    width = max(right - left, 2.0)
+    width = right - left
+    if width < 2:
+        return ""
     label = f'<text class="shade-label" x="{left + 5:.1f}" y="{TOP + 11}">warm start</text>' if width > 62 else ""
     return f'<g><title>warm start: steps {warm_start[0]} to {warm_start[1]}</title><rect class="shade" x="{left:.1f}" y="{TOP}" width="{width:.1f}" height="{HEIGHT - BOTTOM - TOP}"/>{label}</g>'
 

@@ -85,7 +85,8 @@ def _speed(record: RunRecord) -> Tile:
     values = sorted(value for value in tokens_per_second(record)[1] if math.isfinite(value))
     if not values:
         return Tile("Tokens per second", "–", "not recorded yet")
-    return Tile("Tokens per second", number(values[len(values) // 2], 3), f"median; {number(values[0])} to {number(values[-1])}", unit="tok/s")
+    note = f"median of {len(values)} steps; {number(values[0])} to {number(values[-1])}" if len(values) > 1 else "of one step"
+    return Tile("Tokens per second", number(values[len(values) // 2]), note, unit="tok/s")
 
 
 def _tier(summary: Summary) -> Tile:

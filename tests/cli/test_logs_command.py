@@ -146,3 +146,11 @@ def test_follow_ends_after_a_crash_that_nobody_restarts(tmp_path: Path) -> None:
     assert follower.end() == 0
     assert follower.lines[-1] == "── attempt 1 ended: no service (exit code 75) ──"
     assert time.monotonic() - start < 15
+
+
+def test_follow_of_a_run_that_has_ended_prints_and_returns(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+    end_attempt(run, 1, 78, "rollout.reward.path: no such function")
+    assert logs(run.path, "engine", True, 5) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == ["engine.0 │ engine up", "engine.1 │ second engine up"]
+    assert lines[2:] == ["engine.1 │ half a li", "── attempt 1 ended: rollout.reward.path: no such function (exit code 78) ──"]

@@ -163,3 +163,22 @@ def test_no_color_is_honoured() -> None:
     sent = on_terminal(80, NO_COLOR="1")
     assert "quickstart" in sent
     assert not re.search(r"\x1b\[(?:\d+;)*(?:3[0-9]|4[0-9]|9[0-9])(?:;\d+)*m", sent)
+
+
+@pytest.mark.parametrize(("width", "first"), [(100, "rollout step 12   phase generate 3/16   reward 0.438"), (50, "rollout step 12")])
+def test_live_display_on_any_console(width: int, first: str) -> None:
+    out = io.StringIO()
+    console = Console(file=out, width=width, height=20, force_terminal=True, color_system=None, highlight=False)
+    progress = Progress(console, clock=Clock())
+    try:
+        console.print(progress.display())
+        progress.update(STATUS)
+        progress.say("an event")
+        out.truncate(0)
+        console.print(progress.display())
+    finally:
+        progress.close()
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", out.getvalue())
+    assert first in [line.rstrip() if width < 70 else line[: len(first)] for line in shown.splitlines()]
+    assert shown.splitlines()[-1].startswith("step 12/40 (rollout)"), "the last state stays"
+    assert shown.count("an event") >= 2, "in the display, and as a line at the end"

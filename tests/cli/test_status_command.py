@@ -115,7 +115,7 @@ def test_how_a_run_ended(tmp_path: Path, code: int, more: dict[str, Any], state:
 
 def test_stages_of_a_life(tmp_path: Path) -> None:
     run = empty_run(tmp_path / "run")
-    assert (state_of(run.path).state, state_of(run.path).attempts) == ("stopped", 0)
+    assert (state_of(run.path).state, state_of(run.path).attempts) == ("new", 0)
     epoch = begin_attempt(run)
     assert state_of(run.path).state == "starting"
     record_step(run, epoch, 1, "sft", time.time() - 4)
@@ -206,3 +206,14 @@ def test_steps_behind(told: dict[str, Any], behind: int | None) -> None:
 @pytest.mark.parametrize(("seconds", "words"), [(None, "–"), (3.25, "3.2 s"), (45.2, "45 s"), (200, "3 min 20 s"), (7500, "2 h 05 min"), (273_700, "3 d 4 h"), (float("nan"), "–")])
 def test_durations(seconds: float | None, words: str) -> None:
     assert duration(seconds) == words
+
+
+def test_table_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    run = empty_run(tmp_path / "run")
+    end_attempt(run, begin_attempt(run), 78, "data.prompt_data: no such file")
+    assert status(run.path, False) == 0
+    shown = capsys.readouterr().out
+    assert "\x1b[31mfailed" in shown
+    assert "data.prompt_data: no such file" in shown
