@@ -68,9 +68,8 @@ class Engine:
                 seed = DETERMINISTIC_SEED
             else:
                 seed = int(self._seeds.integers(1 << 63))
-            most = sampling.max_new_tokens
-            most = self.context_length - len(request.input_ids) if most is None else most
-            self.scheduler.add(Sequence(request, done, seed, most))
+            assert sampling.max_new_tokens is not None, "parse_generate fills it in"
+            self.scheduler.add(Sequence(request, done, seed, sampling.max_new_tokens))
 
     def step(self) -> bool:
         """Runs one model step; False when there was nothing to do."""

@@ -19,7 +19,7 @@ class BadRequest(ValueError):
 
 @dataclass(slots=True)
 class Sampling:
-    """How tokens are drawn. `top_k` -1 keeps all; temperature 0 is greedy; `seed` None lets the engine choose."""
+    """How tokens are drawn. `max_new_tokens` None fills the context; `top_k` -1 keeps all; temperature 0 is greedy; `seed` None lets the engine choose."""
 
     max_new_tokens: int | None = 128
     temperature: float = 1.0
@@ -33,6 +33,7 @@ class Sampling:
     spaces_between_special_tokens: bool = True
     n: int = 1
     seed: int | None = None
+    explicit: bool = False  # max_new_tokens was given: too many are refused, not cut
 
 
 @dataclass(slots=True)
@@ -139,6 +140,7 @@ def parse_sampling(given: Any) -> Sampling:
     for name, value in given.items():
         if name == "max_new_tokens":
             result.max_new_tokens = None if value is None else _integer(value, name)
+            result.explicit = value is not None
         elif value is None or name not in KNOWN_SAMPLING:
             continue
         elif name in ("temperature", "top_p"):
@@ -291,7 +293,10 @@ def _fits(prompt: NDArray[np.int32], sampling: Sampling, start: int, experts_sta
     length = len(prompt)
     if length >= limits.context_length:
         raise ValueError(f"The input ({length} tokens) is longer than the model's context length ({limits.context_length} tokens).")
-    if sampling.max_new_tokens is not None and length + sampling.max_new_tokens > limits.context_length:
+    room = limits.context_length - length
+    if sampling.max_new_tokens is None or not sampling.explicit:
+        sampling.max_new_tokens = room if sampling.max_new_tokens is None else min(sampling.max_new_tokens, room)
+    if sampling.max_new_tokens > room:
         raise ValueError(
             f"Requested token count exceeds the model's maximum context length of {limits.context_length} tokens: "
             f"{length} of input and max_new_tokens {sampling.max_new_tokens}."

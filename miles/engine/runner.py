@@ -17,7 +17,6 @@ from miles.precision.attention import KVCache
 from miles.precision.logprob import sample, token_logprob
 from miles.precision.threads import set_threads
 
-SCORED_AT_ONCE = 1 << 26  # logits of prompt log-probs held at a time
 
 
 class Runner:
@@ -87,6 +86,8 @@ class Runner:
         )  # fmt: skip
         token_id, position = (torch.from_numpy(array).to(self.device) for array in (batch.token_id, batch.position))
         rows = np.concatenate((batch.last, *(np.arange(item.first, item.first + len(item.target)) for item in batch.scores)))
+        if not len(rows):
+            rows = np.zeros(1, dtype=np.int64)  # a chunk that draws nothing: its logits go unread
         logits = forward(self.model, token_id, position, context, torch.from_numpy(rows).to(self.device))
         if routes is not None and self.routes is not None:
             self.routes[np.repeat(batch.row, queries), batch.position] = routes.numpy()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import hmac
+import signal
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 
 import orjson
 import uvicorn
@@ -124,16 +126,26 @@ def serve(options: EngineOptions, ready: Callable[[str, Engine], None] | None = 
         sock.close()
 
 
+class _Server(uvicorn.Server):
+    """uvicorn without its signal handling, which would end the process by the signal after a clean shutdown."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
 async def _serve(thread: EngineThread, sock: socket.socket, options: EngineOptions, ready: Callable[[str, Engine], None] | None) -> None:
     config = uvicorn.Config(build_app(thread), log_level="warning", access_log=False, lifespan="off", timeout_keep_alive=5, timeout_graceful_shutdown=1)
-    server = uvicorn.Server(config)
+    server = _Server(config)
+    loop = asyncio.get_running_loop()
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(signum, lambda: setattr(server, "should_exit", True))
     thread.start()
     task = asyncio.create_task(server.serve(sockets=[sock]))
     while not server.started and not task.done():
         await asyncio.sleep(0.01)
     if ready is not None and server.started:
         host = f"[{options.host}]" if ":" in options.host else options.host
-        url = f"http://{host}:{sock.getsockname()[1]}"
-        await asyncio.get_running_loop().run_in_executor(None, ready, url, thread.engine)
+        await loop.run_in_executor(None, ready, f"http://{host}:{sock.getsockname()[1]}", thread.engine)
     await task
     thread.stop()
