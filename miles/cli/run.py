@@ -13,7 +13,8 @@ from miles.cli.progress import Progress
 from miles.config.compose import dump_config, load_config
 from miles.config.exits import OK, UserError
 from miles.config.schema import RunConfig
-from miles.data.store.files import seal_bytes
+from miles.data.store.files import read_json, seal_bytes
+from miles.data.store.metrics import read_metrics
 from miles.data.store.run_dir import RunDir, write_plan
 from miles.plan.judge import judge
 from miles.plan.tier import guarantee
@@ -34,6 +35,9 @@ def run(words: list[str], run_dir: Path | None) -> int:
     refuse_errors(config, console)
     if folder.run_yaml.exists():
         refuse_differences(load_config([folder.run_yaml]), config, folder)
+        if finished(folder, config):
+            console.print(f"already finished: {folder.path}; report: {build_report(folder.path)}")
+            return OK
         console.print(f"resuming {folder.path}")
     elif folder.path.exists() and any(folder.path.iterdir()):
         raise UserError(f"{folder.path}: not empty, and not a run; choose another --run-dir")
@@ -58,6 +62,13 @@ def run(words: list[str], run_dir: Path | None) -> int:
     if code == OK:
         console.print(f"finished: {folder.path}")
     return code
+
+
+def finished(folder: RunDir, config: RunConfig) -> bool:
+    """Whether the newest attempt ended well and nothing was added since."""
+    end = folder.latest / "exit.json"
+    done = max((line["step"] for line in read_metrics(folder.metrics)), default=0)
+    return end.exists() and read_json(end)["code"] == OK and done >= config.warm_start.steps + config.num_rollout
 
 
 def refuse_errors(config: RunConfig, console: Console) -> None:

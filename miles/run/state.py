@@ -201,7 +201,7 @@ class Run:
 
     def finish(self) -> None:
         """Export the final weights and let the others go."""
-        if self.config.checkpoint.save_hf and not self.folder.hf.exists():
+        if self.config.checkpoint.save_hf:
             self.trainer.export_hf(self.folder.hf)
         shutil.rmtree(self.folder.path / "sync", ignore_errors=True)
         if self.role.rank == 0:

@@ -1,0 +1,16 @@
+"""One undisturbed run that the others are compared with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import runs
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A complete run of the tiny recipe."""
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    runs.run(folder)
+    return folder

@@ -1,0 +1,55 @@
+"""Death of each process, once each in one run: it goes on by itself and ends with the bits of an undisturbed one."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+import runs
+
+VICTIMS = {3: "worker", 4: "trainer", 5: "engine", 7: "service"}
+
+
+def test_kill_9_of_every_role(undisturbed: Path, tmp_path: Path) -> None:
+    launched = runs.Launched(tmp_path / "run", *runs.STEPS, "cluster.restarts=4")
+    for attempt, (step, role) in enumerate(VICTIMS.items(), 1):
+        launched.until(
+            lambda step=step, attempt=attempt: runs.trained(tmp_path / "run") >= step and len(list((tmp_path / "run").glob("attempts/0*"))) == attempt,
+            f"step {step} of attempt {attempt}",
+        )
+        launched.kill_role(role)
+        launched.until(lambda attempt=attempt: (tmp_path / "run" / f"attempts/{attempt:06d}/exit.json").exists(), f"end of attempt {attempt}")
+        ending = json.loads((tmp_path / "run" / f"attempts/{attempt:06d}/exit.json").read_text())
+        assert ending["code"] == 75, ending
+    assert launched.wait() == 0, launched.text() + runs.logs(tmp_path / "run")
+    runs.same_run(undisturbed, tmp_path / "run")
+
+
+def test_interrupt_saves_and_resumes(undisturbed: Path, tmp_path: Path) -> None:
+    launched = runs.Launched(tmp_path / "run")
+    launched.until(lambda: runs.trained(tmp_path / "run") >= 4, "step 4")
+    launched.process.send_signal(signal.SIGINT)
+    assert launched.wait() == 130
+    assert f"resume with: miles-submit run {tmp_path / 'run'}" in launched.text()
+    assert 4 <= runs.trained(tmp_path / "run") < 8
+    runs.run(tmp_path / "run")
+    runs.same_run(undisturbed, tmp_path / "run")
+
+
+def test_damaged_and_unfinished_checkpoints_are_passed_over(undisturbed: Path, tmp_path: Path) -> None:
+    launched = runs.Launched(tmp_path / "run")
+    launched.until(lambda: (tmp_path / "run/checkpoints/step_000006/COMPLETE").exists(), "checkpoint 6")
+    launched.end()
+    launched.wait()
+    newest = tmp_path / "run/checkpoints/step_000006"
+    victim = max((path for path in newest.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 1
+    victim.write_bytes(content)
+    (tmp_path / "run/checkpoints/step_000007").mkdir(exist_ok=True)
+    runs.run(tmp_path / "run")
+    said = (tmp_path / "run/latest/logs/trainer.0.log").read_text()
+    assert victim.name in said
+    assert "step_000007" in said
+    runs.same_run(undisturbed, tmp_path / "run")
