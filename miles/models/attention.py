@@ -26,11 +26,12 @@ def miles_attention(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """query [1, H, T, D], key and value [1, Hkv, T, D] -> ([1, T, H, D], None)."""
-    assert attention_mask is None and query.shape[0] == 1, "sequences are packed into one row, without a mask"
+    assert attention_mask is None, "no mask function is registered"
+    assert query.shape[0] == 1, "sequences are packed into one row"
     if miles_context is None:
         raise ValueError('attention "miles" needs miles_context=PackedContext(...) or CachedContext(...): call miles.models.forward.forward')
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    layer: int = module.layer_idx  # type: ignore[assignment]
+    layer: Any = module.layer_idx
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return miles_context.attend(layer, q, k, v, scale).unsqueeze(0), None
 

@@ -34,4 +34,4 @@ def forward(
         logits_to_keep=0 if rows is None else rows,
         miles_context=context,
     )
-    return output.logits[0].float()  # type: ignore[no-any-return]
+    return output.logits[0].float()

@@ -28,8 +28,8 @@ class FusedDecoderLayer(GradientCheckpointingLayer):
     exact: bool
     attention_name: str
 
-    def forward(  # noqa: D102
-        self, hidden: torch.Tensor, miles_context: Context, position: torch.Tensor, table: RotaryTable, **kwargs: Any
+    def forward(
+        self: Any, hidden: torch.Tensor, miles_context: Context, position: torch.Tensor, table: RotaryTable, **kwargs: Any
     ) -> torch.Tensor:
         norm = self.input_layernorm
         attended = self.attention(rms_norm(hidden, norm.weight, norm.variance_epsilon), miles_context, position, table)
@@ -37,7 +37,7 @@ class FusedDecoderLayer(GradientCheckpointingLayer):
         norm = self.post_attention_layernorm
         return hidden + self.feed_forward(rms_norm(hidden, norm.weight, norm.variance_epsilon), miles_context)
 
-    def attention(self, x: torch.Tensor, context: Context, position: torch.Tensor, table: RotaryTable) -> torch.Tensor:
+    def attention(self: Any, x: torch.Tensor, context: Context, position: torch.Tensor, table: RotaryTable) -> torch.Tensor:
         """Self-attention of normed x [T, hidden]."""
         module, exact = self.self_attn, self.exact
         dim = module.head_dim
@@ -50,7 +50,7 @@ class FusedDecoderLayer(GradientCheckpointingLayer):
         out, _ = attend(module, *heads, None, scaling=module.scaling, miles_context=context)
         return linear(out.reshape(len(x), -1), module.o_proj.weight, module.o_proj.bias, exact)
 
-    def feed_forward(self, x: torch.Tensor, context: Context) -> torch.Tensor:
+    def feed_forward(self: Any, x: torch.Tensor, context: Context) -> torch.Tensor:
         """MLP or routed experts of normed x [T, hidden]."""
         mlp, exact = self.mlp, self.exact
         if not hasattr(mlp, "gate"):
@@ -65,7 +65,7 @@ class FusedDecoderLayer(GradientCheckpointingLayer):
 class FusedTrunk:
     """Embedding, layers, last norm: input_ids [1, T] -> [1, T, hidden]."""
 
-    def forward(  # noqa: D102
+    def forward(
         self: Any, input_ids: torch.Tensor, position_ids: torch.Tensor, miles_context: Context, **kwargs: Any
     ) -> BaseModelOutputWithPast:
         hidden = F.embedding(input_ids[0], self.embed_tokens.weight)
@@ -74,19 +74,21 @@ class FusedTrunk:
         for layer in self.layers:
             hidden = layer(hidden, miles_context=miles_context, position=position, table=table)
         hidden = rms_norm(hidden, self.norm.weight, self.norm.variance_epsilon)
-        return BaseModelOutputWithPast(last_hidden_state=hidden.unsqueeze(0))
+        last: Any = hidden.unsqueeze(0)
+        return BaseModelOutputWithPast(last_hidden_state=last)
 
     def rotary_table(self: Any, context: Context, position: torch.Tensor) -> RotaryTable:
         """cos and sin [P, D / 2] for every position that occurs: made once per size, rows by position, so bits don't depend on the batch."""
         need = int(position.max()) + 1 if position.numel() else 1
         table: RotaryTable | None = self.__dict__.get("_miles_table")
         if table is None or table[0].shape[0] < need:
-            size = max(need, self.config.max_position_embeddings)
-            rotary = self.rotary_emb
-            angle = torch.arange(size, dtype=torch.float32)[:, None] * rotary.inv_freq.float().cpu()[None]
-            # fp64 sine and cosine rounded once: the same bits for a position whatever the size of the table
-            scaling = rotary.attention_scaling
-            table = tuple((f(angle.double()).float() * scaling).contiguous() for f in (torch.cos, torch.sin))  # type: ignore[assignment]
+            with torch.inference_mode(False):  # made by an engine or a trainer alike: an inference tensor could not be used in training
+                size = max(need, self.config.max_position_embeddings)
+                rotary = self.rotary_emb
+                angle = torch.arange(size, dtype=torch.float32)[:, None] * rotary.inv_freq.float().cpu()[None]
+                # fp64 sine and cosine rounded once: the same bits for a position whatever the size of the table
+                cos, sin = (f(angle.double()).float() * rotary.attention_scaling for f in (torch.cos, torch.sin))
+                table = (cos.contiguous(), sin.contiguous())
             self.__dict__["_miles_table"] = table
         assert table is not None
         return table
@@ -95,7 +97,7 @@ class FusedTrunk:
 class FusedCausalLM:
     """Trunk and head: logits [1, R, V] of the rows in logits_to_keep (i64 [R]), all rows for 0."""
 
-    def forward(  # noqa: D102
+    def forward(
         self: Any,
         input_ids: torch.Tensor,
         position_ids: torch.Tensor,
@@ -106,8 +108,8 @@ class FusedCausalLM:
         hidden = self.model(input_ids=input_ids, position_ids=position_ids, miles_context=miles_context).last_hidden_state[0]
         if isinstance(logits_to_keep, torch.Tensor):
             hidden = hidden[logits_to_keep]
-        logits = linear(hidden, self.lm_head.weight, None, self.miles_exact)
-        return CausalLMOutputWithPast(logits=logits.unsqueeze(0))
+        logits: Any = linear(hidden, self.lm_head.weight, None, self.miles_exact).unsqueeze(0)
+        return CausalLMOutputWithPast(logits=logits)
 
 
 def fuse(model: PreTrainedModel, family: Family, exact: bool) -> None:
@@ -115,7 +117,7 @@ def fuse(model: PreTrainedModel, family: Family, exact: bool) -> None:
     trunk: Any = model.model
     _become(model, FusedCausalLM)
     _become(trunk, FusedTrunk)
-    model.miles_exact = exact  # type: ignore[assignment]
+    model.__dict__["miles_exact"] = exact
     for layer in trunk.layers:
         layer.__class__ = FusedDecoderLayer
         layer.exact = exact

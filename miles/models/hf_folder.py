@@ -109,7 +109,7 @@ def weight_checksum(tensors: NamedTensors) -> str:
     for name, tensor in tensors:
         data = tensor.detach().to("cpu").contiguous()
         one = xxhash.xxh3_128(f"{name} {str(data.dtype).removeprefix('torch.')} {tuple(data.shape)}\n".encode())
-        one.update(memoryview(data.reshape(-1).view(torch.uint8).numpy()))
+        one.update(data.reshape(-1).view(torch.uint8).numpy().data)
         digests[name] = one.digest()
     whole = xxhash.xxh3_128()
     for name in sorted(digests):

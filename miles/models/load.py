@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
@@ -10,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from miles.models.attention import NAME
 from miles.models.fused import fuse
 from miles.models.registry import Family, family_of
+from miles.precision.batch_invariant import BLOCK, linear
 
 
 def load_model(
@@ -26,8 +28,10 @@ def load_model(
     config = AutoConfig.from_pretrained(folder)
     family = family_of(config)
     _check(device, dtype, batch_invariant)
-    model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype, attn_implementation=NAME)
-    return prepare(model.to(device), family, batch_invariant)
+    if not any(folder.glob("*.safetensors")):
+        raise ValueError(f"{folder} holds no safetensors weights; convert them first (other formats are pickles and are not read)")
+    model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype, attn_implementation=NAME, use_safetensors=True)
+    return prepare(model, family, device, batch_invariant)
 
 
 def build_model(
@@ -37,7 +41,7 @@ def build_model(
     family = family_of(config)
     _check(device, dtype, batch_invariant)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=NAME)
-    return prepare(model.to(device), family, batch_invariant)
+    return prepare(model, family, device, batch_invariant)
 
 
 def _check(device: torch.device | str, dtype: torch.dtype, batch_invariant: bool) -> None:
@@ -45,9 +49,51 @@ def _check(device: torch.device | str, dtype: torch.dtype, batch_invariant: bool
         raise ValueError(f"batch-invariant mode exists for float32 on cpu, not for {dtype} on {device}; turn batch_invariant off")
 
 
-def prepare(model: PreTrainedModel, family: Family, batch_invariant: bool) -> PreTrainedModel:
-    """Put the kernels under a model where they serve."""
+def prepare(model: PreTrainedModel, family: Family, device: torch.device | str, batch_invariant: bool) -> PreTrainedModel:
+    """Move a model to its device and put the kernels under it where they serve."""
+    movable: Any = model
+    movable.to(device)
     parameter = next(model.parameters())
     if parameter.device.type == "cpu" and parameter.dtype == torch.float32:
         fuse(model, family, exact=batch_invariant)
+        if batch_invariant:
+            verify_products(model)
+    elif family.experts:
+        _record_routes(model)
     return model.eval()
+
+
+@torch.no_grad()
+def verify_products(model: PreTrainedModel) -> None:
+    """Try on this machine, with its threads, that blocked products of this model's shapes are batch-invariant; RuntimeError where not.
+
+    The property was measured for MKL on x86-64; another BLAS or CPU need not have it.
+    """
+    generator = torch.Generator().manual_seed(0)
+    for n, k in sorted({tuple(p.shape[-2:]) for p in model.parameters() if p.dim() >= 2}):
+        x = torch.randn(4 * BLOCK, k, generator=generator)
+        weight = torch.randn(n, k, generator=generator)
+        whole = linear(x, weight)
+        for first, last in ((0, 1), (5, 9), (7, 3 * BLOCK + 2), (BLOCK, 2 * BLOCK)):
+            if not torch.equal(linear(x[first:last], weight), whole[first:last]):
+                raise RuntimeError(f"products of width {k} to {n} are not batch-invariant on this machine; turn batch_invariant off")
+
+
+def _record_routes(model: PreTrainedModel) -> None:
+    """Let transformers' own mixture of experts note its choices in the context (the fused one does so itself)."""
+    trunk: Any = model.model
+
+    def remember(layer: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        layer.mlp.gate.__dict__["miles_context"] = kwargs.get("miles_context")
+
+    for number, layer in enumerate(trunk.layers):
+        if not hasattr(layer.mlp, "gate"):
+            continue
+
+        def note(gate: Any, args: Any, output: Any, number: int = number) -> None:
+            context = gate.__dict__.get("miles_context")
+            if context is not None:
+                context.record(number, output[2])
+
+        layer.register_forward_pre_hook(remember, with_kwargs=True)
+        layer.mlp.gate.register_forward_hook(note)

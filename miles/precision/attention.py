@@ -7,6 +7,7 @@ Elsewhere (CUDA, bf16): PyTorch's scaled_dot_product_attention, or its variable-
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -87,7 +88,7 @@ def _split(row: int, queries: int, before: int, slot: int) -> list[tuple[int, in
 def packed_plan(cu_seqlens: torch.Tensor) -> Plan:
     """Plan of a packed batch: cu_seqlens i32 or i64 [S + 1], rising from 0; sequence s owns rows cu_seqlens[s] .. cu_seqlens[s + 1]."""
     ends = cu_seqlens.tolist()
-    spans = tuple((a, b) for a, b in zip(ends, ends[1:], strict=False) if b > a)
+    spans = tuple((a, b) for a, b in pairwise(ends) if b > a)
     tasks = [task for a, b in spans for task in _split(a, b - a, 0, a)]
     return _plan(tasks, spans)
 
@@ -95,7 +96,7 @@ def packed_plan(cu_seqlens: torch.Tensor) -> Plan:
 def cached_plan(cu_q: torch.Tensor, slot: torch.Tensor, start: torch.Tensor) -> Plan:
     """Plan over a KV cache: sequence s has queries in rows cu_q[s] .. cu_q[s + 1], at positions start[s], start[s] + 1, ... of slot[s]."""
     ends = cu_q.tolist()
-    spans = tuple(zip(ends, ends[1:], strict=False))
+    spans = tuple(pairwise(ends))
     if len(spans) == ends[-1]:  # decode: one query each
         stacked = torch.stack([cu_q[:-1].long(), torch.ones_like(slot), start, slot], dim=1)
         longest = int(start.max()) + 1 if len(spans) else 0
@@ -183,7 +184,7 @@ def varlen_attention(
         return _library_varlen(q, k, v, cu_seqlens, plan, scale)
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        return _Varlen.apply(q, k, v, plan, scale)  # type: ignore[no-any-return]
+        return _Varlen.apply(q, k, v, plan, scale)
     return _packed(q, k, v, plan, scale, None)
 
 
@@ -192,7 +193,10 @@ def _library_varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlen
         from torch.nn.attention.varlen import varlen_attn
 
         ends = cu_seqlens.to(device=q.device, dtype=torch.int32)
-        return varlen_attn(q, k, v, ends, ends, plan.longest, plan.longest, scale=scale, window_size=(-1, 0))  # type: ignore[no-any-return]
+        covered = plan.spans[-1][1]
+        out = varlen_attn(q[:covered], k[:covered], v[:covered], ends, ends, plan.longest, plan.longest, scale=scale, window_size=(-1, 0))
+        assert isinstance(out, torch.Tensor)
+        return F.pad(out, (0, 0, 0, 0, 0, q.shape[0] - covered))
     parts = []
     for a, b in plan.spans:
         x, y, z = (t[a:b].transpose(0, 1).unsqueeze(0) for t in (q, k, v))

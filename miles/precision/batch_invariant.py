@@ -8,6 +8,7 @@ same inputs and threads, but not batch-invariant. `exact=False` takes the plain 
 from __future__ import annotations
 
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -77,7 +78,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
         return F.linear(x, weight, bias)
     flat = _rows(x)
     out = _Linear.apply(flat, weight, bias) if _needs_grad(flat, weight, bias) else _blocked(flat, weight, bias)
-    return out.view(*x.shape[:-1], weight.shape[0])  # type: ignore[no-any-return]
+    return out.view(*x.shape[:-1], weight.shape[0])
 
 
 # --- RMS norm -------------------------------------------------------------------------------------------------------------------------
@@ -112,7 +113,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """weight * (x / sqrt(mean(x^2) + eps)) over the last dimension: x [.., N], weight [N]."""
     flat = _rows(x)
     out = _RmsNorm.apply(flat, weight, eps) if _needs_grad(flat, weight) else _rms_norm(flat, weight, eps, None)
-    return out.view(x.shape)  # type: ignore[no-any-return]
+    return out.view(x.shape)
 
 
 # --- SiLU times up --------------------------------------------------------------------------------------------------------------------
@@ -150,7 +151,7 @@ def silu_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """gate / (1 + exp(-gate)) * up, both [.., N]."""
     x, y = _rows(gate), _rows(up)
     out = _SiluMul.apply(x, y) if _needs_grad(x, y) else _silu_mul(x, y)
-    return out.view(gate.shape)  # type: ignore[no-any-return]
+    return out.view(gate.shape)
 
 
 # --- norm of a head and rotary embedding ----------------------------------------------------------------------------------------------
@@ -191,7 +192,7 @@ def norm_rope(x: torch.Tensor, weight: torch.Tensor | None, eps: float, position
     """Rotary embedding of x [T, H, D] (RMS norm over D with `weight` first, where given), from a table indexed by position i64 [T]."""
     x = x.contiguous()
     if _needs_grad(x, weight):
-        return _NormRope.apply(x, weight, eps, position, *table)  # type: ignore[no-any-return]
+        return _NormRope.apply(x, weight, eps, position, *table)
     return _norm_rope(x, weight, eps, position, table, None)
 
 
@@ -232,7 +233,7 @@ def route(logits: torch.Tensor, top_k: int, normalise: bool) -> tuple[torch.Tens
     normalise: the weights of a token are divided by their sum (norm_topk_prob).
     """
     logits = logits.contiguous()
-    return _Route.apply(logits, top_k, normalise) if _needs_grad(logits) else _route(logits, top_k, normalise)[1:]  # type: ignore[no-any-return]
+    return _Route.apply(logits, top_k, normalise) if _needs_grad(logits) else _route(logits, top_k, normalise)[1:]
 
 
 def softmax(x: torch.Tensor) -> torch.Tensor:
@@ -240,12 +241,13 @@ def softmax(x: torch.Tensor) -> torch.Tensor:
     return _route(_rows(x), 1, False)[0].view(x.shape)
 
 
-def _sorted_rows(index: torch.Tensor, experts: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(padded row of every routed row i64 [T k], first block of every expert i64 [E + 1]): an expert's rows fill blocks of 16."""
-    slot, first, count = torch.empty(index.numel(), dtype=torch.int64), torch.empty(experts + 1, dtype=torch.int64), torch.empty(experts, dtype=torch.int64)
+def _sorted_rows(index: torch.Tensor, experts: int, rounds: int) -> tuple[torch.Tensor, list[int], int]:
+    """(padded row of every routed row i64 [T k], first block of every expert and the end [E + 1], rounds): see sort_by_expert."""
+    slot, first, count = (torch.empty(size, dtype=torch.int64) for size in (index.numel(), experts + 2, experts))
     tensors = (index.data_ptr(), slot.data_ptr(), first.data_ptr(), count.data_ptr())
-    launch(cpu_routing.sort_by_expert, 1, (*tensors, index.numel(), experts, BLOCK), 0)
-    return slot, first
+    launch(cpu_routing.sort_by_expert, 1, (*tensors, index.numel(), experts, BLOCK, rounds), 0)
+    *starts, used = first.tolist()
+    return slot, starts, used
 
 
 def _scatter(x: torch.Tensor, slot: torch.Tensor, padded: int, top_k: int, weight: torch.Tensor | None) -> torch.Tensor:
@@ -262,13 +264,16 @@ def _combine(y: torch.Tensor, slot: torch.Tensor, rows: int, top_k: int, weight:
     return out
 
 
-def _grouped(x: torch.Tensor, weight: torch.Tensor, first: list[int], exact: bool) -> torch.Tensor:
-    """Rows of expert e, blocks first[e] .. first[e + 1], times weight[e] [N, K].T."""
+def _grouped(x: torch.Tensor, weight: torch.Tensor, first: list[int], rounds: int, exact: bool) -> torch.Tensor:
+    """Rows of expert e, in its blocks, times weight[e] [N, K].T."""
     size, wide = x.shape[1], weight.shape[1]
     blocks = x.view(-1, BLOCK, size)
     out = x.new_empty(blocks.shape[0], BLOCK, wide)
-    for e, (a, b) in enumerate(zip(first, first[1:], strict=False)):
-        if b > a:
+    for r in range(rounds):  # few rows, as in decoding: one call for all experts
+        span = slice(r * len(weight), (r + 1) * len(weight))
+        torch.bmm(blocks[span], weight.transpose(1, 2), out=out[span])
+    for e, (a, b) in enumerate(pairwise(first)):
+        if b > a and not rounds:
             if exact:
                 torch.bmm(blocks[a:b], weight[e].t().unsqueeze(0).expand(b - a, size, wide), out=out[a:b])
             else:
@@ -281,7 +286,7 @@ class _Experts(torch.autograd.Function):
     def forward(
         ctx: Any, x: torch.Tensor, index: torch.Tensor, weight: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, exact: bool
     ) -> torch.Tensor:
-        out, saved, first = _experts(x, index, weight, gate_up, down, exact)
+        out, saved, first = _experts(x, index, weight, gate_up, down, exact, rounds=0)
         ctx.save_for_backward(weight, gate_up, down, *saved)
         ctx.first = first
         return out
@@ -297,7 +302,7 @@ class _Experts(torch.autograd.Function):
         grad_y = _scatter(grad, slot, y.shape[0], top_k, weight)
         grad_down, grad_gate_up = torch.zeros_like(down), torch.zeros_like(gate_up)
         grad_inner, grad_rows = torch.empty_like(inner), torch.empty_like(rows)
-        spans = [(e, slice(a * BLOCK, b * BLOCK)) for e, (a, b) in enumerate(zip(first, first[1:], strict=False)) if b > a]
+        spans = [(e, slice(a * BLOCK, b * BLOCK)) for e, (a, b) in enumerate(pairwise(first)) if b > a]
         for e, s in spans:
             torch.mm(grad_y[s].t(), inner[s], out=grad_down[e])
             torch.mm(grad_y[s], down[e], out=grad_inner[s])
@@ -310,16 +315,16 @@ class _Experts(torch.autograd.Function):
 
 
 def _experts(
-    x: torch.Tensor, index: torch.Tensor, weight: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, exact: bool
+    x: torch.Tensor, index: torch.Tensor, weight: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, exact: bool, rounds: int
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...], list[int]]:
     tokens, top_k = index.shape
-    slot, starts = _sorted_rows(index, gate_up.shape[0])
-    first = starts.tolist()
-    rows = _scatter(x, slot, first[-1] * BLOCK, top_k, None)
-    hidden = _grouped(rows, gate_up, first, exact)
+    slot, first, used = _sorted_rows(index, gate_up.shape[0], rounds)
+    padded = (used * gate_up.shape[0] if used else first[-1]) * BLOCK
+    rows = _scatter(x, slot, padded, top_k, None)
+    hidden = _grouped(rows, gate_up, first, used, exact)
     wide = hidden.shape[1] // 2
     inner = _silu_mul(hidden[:, :wide], hidden[:, wide:])
-    y = _grouped(inner, down, first, exact)
+    y = _grouped(inner, down, first, used, exact)
     return _combine(y, slot, tokens, top_k, weight), (slot, rows, hidden, inner, y), first
 
 
@@ -332,5 +337,5 @@ def experts(
     """
     x, index, weight = x.contiguous(), index.contiguous(), weight.contiguous()
     if _needs_grad(x, weight, gate_up, down):
-        return _Experts.apply(x, index, weight, gate_up, down, exact)  # type: ignore[no-any-return]
-    return _experts(x, index, weight, gate_up, down, exact)[0]
+        return _Experts.apply(x, index, weight, gate_up, down, exact)
+    return _experts(x, index, weight, gate_up, down, exact, rounds=2)[0]

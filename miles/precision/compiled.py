@@ -42,16 +42,16 @@ _alive: list[Any] = []
 
 
 @njit(inline="always")
-def f32(address, n):  # type: ignore[no-untyped-def]
+def f32(address, n):
     """fp32 view of n elements at an address."""
     return carray(as_pointer(address), (n,), np.float32)
 
 
 @njit(inline="always")
-def i64(address, n):  # type: ignore[no-untyped-def]
+def i64(address, n):
     return carray(as_pointer(address), (n,), np.int64)
 
 
 @njit(inline="always")
-def i32(address, n):  # type: ignore[no-untyped-def]
+def i32(address, n):
     return carray(as_pointer(address), (n,), np.int32)

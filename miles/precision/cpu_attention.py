@@ -21,7 +21,7 @@ tile_44, tile_42, tile_41 = make_tile(4, 4), make_tile(4, 2), make_tile(4, 1)
 
 
 @njit
-def gemm(a, a_row, a_k, b, b_k, c, c_row, m, n, k, accumulate):  # type: ignore[no-untyped-def]
+def gemm(a, a_row, a_k, b, b_k, c, c_row, m, n, k, accumulate):
     """C[m, n] (+)= A[m, k] B[k, n]; addresses in bytes, strides in elements; each element one chain of fma over k."""
     row = 0
     while row < m:
@@ -67,12 +67,12 @@ def gemm(a, a_row, a_k, b, b_k, c, c_row, m, n, k, accumulate):  # type: ignore[
 
 
 @njit(inline="always")
-def up16(n):  # type: ignore[no-untyped-def]
+def up16(n):
     return (n + 15) // 16 * 16
 
 
 @njit
-def attend(q, q_row, k_lines, k_line, v, out, o_row, lse, lse_step, queries, first, group, dim, scale, score, width):  # type: ignore[no-untyped-def]
+def attend(q, q_row, k_lines, k_line, v, out, o_row, lse, lse_step, queries, first, group, dim, scale, score, width):
     """`queries` x `group` query rows of one kv head; query i sees keys 0 .. first + i.
 
     q, out: address of row (query 0, head 0 of the group); rows of a query are adjacent ([group, D]), queries q_row apart. k_lines: address
@@ -117,7 +117,7 @@ def attend(q, q_row, k_lines, k_line, v, out, o_row, lse, lse_step, queries, fir
 
 
 @kernel
-def attention_forward(block):  # type: ignore[no-untyped-def]
+def attention_forward(block):
     """Tasks: (sequence, kv head, run of queries), from a table.
 
     args: q [T, H, D], k lines, v, out [T, H, D], lse [T, H] (0: none), table i64 [tasks, 4] (first query row, queries, keys before the
@@ -146,14 +146,14 @@ def attention_forward(block):  # type: ignore[no-untyped-def]
 
 
 @njit(inline="always")
-def softmax_scaled(p, n, scale, lse):  # type: ignore[no-untyped-def]
+def softmax_scaled(p, n, scale, lse):
     """p[j] = exp(p[j] scale - lse) in place."""
     for j in range(n):
         p[j] = exp(p[j] * scale - lse)
 
 
 @kernel
-def attention_backward(block):  # type: ignore[no-untyped-def]
+def attention_backward(block):
     """Tasks: (sequence, kv head). dV, dK are summed over the group's heads and over queries in one fixed order.
 
     args: q [T, H, D], K lines [Hkv, D, line], V lines [Hkv, D, line], k [Hkv, T, D], grad [T, H, D], out [T, H, D], lse [T, H],
@@ -211,7 +211,7 @@ def attention_backward(block):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def cache_write(block):  # type: ignore[no-untyped-def]
+def cache_write(block):
     """args: k [T, Hkv, D], v [T, Hkv, D], slot i64 [T] (-1: skip), position i64 [T], K cache [slots, Hkv, D, L], V cache [slots, Hkv, L, D],
     T, Hkv, D, L."""
     b = carray(block, 12)

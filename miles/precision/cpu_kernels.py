@@ -10,13 +10,13 @@ from miles.precision.llvm import dot, exp, fma, take
 
 
 @njit(inline="always")
-def norm_scale(x, n, eps):  # type: ignore[no-untyped-def]
+def norm_scale(x, n, eps):
     """1 / sqrt(mean(x^2) + eps) of the n fp32 at address x."""
     return ONE / np.sqrt(dot(x, x, n) / np.float32(n) + eps)
 
 
 @kernel
-def rms_norm_forward(block):  # type: ignore[no-untyped-def]
+def rms_norm_forward(block):
     """args: x, weight, out, scale (0: not wanted), rows, n, eps (address), rows a task."""
     b = carray(block, 10)
     rows, n, per, eps = b[6], b[7], b[9], f32(b[8], 1)[0]
@@ -37,7 +37,7 @@ def rms_norm_forward(block):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def rms_norm_backward(block):  # type: ignore[no-untyped-def]
+def rms_norm_backward(block):
     """args: x, weight, grad, scale, grad_x, grad_weight per task [tasks, n], rows, n, rows a task."""
     b = carray(block, 11)
     rows, n, per = b[8], b[9], b[10]
@@ -63,7 +63,7 @@ def rms_norm_backward(block):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def silu_mul_forward(block):  # type: ignore[no-untyped-def]
+def silu_mul_forward(block):
     """args: gate, up, out, rows, n, gate row stride, up row stride, rows a task. out = gate / (1 + exp(-gate)) * up."""
     b = carray(block, 10)
     rows, n, per = b[5], b[6], b[9]
@@ -80,7 +80,7 @@ def silu_mul_forward(block):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def silu_mul_backward(block):  # type: ignore[no-untyped-def]
+def silu_mul_backward(block):
     """args: gate, up, grad, grad_gate, grad_up, rows, n, stride of gate, up, grad_gate and grad_up rows, rows a task."""
     b = carray(block, 11)
     rows, n, stride, per = b[7], b[8], b[9], b[10]
@@ -102,7 +102,7 @@ def silu_mul_backward(block):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def norm_rope_forward(block):  # type: ignore[no-untyped-def]
+def norm_rope_forward(block):
     """Per head: RMS norm where there is a weight, then rotary embedding.
 
     args: x [T, H, D], weight (0: none), out, scale [T, H] (0: not wanted), position i64 [T], cos [P, D/2], sin, T, H, D, eps, rows a task.
@@ -146,7 +146,7 @@ def norm_rope_forward(block):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def norm_rope_backward(block):  # type: ignore[no-untyped-def]
+def norm_rope_backward(block):
     """args: x, weight (0: none), grad, scale, position, cos, sin, grad_x, grad_weight per task [tasks, D], T, H, D, rows a task."""
     b = carray(block, 15)
     rows, heads, dim, per = b[11], b[12], b[13], b[14]

@@ -9,7 +9,7 @@ from miles.precision.llvm import dot, exp, fma, max_of, take
 
 
 @kernel
-def route(block):  # type: ignore[no-untyped-def]
+def route(block):
     """Softmax over the experts and the top k, ties to the lower expert.
 
     args: logits [T, E], prob [T, E], index i64 [T, k], weight [T, k], T, E, k, normalise (0 or 1), rows a task.
@@ -51,18 +51,20 @@ def route(block):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def sort_by_expert(block):  # type: ignore[no-untyped-def]
-    """One task. args: index i64 [T k], slot i64 [T k] (out), first block of each expert i64 [E + 1] (out), count i64 [E], T k, E, rows a block.
+def sort_by_expert(block):
+    """Where each routed row goes, in blocks that hold rows of one expert; an expert's rows keep their order. One task.
 
-    slot[r]: the padded row of routed row r; an expert's rows lie in order of r, its blocks full of `rows a block` rows.
+    args: index i64 [T k], slot i64 [T k] (out: padded row), first i64 [E + 2] (out), count i64 [E], T k, E, rows a block, rounds allowed.
+    An expert's blocks lie together, from block first[e] on, first[E] blocks in all, first[E + 1] = 0. Or, where no expert has more blocks
+    than `rounds allowed` and few would be empty, they lie in first[E + 1] rounds of one block of every expert.
     """
-    b = carray(block, 9)
+    b = carray(block, 10)
     if take(b.ctypes.data) > 0:
         return
-    n, experts, size = b[6], b[7], b[8]
+    n, experts, size, allowed = b[6], b[7], b[8], b[9]
     index = i64(b[2], n)
     slot = i64(b[3], n)
-    first = i64(b[4], experts + 1)
+    first = i64(b[4], experts + 2)
     count = i64(b[5], experts)
     for e in range(experts):
         count[e] = 0
@@ -70,14 +72,23 @@ def sort_by_expert(block):  # type: ignore[no-untyped-def]
         slot[r] = count[index[r]]
         count[index[r]] += 1
     first[0] = 0
+    rounds = 0
     for e in range(experts):
-        first[e + 1] = first[e] + (count[e] + size - 1) // size
-    for r in range(n):
-        slot[r] += first[index[r]] * size
+        blocks = (count[e] + size - 1) // size
+        first[e + 1] = first[e] + blocks
+        rounds = max(rounds, blocks)
+    first[experts + 1] = 0
+    if rounds <= allowed and 2 * rounds * experts <= 3 * first[experts]:
+        first[experts + 1] = rounds
+        for r in range(n):
+            slot[r] = (slot[r] // size * experts + index[r]) * size + slot[r] % size
+    else:
+        for r in range(n):
+            slot[r] += first[index[r]] * size
 
 
 @kernel
-def scatter_rows(block):  # type: ignore[no-untyped-def]
+def scatter_rows(block):
     """out[slot[r]] = x[r // k] (times weight[r] where given). args: x [T, n], slot i64 [T k], out [padded, n], weight (0: none), T k, k, n, rows a task."""
     b = carray(block, 10)
     rows, k, n, per = b[6], b[7], b[8], b[9]
@@ -99,7 +110,7 @@ def scatter_rows(block):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def combine_rows(block):  # type: ignore[no-untyped-def]
+def combine_rows(block):
     """out[t] = sum over c = 0, 1, ... of weight[t, c] y[slot[t, c]] by fma in that order (weight 0: of y alone).
 
     args: y [padded, n], slot i64 [T, k], weight [T, k] (0: none), out [T, n], T, k, n, rows a task.
@@ -125,7 +136,7 @@ def combine_rows(block):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def route_weight_backward(block):  # type: ignore[no-untyped-def]
+def route_weight_backward(block):
     """grad_weight[r] = grad[r // k] . y[slot[r]]. args: grad [T, n], y [padded, n], slot i64 [T k], grad_weight, T k, k, n, rows a task."""
     b = carray(block, 10)
     rows, k, n, per = b[6], b[7], b[8], b[9]

@@ -12,7 +12,9 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic
+from numba.extending import intrinsic as _intrinsic
+
+intrinsic: Any = _intrinsic  # its type says nothing of what the decorated function becomes
 
 F32 = ir.FloatType()
 I32 = ir.IntType(32)
@@ -123,40 +125,50 @@ def load_part(builder: ir.IRBuilder, address: ir.Value, index: ir.Value, n: ir.V
 
 
 @intrinsic
-def as_pointer(typingctx, address):  # type: ignore[no-untyped-def]
+def as_pointer(typingctx, address):
     """int64 address -> void pointer (for carray)."""
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
         return builder.inttoptr(args[0], cgutils.voidptr_t)
 
     return types.voidptr(types.int64), codegen
 
 
 @intrinsic
-def take(typingctx, address):  # type: ignore[no-untyped-def]
+def take(typingctx, address):
     """Atomic fetch-and-add 1 of the int64 at the address: the next task."""
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
         return builder.atomic_rmw("add", pointer(builder, args[0], I64), ir.Constant(I64, 1), "monotonic")
 
     return types.int64(types.int64), codegen
 
 
 @intrinsic
-def fma(typingctx, a, b, c):  # type: ignore[no-untyped-def]
+def fma(typingctx, a, b, c):
     """a * b + c in fp32 with one rounding."""
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
         return call_fma(builder, *args)
 
     return types.float32(types.float32, types.float32, types.float32), codegen
 
 
 @intrinsic
-def exp(typingctx, x):  # type: ignore[no-untyped-def]
+def bits_of(typingctx, x):
+    """The 32 bits of an fp32 number, as int32."""
+
+    def codegen(context, builder, signature, args):
+        return builder.bitcast(args[0], I32)
+
+    return types.int32(types.float32), codegen
+
+
+@intrinsic
+def exp(typingctx, x):
     """exp(x) in fp32: see build_exp."""
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
         return build_exp(builder, args[0])
 
     return types.float32(types.float32), codegen
@@ -174,11 +186,11 @@ def _lane_loop(builder: ir.IRBuilder, n: ir.Value, start: list[ir.Value], step: 
 
 
 @intrinsic
-def max_of(typingctx, address, n):  # type: ignore[no-untyped-def]
+def max_of(typingctx, address, n):
     """Greatest of n >= 1 fp32 at the address."""
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        def step(index, cells):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
+        def step(index, cells):
             return [_max(builder, load_part(builder, args[0], index, args[1], float("-inf")), cells[0])]
 
         return reduce(builder, _lane_loop(builder, args[1], [const(VEC, float("-inf"))], step)[0], _max)
@@ -187,11 +199,11 @@ def max_of(typingctx, address, n):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def sum_of(typingctx, address, n):  # type: ignore[no-untyped-def]
+def sum_of(typingctx, address, n):
     """Sum of n fp32: 16 lanes, then the fixed tree."""
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        def step(index, cells):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
+        def step(index, cells):
             return [builder.fadd(cells[0], load_part(builder, args[0], index, args[1], 0.0))]
 
         return reduce(builder, _lane_loop(builder, args[1], [const(VEC, 0.0)], step)[0], _add)
@@ -200,11 +212,11 @@ def sum_of(typingctx, address, n):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def dot(typingctx, a, b, n):  # type: ignore[no-untyped-def]
+def dot(typingctx, a, b, n):
     """Sum of a[i] * b[i], i < n, by fma in 16 lanes, then the fixed tree."""
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        def step(index, cells):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
+        def step(index, cells):
             x, y = (load_part(builder, args[i], index, args[2], 0.0) for i in range(2))
             return [call_fma(builder, x, y, cells[0])]
 
@@ -214,14 +226,14 @@ def dot(typingctx, a, b, n):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def softmax_row(typingctx, address, n, top, padded):  # type: ignore[no-untyped-def]
+def softmax_row(typingctx, address, n, top, padded):
     """In place x[i] = exp(x[i] - top) for i < n, 0 for n <= i < padded (a multiple of 16); returns the sum."""
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
         address, n, top, padded = args
         top = splat(builder, top)
 
-        def step(index, cells):  # type: ignore[no-untyped-def]
+        def step(index, cells):
             x = load_part(builder, address, index, n, float("-inf"))
             e = build_exp(builder, builder.fsub(x, top))
             builder.store(e, pointer(builder, at(builder, address, index), VEC), align=4)
@@ -233,17 +245,17 @@ def softmax_row(typingctx, address, n, top, padded):  # type: ignore[no-untyped-
 
 
 @intrinsic
-def exp_sums(typingctx, address, n, temperature, top, out):  # type: ignore[no-untyped-def]
+def exp_sums(typingctx, address, n, temperature, top, out):
     """With y = x / temperature - top: out[0] = sum exp(y), out[1] = sum exp(y) y, over n (y exp(y) is 0 where exp(y) is 0)."""
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
         address, n, temperature, top, out = args
         unit = builder.fcmp_ordered("==", temperature, const(F32, 1.0))
         temperature = splat(builder, temperature)
         top = splat(builder, top)
 
         def run(divide: bool) -> None:
-            def step(index, cells):  # type: ignore[no-untyped-def]
+            def step(index, cells):
                 x = load_part(builder, address, index, n, float("-inf"))
                 y = builder.fsub(builder.fdiv(x, temperature) if divide else x, top)
                 e = build_exp(builder, y)
@@ -272,8 +284,8 @@ def make_tile(rows: int, vectors: int) -> Any:
     """
 
     @intrinsic
-    def tile(typingctx, a, a_row, a_k, b, b_k, c, c_row, k, accumulate):  # type: ignore[no-untyped-def]
-        def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def tile(typingctx, a, a_row, a_k, b, b_k, c, c_row, k, accumulate):
+        def codegen(context, builder, signature, args):
             a, a_row, a_k, b, b_k, c, c_row, k, accumulate = args
             spots = [
                 at(builder, c, builder.add(builder.mul(c_row, ir.Constant(I64, m)), ir.Constant(I64, LANES * v)))

@@ -85,7 +85,7 @@ def token_logprob(logits: torch.Tensor, target: torch.Tensor, temperature: float
     [T, V] gradient backward. A row's bits depend on that row, its target and its temperature alone.
     """
     scale = _temperatures(temperature, logits.shape[0], logits.device)
-    return _TokenLogprob.apply(logits, target.to(torch.int64).contiguous(), scale)  # type: ignore[no-any-return]
+    return _TokenLogprob.apply(logits, target.to(torch.int64).contiguous(), scale)
 
 
 @torch.no_grad()
@@ -107,8 +107,7 @@ def sample(
     temperature, top_p = temperature.float().cpu().contiguous(), top_p.float().cpu().contiguous()
     top_k, seed, position = (t.to(torch.int64).cpu().contiguous() for t in (top_k, seed, position))
     token, logprob = torch.empty(rows, dtype=torch.int64), torch.empty(rows, dtype=torch.float32)
-    work = torch.empty(rows, size)
-    tensors = (x, temperature, top_k, top_p, seed, position, token, logprob, work)
+    tensors = (x, temperature, top_k, top_p, seed, position, token, logprob)
     launch(cpu_logprob.sample_rows, rows, (*(t.data_ptr() for t in tensors), rows, size, x.stride(0)), x.numel() * 4)
     if device.type != "cpu":
         token = token.to(device)
