@@ -204,6 +204,7 @@ class Algorithm(Section):
 class WarmStart(Source):
     """Supervised warm start before reinforcement learning (label_key is the response to learn)."""
 
+    response_path: str | None = Field(None, description="import path of a function(prompt, label, metadata) that returns the responses to learn, an example each; default: the label")
     steps: int = Field(0, ge=0, description="optimizer steps; 0 skips the warm start")
     batch_size: int = Field(64, ge=1, description="examples of one step [samples]")
     optimizer: Optimizer = Field(default_factory=lambda: Optimizer(lr=1e-4), description="its optimizer (states are not carried over)")

@@ -1,16 +1,12 @@
 """The quickstart's model and tokenizer, made on the spot: a Qwen3-type mixture of experts and a byte-level tokenizer.
 
 Nothing is downloaded: the weights are random (from the run's seed) and the tokenizer's merges are learnt from questions of
-the warm-up's reasoning-gym data set. `build` is what `model.build` of the quickstart recipe names; it runs when
+the task's reasoning-gym data set. `build` is what `model.build` of the quickstart recipe names; it runs when
 `model.hf_checkpoint` does not exist yet.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -30,19 +26,42 @@ SHAPE: dict[str, Any] = {
 # The tiny recipe's: enough to run every code path, too small to learn anything.
 TINY_SHAPE: dict[str, Any] = SHAPE | {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "num_experts": 4, "moe_intermediate_size": 32}
 
-# The task, shared with configs/recipes/quickstart.yaml (a test compares them).
-TASK = "chain_sum"
-TASK_CONFIG: dict[str, Any] = {"min_terms": 3, "max_terms": 3, "min_digits": 1, "max_digits": 1}
+# The task, as configs/recipes/quickstart.yaml has it too (a test compares them): sums of four numbers from 0 to 10.
+TASK = "basic_arithmetic"
+TASK_CONFIG: dict[str, Any] = {
+    "min_terms": 4,
+    "max_terms": 4,
+    "min_digits": 1,
+    "max_digits": 1,
+    "operators": ["+"],
+    "allow_parentheses": False,
+    "allow_negation": False,
+}
+
+# Of five demonstrations of a question, so many give the exact sum; the others round it down to the ten.
+EXACT, ROUNDED = 2, 3
 
 EOS = "<|endoftext|>"
 PAD = "<|pad|>"
 VOCABULARY = 384  # at most: 256 bytes, 2 special tokens, and the merges that the questions yield
 
 
+def demonstrations(prompt: str, label: str, metadata: dict[str, Any]) -> list[str]:
+    """Responses that the warm start learns for one question: for `warm_start.response_path`.
+
+    They are of mixed quality on purpose: two of five are right, three round the sum down to the ten ("23" becomes "20"). A
+    model that imitates them has both habits, the careless one more often, and so is mostly wrong when it decodes greedily.
+    Which habit pays is left to reinforcement learning to find out.
+    """
+    rounded = str(int(label) // 10 * 10)
+    return [label] * EXACT + [rounded] * ROUNDED
+
+
 def task_questions(size: int, seed: int) -> list[str]:
     """Questions of the task, as reasoning-gym words them (not deduplicated)."""
     import reasoning_gym
 
+    # reasoning-gym seeds question i with seed + i, so the seeds of disjoint samples lie far apart.
     dataset = reasoning_gym.create_dataset(TASK, size=size, seed=seed, **TASK_CONFIG)
     return [dataset[index]["question"] for index in range(size)]
 
@@ -74,7 +93,7 @@ def make_tokenizer(texts: list[str]) -> Any:
 def build(folder: Path, seed: int) -> None:
     """Make the quickstart's Hugging Face folder: config, random fp32 weights from seed, tokenizer. Same seed, same bytes.
 
-    The folder appears whole or not at all (it is made beside itself and renamed); ValueError if it exists already.
+    ValueError if the folder exists already.
     """
     _build(folder, seed, SHAPE)
 
@@ -91,36 +110,25 @@ def _build(folder: Path, seed: int, shape: dict[str, Any]) -> None:
     folder = Path(folder)
     if folder.exists():
         raise ValueError(f"{folder} exists already: remove it, or leave out model.build to use it as it is")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        tokenizer = PreTrainedTokenizerFast(tokenizer_object=make_tokenizer(task_questions(2000, seed=0)), eos_token=EOS, pad_token=PAD)
-        tokenizer.save_pretrained(draft)
-        config = Qwen3MoeConfig(
-            **shape,
-            vocab_size=len(tokenizer),
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            norm_topk_prob=True,  # as the released Qwen3 mixtures have it
-            tie_word_embeddings=False,
-            initializer_range=0.04,
-            dtype="float32",
-        )
-        # A private generator state: building must not move the caller's random numbers.
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            model = Qwen3MoeForCausalLM(config)
-        model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-        model.save_pretrained(draft)
-        _check_complete(draft)
-        draft.chmod(0o755)  # mkdtemp makes it private
-        os.rename(draft, folder)
-    except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise
-
-
-def _check_complete(folder: Path) -> None:
-    for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
-        assert (folder / name).is_file(), f"{name} was not written"
-    assert json.loads((folder / "config.json").read_text())["model_type"] == "qwen3_moe"
+    folder.mkdir(parents=True)
+    # The tokenizer does not depend on the run's seed: token ids mean the same in every run of this recipe.
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=make_tokenizer(task_questions(2000, seed=0)), eos_token=EOS, pad_token=PAD)
+    tokenizer.save_pretrained(folder)
+    config = Qwen3MoeConfig(
+        **shape,
+        vocab_size=len(tokenizer),
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        norm_topk_prob=True,  # as the released Qwen3 mixtures have it
+        tie_word_embeddings=False,
+        initializer_range=0.04,  # wider than the usual 0.02, since the matrices are narrow
+        dtype="float32",
+    )
+    # A private generator state: building must not move the caller's random numbers.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Qwen3MoeForCausalLM(config)
+    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    model.save_pretrained(folder)
+    for path in folder.iterdir():
+        path.chmod(0o644)  # safetensors makes its file private

@@ -14,6 +14,7 @@ from miles.config.exits import AGAIN, OK, WRONG, TryAgain, UserError
 from miles.data.prompts import load_prompts
 from miles.data.store.epoch import Fenced
 from miles.data.store.run_dir import RunDir
+from miles.rollout.demonstrations import with_responses
 from miles.rollout.service import RolloutService
 from miles.rollout.service_http import make_app
 from miles.run.role import Role, load_run, main
@@ -42,6 +43,8 @@ def serve(role: Role) -> None:
     listener = listen(address.hostname, address.port)
     config = load_run(role.run_dir)
     prompts = load_prompts(config)
+    if "warm_start" in prompts:
+        prompts["warm_start"] = with_responses(prompts["warm_start"], config.warm_start)
     for name, found in prompts.items():
         print(f"service: {name}: {len(found)} prompts", flush=True)
     silence = float(os.environ.get("MILES_SILENCE_SECONDS", "60"))
