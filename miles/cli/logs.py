@@ -144,4 +144,5 @@ def _final(attempt: Attempt) -> bool:
 
 
 def _text(line: bytes) -> str:
-    return line.decode("utf-8", "replace").rstrip("\r")
+    """A line as a terminal would leave it: of a progress bar that was drawn over and over, the last state."""
+    return line.decode("utf-8", "replace").rstrip("\r").rpartition("\r")[2]

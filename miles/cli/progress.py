@@ -50,6 +50,8 @@ class Progress:
     def update(self, status: Mapping[str, Any]) -> None:
         """Take in what the service says; what it leaves out stays as it was, within an attempt."""
         known = {key: value for key, value in status.items() if value is not None}
+        if "kind" not in known and known.get("phase") in KINDS:
+            known["kind"] = known["phase"]  # a step that is done is told by its kind as the phase
         if self.status.get("epoch") != known.get("epoch", self.status.get("epoch")):
             self.status = {}
         if known.get("step") != self.status.get("step") or known.get("phase") != self.status.get("phase"):
@@ -111,7 +113,7 @@ class Progress:
         facts.append(("phase", self._phase()))
         reward = status.get("reward_mean", (status.get("metrics") or {}).get("rollout/raw_reward"))
         for name, value in (("reward", reward), ("accuracy", status.get("accuracy")), ("tokens/s", status.get("tokens_per_second"))):
-            if value is not None:
+            if value is not None and not (name == "tokens/s" and value == 0):  # 0: nothing has come in yet
                 facts.append((name, number(float(value)) if isinstance(value, int | float) else str(value)))
         left = self.seconds_left()
         if left is not None:

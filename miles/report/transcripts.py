@@ -24,6 +24,7 @@ SAMPLES = 4  # of one batch
 HEAD_TOKENS = 220  # of a response, before the fold
 SHOWN_TOKENS = 1200  # of a response, fold included
 PROMPT_TOKENS = 600
+NUMBERED = 1 << 40  # draws from here on are numbered apart (evaluation, warm start): their numbers tell a reader nothing
 
 # Upper ends of |train − rollout| by class of colour; equal bits have no colour, and the last class is open.
 DIFFERENCE_BOUNDS = (1e-6, 1e-4, 1e-2, 1e-1)
@@ -43,6 +44,7 @@ class ShownSample:
 
     draw: int
     sample: int
+    name: str
     reward: str
     status: str
     length: str
@@ -140,6 +142,7 @@ def _show(sample: Sample, train: NDArray[np.float32] | None, text: TokenText, sh
     return ShownSample(
         draw=sample.draw,
         sample=sample.sample,
+        name=f"draw {sample.draw}, sample {sample.sample}" if sample.draw < NUMBERED else f"sample {sample.sample}",
         reward=number(sample.reward),
         status=Status(sample.status).name.lower(),
         length=f"{sample.response_length} token{'s' if sample.response_length != 1 else ''} after {sample.prompt_length}",

@@ -81,7 +81,7 @@ def test_newest_attempt_counts(run: RunDir, capsys: pytest.CaptureFixture[str]) 
 
 def test_long_lines_and_foreign_bytes(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
     with (run.attempt(1) / "logs" / "worker.0.log").open("wb") as file:
-        file.write(b"x" * 200_000 + b"\n[bold]\xff\r\n")
+        file.write(b"x" * 200_000 + b"\n 0 %|   |\r 50 %|#  |\r[bold]\xff\r\n")
     assert logs(run.path, "worker", False, 2) == 0
     first, second = capsys.readouterr().out.splitlines()
     assert first == "x" * 200_000

@@ -100,6 +100,13 @@ def test_a_new_attempt_forgets_the_old_state() -> None:
     assert "reward" not in out.getvalue().splitlines()[-1]
 
 
+def test_the_kind_follows_the_phase_and_no_speed_is_no_news() -> None:
+    progress, out = plain()
+    progress.update({"step": 2, "total_steps": 5, "phase": "generate", "kind": "eval", "tokens_per_second": 0.0})
+    progress.update({"step": 3, "total_steps": 5, "phase": "rollout"})
+    assert out.getvalue().splitlines() == ["step 2/5 (evaluation), phase generate", "step 3/5 (rollout), phase trained"]
+
+
 def test_messages_and_events_are_lines() -> None:
     progress, out = plain()
     progress.say("attempt 1: worker 0 was killed\nby SIGKILL [bold]")
