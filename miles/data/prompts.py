@@ -219,5 +219,8 @@ def _without(prompts: PromptSet, others: Iterable[tuple[str, dict[str, Row]]], s
             raise UserError(f"{row.place}: this prompt occurs in {clash.place} too, which {prompts.name}.exclude forbids: {key[:80]!r}; remove one of them")
     if not kept:
         names = ", ".join(name for name, _ in others)
-        raise UserError(f"{prompts.name}: every prompt occurs in {names} as well; raise {prompts.name}.reasoning_gym_config.size or change its seed")
+        raise UserError(
+            f"{prompts.name}: every prompt occurs in {names} as well; raise {prompts.name}.reasoning_gym_config.size, or put the seeds "
+            "farther apart than the sizes (question i is made from seed + i)"
+        )
     return PromptSet(prompts.name, kept, prompts.seed, prompts.shuffle)

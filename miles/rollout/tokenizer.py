@@ -18,6 +18,8 @@ from miles.data.prompts import Prompt
 
 SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
 
+VOCABULARIES = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+
 
 class Tokenizer:
     """The tokenizer of a model folder. `hash`: xxh3_64 of its definition, for manifests."""
@@ -106,6 +108,9 @@ def _converted(folder: Path) -> str:
     """tokenizer.json's text for a folder that has only the older files."""
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: no such Hugging Face folder (no config.json); set model.hf_checkpoint")
+    # Without any vocabulary transformers makes an empty tokenizer, and says nothing.
+    if not any((folder / name).is_file() for name in VOCABULARIES):
+        raise UserError(f"{folder}: has neither tokenizer.json nor an older vocabulary ({', '.join(VOCABULARIES)}); copy the tokenizer's files there")
     from transformers import AutoTokenizer
 
     try:

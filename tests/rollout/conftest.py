@@ -23,6 +23,7 @@ from miles.data.store.epoch import new_epoch
 from miles.data.store.run_dir import RunDir
 from miles.recipes.quickstart import EOS, make_tokenizer
 
+TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
 REPOSITORY = Path(__file__).parents[2]
 MODEL = {"model_type": "qwen3_moe", "eos_token_id": 0, "num_experts": 4, "num_hidden_layers": 2, "num_experts_per_tok": 2}
 
@@ -33,7 +34,7 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     made = make_tokenizer(["State the final answer to the following arithmetic problem: 3 + 4 - 5 ="] * 50)
     made.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": EOS, "chat_template": "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"}))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": EOS, "tokenizer_class": "PreTrainedTokenizerFast", "chat_template": TEMPLATE}))
     (folder / "config.json").write_text(json.dumps(MODEL | {"eos_token_id": made.token_to_id(EOS)}))
     return folder
 

@@ -24,7 +24,7 @@ def tokens_of(folder: Path) -> list[tuple[int, int, list[int], float]]:
     return found
 
 
-@pytest.mark.parametrize("killed", [("worker", "service"), ("worker",), ("service",)])
+@pytest.mark.parametrize("killed", [("worker",), ("service",)])
 def test_groups_in_the_journal_are_not_generated_again(attempts, tmp_path: Path, killed: tuple[str, ...]) -> None:
     calls, gate = tmp_path / "calls", tmp_path / "gate"
     environment = {"CALLS": str(calls), "GATE": str(gate)}
