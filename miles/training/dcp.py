@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import warnings
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -113,4 +114,6 @@ def load_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
                 f"this model's is {tensors[name].dtype} {list(tensors[name].shape)}"
             )
     # Without collectives: torch's would exchange pickled plans, and every rank can make its own.
-    dcp.load(dict(tensors), storage_reader=SafeReader(folder), planner=_TensorsOnly(), no_dist=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        dcp.load(dict(tensors), storage_reader=SafeReader(folder), planner=_TensorsOnly(), no_dist=True)

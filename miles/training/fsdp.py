@@ -7,6 +7,7 @@ as well; with several, a pass before the first step gives those. Logits are made
 from __future__ import annotations
 
 import shutil
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,9 @@ from miles.training.optimizer import clip_gradients, make_optimizer, set_learnin
 from miles.training.packing import PackedBatch, unpack
 from miles.training.record import write_record
 from miles.training.rng import load_rng, save_rng
+
+# Logits are a view of the model's output; nothing here changes them in place, which is what torch warns of.
+warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
