@@ -23,7 +23,7 @@ ALLOWED = {
     "training": {"config", "data", "models", "precision", "algorithms"},
     "sync": {"config", "engine", "models", "training"},
     "recipes": {"config"},
-    "slurm": {"config", "data"},
+    "slurm": {"config", "data", "plan"},
     "report": {"config", "data"},
     "run": {"config", "data", "engine", "rollout", "training", "sync", "algorithms", "models", "precision"},
     "cli": {"config", "plan", "slurm", "report", "data"},

@@ -142,12 +142,14 @@ class Run:
     def train(self, step: Step, folder: Path) -> None:
         """All optimizer steps on one batch; what training saw is recorded."""
         began = time.perf_counter()
+        if self.role.rank == 0:
+            self.service.announce(phase="train", kind=step.kind, step=step.number, total_steps=total_steps(self.config))
         self.trainer.start_phase(step.kind)
         manifest = read_manifest(folder)
         with self.phase("train") as facts:
             batch = self.trainer.open_batch(manifest, folder)
             found = [self.trainer.train_step(batch, index) for index in range(batch.steps)]
-            self.metrics = {name: sum(values[name] for values in found) / len(found) for name in found[0]} | batch.metrics()
+            self.metrics = {name: combine(name, [values[name] for values in found]) for name in found[0]} | batch.metrics()
             self.trainer.close_batch(batch, self.folder.train(step.number), self.fence)
             facts["tokens"] = manifest.tokens
         self.trained = step.number
@@ -178,7 +180,7 @@ class Run:
         found = summarise_sequences(join_sequences(rows))
         if not any(line["kind"] == "eval" and line["step"] == number for line in read_metrics(self.folder.metrics)):
             append_metrics(self.folder.metrics, {"step": number, "kind": "eval", "time": time.time(), **found}, self.fence)
-        self.service.announce(phase="eval", step=number, total_steps=total_steps(self.config), accuracy=found["eval/accuracy"])
+        self.service.announce(phase="eval", kind="eval", step=number, total_steps=total_steps(self.config), accuracy=found["eval/accuracy"])
 
     def record(self, step: Step) -> None:
         """One line of metrics, told to the service as well."""
@@ -186,7 +188,7 @@ class Run:
             return
         line = {"step": step.number, "kind": step.kind, "time": time.time(), **self.metrics}
         append_metrics(self.folder.metrics, line, self.fence)
-        self.service.announce(phase=step.kind, step=step.number, total_steps=total_steps(self.config), metrics=self.metrics)
+        self.service.announce(phase=step.kind, kind=step.kind, step=step.number, total_steps=total_steps(self.config), metrics=self.metrics)
 
     def save(self) -> None:
         """A checkpoint of the present step, unless there is one; then old ones and old batches go."""
@@ -226,6 +228,13 @@ def model_folder(config: RunConfig, run_dir: Path) -> Path:
     getattr(importlib.import_module(module), name)(temporary, config.seed)
     temporary.rename(folder)
     return folder
+
+
+def combine(name: str, values: list[float]) -> float:
+    """A metric of several optimizer steps on one rollout: the greatest of maxima, the sum of counts, the mean of the rest."""
+    if "max" in name.rpartition("/")[2].split("_"):
+        return max(values)
+    return sum(values) if name.endswith("_not_finite") else sum(values) / len(values)
 
 
 def join_sequences(rows: dict[str, list[Any]]) -> dict[str, Any]:

@@ -20,7 +20,8 @@ import httpx
 from miles.config.exits import AGAIN, OK, WRONG, UserError
 from miles.config.schema import RunConfig
 from miles.data.store.epoch import new_epoch
-from miles.data.store.run_dir import RunDir
+from miles.data.store.run_dir import RunDir, record_attempt
+from miles.plan.tier import guarantee
 from miles.slurm.local import LocalComponent, LocalRunner
 
 SUPERVISE = "miles.run.component.supervise"
@@ -58,6 +59,7 @@ class Attempt:
         (self.folder / "service.json").write_text(json.dumps({"url": self.url, "host": config.cluster.host, "port": port}))
         self.components: list[LocalComponent] = []
         self.stop_asked = 0.0
+        record_attempt(run, self.epoch, tier=guarantee(config).name, executor=config.cluster.executor, threads=config.cluster.threads)
 
     def submit(self) -> None:
         """Start both components."""
