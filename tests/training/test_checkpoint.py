@@ -97,7 +97,7 @@ def test_nothing_good(ranks, tmp_path):
 def test_another_major_version_is_refused_by_name(ranks, tmp_path):
     folder = write_one(tmp_path, 1, ranks)
     (folder / "COMPLETE").write_text(json.dumps({"schema": "miles.checkpoint/2", "files": []}))
-    with pytest.raises(ValueError, match="miles.checkpoint/2"):
+    with pytest.raises(ValueError, match=r"miles\.checkpoint/2"):
         newest_good(tmp_path)
 
 
