@@ -55,12 +55,16 @@ def convert(gguf: Path, folder: Path, dtype: Literal["float32", "bfloat16"] = "f
         raise ValueError(f"{folder} exists already: remove it or name another folder")
     try:
         import accelerate  # noqa: F401
-        import gguf as reader  # noqa: F401
+        import gguf as reader
     except ImportError as missing:
         raise ValueError(f"reading GGUF needs the package {missing.name}: pip install 'miles[smollm2]'") from missing
     import torch
     from transformers import AutoModelForCausalLM
 
+    try:
+        reader.GGUFReader(gguf)  # its header
+    except ValueError as error:
+        raise ValueError(f"{gguf}: not a GGUF file ({error}); download it again") from error
     folder.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
