@@ -78,7 +78,7 @@ class Engines:
                     return [{**reply, "engine": client.url} for reply in replies]
             except EngineError as error:
                 if 400 <= error.status < 500:
-                    raise UserError(f"draw {group}: the engine refuses the request: {error.message}") from error
+                    raise UserError(f"draw {group}: the engine refuses the request: {error.message} If it is too long, lower max_response_len of its sampling section, or shorten the prompt") from error
                 why = str(error)
             finally:
                 self._busy[index] -= len(ids)

@@ -151,16 +151,16 @@ class Attempt:
 
 @pytest.fixture
 def attempts(tmp_path: Path, tokenizer_folder: Path) -> Iterator[Callable[..., Attempt]]:
-    """attempts(overrides..., environment=...) makes the next attempt of one run; the first call's overrides make run.yaml."""
+    """attempts(overrides..., model=..., environment=...) makes the next attempt of one run; the first call's overrides make run.yaml."""
     made: list[Attempt] = []
     folder = tmp_path / "run"
 
-    def make(*overrides: str, environment: dict[str, str] | None = None) -> Attempt:
+    def make(*overrides: str, model: Path = tokenizer_folder, environment: dict[str, str] | None = None) -> Attempt:
         if not folder.exists():
             folder.mkdir()
             config = load_config([REPOSITORY / "configs" / "recipes" / "tiny.yaml"], [f"model.hf_checkpoint={tokenizer_folder}", *FROM_FILES, *sources(tmp_path), *overrides])
             (folder / "run.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
-        made.append(Attempt(folder, tokenizer_folder, environment))
+        made.append(Attempt(folder, model, environment))
         return made[-1]
 
     yield make
