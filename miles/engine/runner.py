@@ -18,7 +18,6 @@ from miles.precision.logprob import sample, token_logprob
 from miles.precision.threads import set_threads
 
 
-
 class Runner:
     """The model, its key-value cache, and the experts that each cached token went through.
 

@@ -8,6 +8,7 @@ import errno
 import hmac
 import signal
 import socket
+import sys
 from collections.abc import Awaitable, Callable, Iterator
 
 import orjson
@@ -26,6 +27,7 @@ from miles.engine.generate import Generate
 from miles.engine.options import EngineOptions
 from miles.engine.protocol import BadRequest, type_error, value_error
 
+SWITCH_SECONDS = 0.001  # how long the HTTP side may hold the interpreter while the engine's thread waits for it
 Endpoint = Callable[[HttpRequest], Awaitable[Response]]
 
 
@@ -118,6 +120,7 @@ def serve(options: EngineOptions, ready: Callable[[str, Engine], None] | None = 
     Raises UserError for a port in use, an unknown family, or a folder that can't be read.
     """
     sock = bind(options.host, options.port)
+    sys.setswitchinterval(SWITCH_SECONDS)
     try:
         engine = Engine(options)
         thread = EngineThread(engine)
