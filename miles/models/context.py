@@ -61,7 +61,7 @@ class CachedContext(Context):
             raise ValueError(f"a sequence of {self.plan.longest} tokens does not fit into a KV cache of {self.cache.length} per sequence")
         count = self.cu_q.diff().long()
         rows = int(self.cu_q[-1])
-        if rows == len(count):
+        if bool((count == 1).all()):
             self.row_slot, self.row_position = self.slot, self.start
         else:
             offset = torch.arange(rows) - torch.repeat_interleave(self.cu_q[:-1].long(), count)

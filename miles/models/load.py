@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def build_model(
     """A freshly initialised model of the config (transformers' initialisation, torch's generator), otherwise as load_model."""
     family = family_of(config)
     _check(device, dtype, batch_invariant)
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=NAME)
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, attn_implementation=NAME)  # it writes into the config
     return prepare(model, family, device, batch_invariant)
 
 

@@ -97,7 +97,7 @@ def cached_plan(cu_q: torch.Tensor, slot: torch.Tensor, start: torch.Tensor) -> 
     """Plan over a KV cache: sequence s has queries in rows cu_q[s] .. cu_q[s + 1], at positions start[s], start[s] + 1, ... of slot[s]."""
     ends = cu_q.tolist()
     spans = tuple(pairwise(ends))
-    if len(spans) == ends[-1]:  # decode: one query each
+    if all(b - a == 1 for a, b in spans):  # decode: one query each
         stacked = torch.stack([cu_q[:-1].long(), torch.ones_like(slot), start, slot], dim=1)
         longest = int(start.max()) + 1 if len(spans) else 0
         return Plan(stacked, int(start.sum()) + len(spans), longest, spans, torch.empty(0, 2, dtype=torch.int64))
@@ -239,12 +239,13 @@ def decode_attention(
 def _library_cached(
     q: torch.Tensor, slot: torch.Tensor, start: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, plan: Plan, scale: float
 ) -> torch.Tensor:
-    if len(plan.spans) == q.shape[0]:  # decode: one padded call
-        device = q.device
+    if all(b - a == 1 for a, b in plan.spans):  # decode: one padded call
+        device, rows = q.device, len(plan.spans)
         keys = torch.arange(plan.longest, device=device)
         mask = (keys[None] <= start.to(device)[:, None])[:, None, None]
         k, v = k_cache[slot.to(device), :, : plan.longest], v_cache[slot.to(device), :, : plan.longest]
-        return F.scaled_dot_product_attention(q.unsqueeze(2), k, v, attn_mask=mask, scale=scale, enable_gqa=True).squeeze(2)
+        out = F.scaled_dot_product_attention(q[:rows].unsqueeze(2), k, v, attn_mask=mask, scale=scale, enable_gqa=True).squeeze(2)
+        return F.pad(out, (0, 0, 0, 0, 0, q.shape[0] - rows))
     parts = []
     for (a, b), s, p in zip(plan.spans, slot.tolist(), start.tolist(), strict=True):
         keys = torch.arange(p + b - a, device=q.device)
