@@ -6,6 +6,7 @@ A score travels back as a value or as (exception type, message): exceptions of u
 from __future__ import annotations
 
 import asyncio
+import importlib
 import inspect
 import multiprocessing
 import os
@@ -49,7 +50,7 @@ def as_scored(samples: list[Sample], options: Reward) -> list[Sample]:
 
 
 class RewardPool:
-    """`size` processes that score with one reward function; they start with the first group and end with their parent."""
+    """`size` processes that score with one reward function; they start when warmed or with the first group, and end with their parent."""
 
     def __init__(self, options: Reward, config: RunConfig, section: str, size: int) -> None:
         self._arguments = (options, config, section)
@@ -61,6 +62,10 @@ class RewardPool:
             context = multiprocessing.get_context("spawn")
             self._pool = ProcessPoolExecutor(self._size, context, _initialise, self._arguments)
         return self._pool
+
+    def warm(self) -> None:
+        """Start the processes; each imports what it will need. A function that can't be found fails at the first group."""
+        self._start().submit(os.getpid)
 
     async def score(self, draw: Draw, samples: list[Sample]) -> Any:
         """The function's answer. Raises UserError with the exception that it raised, or when its process dies."""
@@ -75,10 +80,10 @@ class RewardPool:
     def close(self) -> None:
         """End the processes, whatever they are doing."""
         if self._pool is not None:
-            children = multiprocessing.active_children()
-            self._pool.shutdown(wait=False, cancel_futures=True)
-            for child in children:
-                child.terminate()
+            for child in multiprocessing.active_children():
+                child.kill()
+            # Waiting lets the pool unlink its semaphores; the children are gone, so it takes no time.
+            self._pool.shutdown(wait=True, cancel_futures=True)
             self._pool = None
 
 
@@ -86,6 +91,9 @@ def _initialise(options: Reward, config: RunConfig, section: str) -> None:
     global _child
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _child = (reward_function(options, section), options, config)
+    package = {"math": "math_verify", "reasoning_gym": "reasoning_gym"}.get((options.type or "").removeprefix("boxed_"))
+    if package is not None and options.path is None:
+        importlib.import_module(package)  # a second or more, better now than in the first group
 
 
 def _end_with_parent() -> None:

@@ -52,6 +52,11 @@ class Scorer:
         if config.rollout.generate_path is not None:
             load_function(config.rollout.generate_path, "rollout.generate_path")
 
+    def warm(self) -> None:
+        """Start what scoring needs, ahead of the first group."""
+        if self._function is not None and not is_async(self._function) and self._function is not exact_match:
+            self._pool.warm()
+
     async def score(self, draw: Draw, samples: list[Sample]) -> None:
         """Fill in reward and reward_parts of a group. Raises UserError (the function's or the user's fault) or TryAgain (a server is away)."""
         if self._function is None:

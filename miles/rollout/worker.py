@@ -56,8 +56,11 @@ class Worker:
         self._engines = engines
         self._contexts: dict[tuple[str, int, str], GenerateContext] = {}
         self._recalled: dict[tuple[str, int, str], dict[int, list[Sample]]] = {}
-        self._began: dict[tuple[str, int, str], tuple[float, list[float]]] = {}
-        self._in_flight = 0
+        self._began: dict[tuple[str, int, str], float] = {}
+        self._tokens: dict[tuple[str, int, str], int] = {}
+        self._in_flight = 0  # samples of groups taken and not finished
+        self._turn = asyncio.Lock()
+        self._places = asyncio.Semaphore(self.capacity)
         self._tasks: set[asyncio.Task[None]] = set()
         self._finished: list[dict[str, Any]] = []
         self._sealed: list[dict[str, Any]] = []
@@ -67,6 +70,8 @@ class Worker:
     async def run(self) -> None:
         """Work until the service says stop. Raises UserError, TryAgain or Fenced as the attempt goes wrong."""
         try:
+            if self.config.num_rollout > 0:
+                self._scorer("rollout").warm()  # its processes start while the others do
             while True:
                 answer = await self._report()
                 if answer["stop"]:
@@ -91,8 +96,9 @@ class Worker:
             raise self._failure
         finished, self._finished = self._finished, []
         sealed, self._sealed = self._sealed, []
-        # With nothing under way a group may start even where it is larger than the places there are.
-        idle = max(self.capacity - self._in_flight, 0 if self._in_flight else max(self.samples.values()))
+        # Half as much again waits here, so that the engines need not wait for the next call. With nothing under way a group may
+        # start even where it is larger than the places there are.
+        idle = max(self.capacity + self.capacity // 2 - self._in_flight, 0 if self._in_flight else max(self.samples.values()))
         wait = 0.0 if finished or sealed or self._tasks else IDLE_SECONDS
         return await self.call({"worker": self.rank, "finished": finished, "sealed": sealed, "idle": idle, "wait": wait})
 
@@ -120,7 +126,7 @@ class Worker:
 
     async def _start(self, job: Lineage, draws: list[Draw]) -> None:
         name = name_of(job)
-        self._began.setdefault(name, (time.time(), [0.0, 0.0]))
+        self._began.setdefault(name, time.time())
         if job["kind"] == "sft":
             await self._run_group(self._supervise(job, draws))
             return
@@ -152,15 +158,24 @@ class Worker:
             group = self._recalled.get(name_of(job), {}).pop(draw.draw, None)
             recalled = group is not None
             if group is None:
-                context = self._contexts[name_of(job)]
-                calls = (self._sample(draw, index, context) for index in range(self.samples[kind]))
-                group = list(await asyncio.gather(*calls))
-                began = time.time()
+                group = await self._make(draw, self._contexts[name_of(job)])
                 await self._scorer(kind).score(draw, group)
-                self._began[name_of(job)][1][0] += time.time() - began
             self._done(job, group, journal=not recalled)
         finally:
             self._in_flight -= self.samples[kind]
+
+    async def _make(self, draw: Draw, context: GenerateContext) -> list[Sample]:
+        """All samples of a draw, as soon as there are places for them; draws start in the order they came."""
+        count = self.samples[context.kind]
+        places = min(count, self.capacity)
+        async with self._turn:
+            for _ in range(places):
+                await self._places.acquire()
+        try:
+            return list(await asyncio.gather(*(self._sample(draw, index, context) for index in range(count))))
+        finally:
+            for _ in range(places):
+                self._places.release()
 
     async def _sample(self, draw: Draw, index: int, context: GenerateContext) -> Sample:
         if self.generate is generate:
@@ -181,7 +196,8 @@ class Worker:
         self.held.add(job, group, journal=journal, hold=dropped is None)
         rewards = [sample.reward for sample in group]
         tokens = sum(sample.response_length for sample in group)
-        self._began[name_of(job)][1][1] += tokens
+        name = name_of(job)
+        self._tokens[name] = self._tokens.get(name, 0) + tokens
         self._finished.append(
             {
                 "kind": job["kind"],
@@ -243,9 +259,9 @@ class Worker:
         )
         self._contexts.pop(name_of(job), None)
         self._recalled.pop(name_of(job), None)
-        start, (scoring, tokens) = self._began.pop(name_of(job))
+        start, tokens = self._began.pop(name_of(job)), self._tokens.pop(name_of(job))
         facts = {"step": job["step"], "kind": job["kind"]}
-        append_line(self.events.path, {"phase": "generate", "start": start, "end": began, **facts, "tokens": int(tokens), "scoring_seconds": scoring})
+        append_line(self.events.path, {"phase": "generate", "start": start, "end": began, **facts, "tokens": tokens})
         append_line(self.events.path, {"phase": "seal", "start": began, "end": time.time(), **facts, "bytes": shard.bytes})
 
     def _write(self, job: Lineage, samples: list[Sample]) -> tuple[Sealed, Sealed | None]:
