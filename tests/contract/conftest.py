@@ -1,7 +1,8 @@
 """The engines that one client suite runs against: the embedded one, started here as a process, and SGLang where its address is given.
 
 MILES_TEST_SGLANG_URL (and MILES_TEST_SGLANG_TOKEN) name a running SGLang 0.5.15 on this host that serves a tiny random Qwen3-MoE
-with --skip-tokenizer-init --enable-return-routed-experts; tests/gpu starts one and runs these files.
+with --skip-tokenizer-init --enable-return-routed-experts; tests/gpu starts one and runs these files. MILES_TEST_EMBEDDED_OPTIONS adds
+options of the embedded engine (a device, say).
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         return
     folder = write_tiny(root / "model", seed=0)
     other = write_tiny(root / "other", seed=7)
-    process, url = start_embedded(folder, root / "engine.log", "--max-running-requests", "16", "--context-length", "4096")
+    process, url = start_embedded(folder, root / "engine.log", "--max-running-requests", "16", "--context-length", "4096", *os.environ.get("MILES_TEST_EMBEDDED_OPTIONS", "").split())
     yield Served("embedded", url, TOKEN, folder, other)
     process.terminate()
     assert process.wait(timeout=30) == 0, (root / "engine.log").read_text()[-2000:]
