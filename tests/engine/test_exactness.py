@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import drain, submit
+from tiny_models import write_tiny
+from transformers import AutoModelForCausalLM
 
 from miles.models.context import PackedContext
 from miles.models.forward import forward
@@ -47,14 +49,16 @@ def test_alone_and_among_others_bits_agree(make_engine, arrival, chunk):
     assert np.array_equal(mine.routes, expected.routes)
 
 
-def test_decoded_log_probs_are_those_of_the_packed_forward(make_engine, tiny_folder):
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen3", "qwen2", "llama"])
+def test_decoded_log_probs_are_those_of_the_packed_forward(make_engine, tmp_path, family):
     """What a trainer recomputes over whole sequences, bit for bit; the prompt's by prefill at temperature 1 too."""
-    engine, done = make_engine(max_running_requests=8), []
+    folder = write_tiny(tmp_path / family, family)
+    engine, done = make_engine(folder=str(folder), max_running_requests=8), []
     for index, prompt in enumerate(others(12, seed=5)):
         submit(engine, done, prompt, max_new_tokens=5 + 4 * index, sampling_seed=index, temperature=0.7, logprob_start_len=0)
         engine.step()
     drain(engine)
-    model = load_model(tiny_folder, batch_invariant=True)
+    model = load_model(folder, batch_invariant=True)
     rows = [sequence.tokens() for sequence in done]
     token_id = torch.from_numpy(np.concatenate(rows).astype(np.int64))
     position = torch.from_numpy(np.concatenate([np.arange(len(row)) for row in rows]))
@@ -110,3 +114,21 @@ def test_a_multi_turn_prompt_continues_from_its_first_turn(make_engine):
     submit(fresh, again, turn, max_new_tokens=10, sampling_seed=2)
     drain(fresh)
     assert (done[1].output, done[1].logprob) == (again[0].output, again[0].logprob)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_plain_mode_agrees_with_transformers(make_engine, tiny_folder, dtype):
+    """Log-probs of what was drawn against transformers' own eager forward; bfloat16 runs transformers' modules in the engine too."""
+    engine, done = make_engine(batch_invariant=False, dtype=dtype), []
+    for index, prompt in enumerate(others(6, seed=9)):
+        submit(engine, done, prompt, max_new_tokens=12, sampling_seed=index, return_routed_experts=True)
+    drain(engine)
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32, attn_implementation="eager")
+    for sequence in done:
+        ids = torch.from_numpy(sequence.tokens().astype(np.int64))
+        with torch.no_grad():
+            scores = model(ids[None]).logits[0].double().log_softmax(-1)
+        expected = scores[len(sequence.prompt) - 1 : -1].gather(1, torch.tensor(sequence.output)[:, None])[:, 0].numpy()
+        np.testing.assert_allclose(sequence.logprob, expected, atol=1e-4 if dtype == "float32" else 0.5)
+        assert sequence.routes.shape == (len(ids) - 1, 2, 2)
+        assert len(np.unique(sequence.routes)) > 1
