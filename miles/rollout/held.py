@@ -1,19 +1,26 @@
-"""Finished groups that a worker holds until they are sealed, and those of earlier attempts that its journals still know."""
+"""Finished groups that a worker holds until they are sealed, and those of earlier attempts that its journals still know.
+
+Up to BUDGET_BYTES are held in memory; what goes beyond is read back from the journal, group by group, when it is sealed.
+"""
 
 from __future__ import annotations
 
 import logging
-from typing import Any
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, overload
 
 from miles.data.sample import Sample
-from miles.data.store.journal import Journal, journal_paths, read_journal
+from miles.data.store.journal import HEADER, Journal, decode_group, journal_paths, read_journal, scan_journal
 from miles.data.store.run_dir import RunDir
 
 log = logging.getLogger(__name__)
 
 Lineage = dict[str, Any]  # kind, step, weight_version, weight_checksum
 Name = tuple[str, int, str]
+Place = tuple[Path, int]  # journal, position of the record [bytes]
 SHORTEN_BYTES = 256 << 20
+BUDGET_BYTES = 1 << 30
 
 
 def name_of(lineage: Lineage) -> Name:
@@ -21,55 +28,110 @@ def name_of(lineage: Lineage) -> Name:
     return str(lineage["kind"]), int(lineage["step"]), str(lineage["weight_checksum"])
 
 
+def read_group(place: Place) -> list[Sample]:
+    """The group of one journal record (its checksum was compared when the position was found)."""
+    with place[0].open("rb") as file:
+        file.seek(place[1])
+        length, _ = HEADER.unpack(file.read(HEADER.size))
+        return decode_group(file.read(length), place[0])[1]
+
+
+def size_of(group: list[Sample]) -> int:
+    """Memory of a group's arrays [bytes]."""
+    arrays = ("token_id", "rollout_logprob", "loss_mask", "flags", "routes")
+    return sum(array.nbytes for sample in group for name in arrays if (array := getattr(sample, name)) is not None)
+
+
+class HeldSamples(Sequence[Sample]):
+    """The samples of some groups, in order; of those in the journal one group at a time is in memory."""
+
+    def __init__(self, groups: list[list[Sample] | Place], samples: int) -> None:
+        self._groups, self._samples = groups, samples
+        self._last: tuple[int, list[Sample]] = (-1, [])
+
+    def __len__(self) -> int:
+        return len(self._groups) * self._samples
+
+    @overload
+    def __getitem__(self, index: int) -> Sample: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Sample]: ...
+    def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        number, row = divmod(index, self._samples)
+        group = self._groups[number]
+        if isinstance(group, list):
+            return group[row]
+        if self._last[0] != number:
+            self._last = number, read_group(group)
+        return self._last[1][row]
+
+
 class Held:
     """Groups by job and draw. Warm-start groups are not journalled: making them again costs less than reading them."""
 
-    def __init__(self, run_dir: RunDir, worker: int, epoch: int, samples: dict[str, int]) -> None:
-        """samples: of a whole group, by kind."""
-        self.samples = samples
+    def __init__(self, run_dir: RunDir, worker: int, epoch: int, samples: dict[str, int], budget: int = BUDGET_BYTES) -> None:
+        """samples: of a whole group, by kind. budget: bytes of arrays held in memory."""
+        self.samples, self.budget = samples, budget
         self._journal = Journal(run_dir.journal_file(worker, epoch))
-        self._groups: dict[Name, dict[int, list[Sample]]] = {}
+        self._groups: dict[Name, dict[int, list[Sample] | Place]] = {}
+        self._bytes: dict[Name, int] = {}
         self._old = [path for path in journal_paths(run_dir.journal) if int(path.name.split(".")[-2]) < epoch]
         self._names = self._scan()
-        self._read: set[Name] = set()
 
     def _scan(self) -> set[Name]:
         """Jobs that the old journals have something of."""
         return {name_of(context) for path in self._old for context, _ in read_journal(path)}
 
-    def recall(self, lineage: Lineage) -> dict[int, list[Sample]]:
-        """Groups of this job from earlier attempts; each journal is read once a job that it knows."""
+    def recall(self, lineage: Lineage) -> dict[int, Place]:
+        """Where groups of this job from earlier attempts stand, by draw; each journal is read once a job that it knows."""
         name = name_of(lineage)
-        if name not in self._names or name in self._read:
+        if name not in self._names:
             return {}
-        self._read.add(name)
-        found: dict[int, list[Sample]] = {}
+        self._names.discard(name)
+        found: dict[int, Place] = {}
         for path in self._old:
-            for context, group in read_journal(path):
+            for position, context, group in scan_journal(path):
                 # A group of another size is of another configuration: it is made again.
                 if name_of(context) == name and len(group) == self.samples[name[0]]:
-                    found.setdefault(group[0].draw, group)
+                    found.setdefault(group[0].draw, (path, position))
         if found:
             log.warning("step %d: %d %s groups of an earlier attempt are in the journal; they are not generated again", name[1], len(found), name[0])
         return found
 
     def add(self, lineage: Lineage, group: list[Sample], *, journal: bool, hold: bool) -> None:
         """Journal a finished group, and hold it until it is sealed (a filtered one is not held)."""
-        if journal:
-            self._journal.append(group, lineage)
-        if hold:
-            self._groups.setdefault(name_of(lineage), {})[group[0].draw] = group
+        place = (self._journal.path, self._journal.append(group, lineage)) if journal else None
+        if not hold:
+            return
+        name, size = name_of(lineage), size_of(group)
+        held = self._groups.setdefault(name, {})
+        if place is not None and sum(self._bytes.values()) + size > self.budget:
+            held[group[0].draw] = place
+        else:
+            held[group[0].draw] = group
+            self._bytes[name] = self._bytes.get(name, 0) + size
 
-    def take(self, lineage: Lineage, draws: list[int]) -> list[Sample]:
-        """The samples of these draws; what else was held for this job is let go."""
-        groups = self._groups.pop(name_of(lineage))
-        return [sample for draw in draws for sample in groups[draw]]
+    def take(self, lineage: Lineage, draws: list[int]) -> HeldSamples:
+        """The samples of these draws, in their order; what else was held for this job is let go."""
+        name = name_of(lineage)
+        groups = self._groups.pop(name)
+        self._bytes.pop(name, None)
+        return HeldSamples([groups[draw] for draw in draws], self.samples[name[0]])
 
     def sealed(self) -> None:
-        """Groups were sealed: a long journal is shortened to what still is only there."""
-        if self._journal.bytes > SHORTEN_BYTES:
-            alive = self._groups
-            self._journal.compact(lambda context, group: group[0].draw in alive.get(name_of(context), {}))
+        """What was taken is sealed: a long journal is shortened to what still is only there."""
+        if self._journal.bytes <= SHORTEN_BYTES:
+            return
+        alive = self._groups
+        moved = self._journal.compact(lambda context, group: group[0].draw in alive.get(name_of(context), {}))
+        for groups in alive.values():
+            for draw, group in groups.items():
+                if isinstance(group, tuple):
+                    groups[draw] = group[0], moved[group[1]]
 
     def close(self) -> None:
         self._journal.close()

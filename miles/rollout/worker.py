@@ -27,7 +27,7 @@ from miles.data.store.shard import write_routes, write_shard
 from miles.rollout.engines import Engines
 from miles.rollout.filters import reason_to_drop
 from miles.rollout.generate import GenerateContext, generate, supervised
-from miles.rollout.held import Held, Lineage, name_of
+from miles.rollout.held import Held, HeldSamples, Lineage, Place, name_of, read_group
 from miles.rollout.imports import load_function
 from miles.rollout.rewards import Scorer
 from miles.rollout.tokenizer import Tokenizer
@@ -55,7 +55,7 @@ class Worker:
         self.scorers: dict[str, Scorer] = {}
         self._engines = engines
         self._contexts: dict[tuple[str, int, str], GenerateContext] = {}
-        self._recalled: dict[tuple[str, int, str], dict[int, list[Sample]]] = {}
+        self._recalled: dict[tuple[str, int, str], dict[int, Place]] = {}
         self._began: dict[tuple[str, int, str], float] = {}
         self._tokens: dict[tuple[str, int, str], int] = {}
         self._in_flight = 0  # samples of groups taken and not finished
@@ -155,12 +155,13 @@ class Worker:
         """Generate (or recall), score, filter, journal."""
         kind = job["kind"]
         try:
-            group = self._recalled.get(name_of(job), {}).pop(draw.draw, None)
-            recalled = group is not None
-            if group is None:
+            place = self._recalled[name_of(job)].pop(draw.draw, None)
+            if place is not None:
+                group = read_group(place)
+            else:
                 group = await self._make(draw, self._contexts[name_of(job)])
                 await self._scorer(kind).score(draw, group)
-            self._done(job, group, journal=not recalled)
+            self._done(job, group, journal=True)
         finally:
             self._in_flight -= self.samples[kind]
 
@@ -237,21 +238,19 @@ class Worker:
     async def _seal(self, job: Lineage, draws: list[int]) -> None:
         """Seal the ordered draws, in (draw, sample) order, and tell it with the next report."""
         began = time.time()
-        samples = sorted(self.held.take(job, draws), key=lambda sample: (sample.draw, sample.sample))
-        shard, routes = await asyncio.to_thread(self._write, job, samples)
+        shard, routes, rows = await asyncio.to_thread(self._write, job, self.held.take(job, sorted(draws)))
         self.held.sealed()
         described = [] if job["kind"] == "sft" else await self._engines.describe()
-        lengths = [len(sample.token_id) for sample in samples]
-        entry = {"sequences": len(samples), "tokens": sum(lengths)}
+        entry = {"sequences": len(rows), "tokens": sum(length for _, _, length in rows)}
         self._sealed.append(
             {
                 "job": job,
                 "shard": {
                     "shard": {**vars(shard), **entry},
                     "routes": None if routes is None else {**vars(routes), **entry},
-                    "draws": [sample.draw for sample in samples],
-                    "samples": [sample.sample for sample in samples],
-                    "lengths": lengths,
+                    "draws": [draw for draw, _, _ in rows],
+                    "samples": [sample for _, sample, _ in rows],
+                    "lengths": [length for _, _, length in rows],
                     "engines": described,
                     "tokenizer_hash": self.tokenizer.hash,
                 },
@@ -264,14 +263,15 @@ class Worker:
         append_line(self.events.path, {"phase": "generate", "start": start, "end": began, **facts, "tokens": tokens})
         append_line(self.events.path, {"phase": "seal", "start": began, "end": time.time(), **facts, "bytes": shard.bytes})
 
-    def _write(self, job: Lineage, samples: list[Sample]) -> tuple[Sealed, Sealed | None]:
+    def _write(self, job: Lineage, samples: HeldSamples) -> tuple[Sealed, Sealed | None, list[tuple[int, int, int]]]:
+        """(shard, routes if there are any, (draw, sample, length [tokens]) of each row)."""
         folder = self.run_dir.batch_of(job["kind"], job["step"])
         attrs = {"worker": self.rank, "epoch": self.fence.epoch, "kind": job["kind"], "step": job["step"]}
         shard = write_shard(folder / f"rollout.{self.rank}.h5", samples, attrs, self.fence)
         routes = None
-        if any(sample.routes is not None for sample in samples):
+        if job["kind"] != "sft":
             routes = write_routes(folder / f"routes.{self.rank}.h5", samples, attrs, self.fence)
-        return shard, routes
+        return shard, routes, sorted((sample.draw, sample.sample, len(sample.token_id)) for sample in samples)
 
 
 def route_layout(folder: Path) -> tuple[tuple[int, int], Any]:

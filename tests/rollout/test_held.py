@@ -1,0 +1,72 @@
+"""Groups in memory and in the journal come out alike; a long journal is shortened without losing what is not sealed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from miles.data.sample import Sample
+from miles.data.store.run_dir import RunDir
+from miles.rollout import held
+from miles.rollout.held import Held, size_of
+
+JOB = {"kind": "rollout", "step": 3, "weight_version": 2, "weight_checksum": "aa"}
+NEXT = JOB | {"step": 4}
+SAMPLES = {"rollout": 2, "eval": 1, "sft": 1}
+
+
+def group(draw: int, length: int = 6) -> list[Sample]:
+    return [
+        Sample(draw, i, 9, np.arange(length, dtype=np.int32) + draw, 2, np.full(length, -0.25, np.float32), np.ones(length, np.uint8), np.ones(length, np.uint8))
+        for i in range(SAMPLES["rollout"])
+    ]
+
+
+def names(samples: list[Sample]) -> list[tuple[int, int, bytes]]:
+    return [(s.draw, s.sample, s.token_id.tobytes()) for s in samples]
+
+
+@pytest.mark.parametrize("budget", [0, size_of(group(0)), 1 << 20])
+def test_memory_or_journal(tmp_path: Path, budget: int) -> None:
+    made = Held(RunDir(tmp_path), 0, 1, SAMPLES, budget)
+    for draw in (5, 3, 4, 8):
+        made.add(JOB, group(draw), journal=True, hold=draw != 8)
+    made.add(NEXT, group(9), journal=True, hold=True)
+    taken = made.take(JOB, [3, 5])
+    assert len(taken) == 4
+    assert names(list(taken)) == names([*group(3), *group(5)])
+    assert names(taken[1:3]) == names([group(3)[1], group(5)[0]])
+    assert names(list(made.take(NEXT, [9]))) == names(group(9))
+
+
+def test_a_long_journal_is_shortened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(held, "SHORTEN_BYTES", 10)
+    made = Held(RunDir(tmp_path), 0, 1, SAMPLES, budget=0)
+    for draw in range(50):
+        made.add(JOB, group(draw), journal=True, hold=True)
+    made.add(NEXT, group(90), journal=True, hold=True)
+    made.add(NEXT, group(91), journal=True, hold=True)
+    path = RunDir(tmp_path).journal_file(0, 1)
+    before = path.stat().st_size
+    list(made.take(JOB, list(range(50))))
+    made.sealed()
+    assert path.stat().st_size < before / 10
+    assert names(list(made.take(NEXT, [91, 90]))) == names([*group(91), *group(90)])
+
+
+def test_recall_is_for_the_same_job_only(tmp_path: Path) -> None:
+    first = Held(RunDir(tmp_path), 0, 1, SAMPLES)
+    first.add(JOB, group(1), journal=True, hold=True)
+    first.add(JOB, group(2)[:1], journal=True, hold=True)  # of a run with one sample a prompt
+    first.add(JOB | {"weight_checksum": "bb"}, group(3), journal=True, hold=True)
+    first.close()
+    with RunDir(tmp_path).journal_file(0, 1).open("ab") as file:
+        file.write(b"torn")
+    second = Held(RunDir(tmp_path), 0, 2, SAMPLES)
+    found = second.recall(JOB)
+    assert list(found) == [1]
+    assert names(held.read_group(found[1])) == names(group(1))
+    assert second.recall(NEXT) == {}
+    assert list(second.recall(JOB | {"weight_checksum": "bb"})) == [3]
