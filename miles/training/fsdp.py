@@ -66,7 +66,7 @@ class FsdpTrainer:
     # --- construction ----------------------------------------------------------------------------------------------------------
 
     def _load(self, folder: Path, *, trained: bool) -> Any:
-        """A model from a Hugging Face folder, sharded: master weights fp32, forward in the configured dtype."""
+        """A model from a Hugging Face folder, sharded over the ranks: master weights fp32, forward in the configured dtype."""
         on_cpu = self.ranks.device.type == "cpu"
         # Weights that train are fp32. On a CPU the fp32 kernels would stay under a model loaded as fp32, so bf16 is loaded as such.
         wanted = torch.float32 if trained and not on_cpu else self.dtype
@@ -78,6 +78,8 @@ class FsdpTrainer:
         model.train(trained)
         model.requires_grad_(trained)
         mixed = self.dtype != torch.float32 and trained
+        if self.ranks.world_size == 1 and not mixed:
+            return model  # nothing to share: FSDP would copy every weight and gradient twice a step
         options: dict[str, Any] = {"mesh": self.ranks.mesh}
         if mixed:
             options["mp_policy"] = MixedPrecisionPolicy(param_dtype=self.dtype, reduce_dtype=torch.float32)
@@ -86,7 +88,7 @@ class FsdpTrainer:
         fully_shard(model, **options)
         for module in model.modules():
             # Gradients are summed over ranks: the loss carries the global denominator already.
-            if isinstance(module, FSDPModule) and self.ranks.world_size > 1:
+            if isinstance(module, FSDPModule):
                 module.set_gradient_divide_factor(1.0)
                 module.set_force_sum_reduction_for_comms(True)
         return model
@@ -124,7 +126,8 @@ class FsdpTrainer:
         assert model is not None, "load_reference comes before a KL loss"
         found = [self._forward(model, packed, batch.temperature)[0] for packed in batch.packed(step)]
         # The root stays gathered after a forward without backward; gathered weights would go stale at the next optimizer step.
-        model.reshard()
+        if isinstance(model, FSDPModule):
+            model.reshard()
         return found
 
     def _forward(self, model: Any, packed: PackedBatch, temperature: float) -> tuple[Tensor, Tensor]:

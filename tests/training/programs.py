@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from tiny import make_batch, make_config, make_samples
+from torch.distributed.tensor import DTensor
 
 from miles.data.store.train_record import open_train_record
 from miles.training.checkpoint import newest_good
@@ -17,6 +18,11 @@ from miles.training.fsdp import FsdpTrainer
 def hexes(metrics: dict[str, float]) -> dict[str, str]:
     """Every bit of every metric."""
     return {name: float(value).hex() for name, value in metrics.items()}
+
+
+def local(value: torch.Tensor) -> torch.Tensor:
+    """What this rank holds of a tensor."""
+    return value.to_local() if isinstance(value, DTensor) else value
 
 
 def train(
@@ -51,7 +57,7 @@ def train(
         trainer.close_batch(batch, folder / f"train.{ranks.world_size}" / str(number))
         if number == save_at:
             trainer.save(folder / "checkpoints", number, {"next_draw": number * 10})
-    optimizer = sum(float(value.to_local().double().abs().sum()) for name, value in trainer._optimizer_tensors().items() if "exp_avg" in name)
+    optimizer = sum(float(local(value).double().abs().sum()) for name, value in trainer._optimizer_tensors().items() if "exp_avg" in name)
     return {"metrics": lines, "checksum": trainer.weight_checksum(), "optimizer": optimizer.hex(), "progress": progress, "said": said}
 
 
