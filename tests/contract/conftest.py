@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable, Iterator
@@ -29,13 +30,14 @@ TOKEN = "contract-token"
 
 @dataclass
 class Served:
-    """An engine under test. `other` is a folder with other weights for the same model."""
+    """An engine under test. `other` is a folder with other weights for the same model; `exact`: batch-invariant mode."""
 
     kind: str
     url: str
     token: str
     folder: Path
     other: Path
+    exact: bool = False
 
     def run(self, body: Callable[[EngineClient], Awaitable[Any]]) -> Any:
         """Runs an async function with a client."""

@@ -129,6 +129,7 @@ def test_a_pause_that_keeps_requests_does_not_change_them(engine, mode):
         if engine.kind == "embedded":
             assert held
             assert reply["meta_info"]["num_retractions"] == (1 if mode == "retract" else 0)
+        if engine.exact:
             assert reply["output_ids"] == whole["output_ids"]
             assert reply["meta_info"]["output_token_logprobs"] == whole["meta_info"]["output_token_logprobs"]
         assert len((await asyncio.wait_for(late, 30))["output_ids"]) == 4
