@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import shlex
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable, Iterator
@@ -79,7 +78,8 @@ def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         return
     folder = write_tiny(root / "model", seed=0)
     other = write_tiny(root / "other", seed=7)
-    process, url = start_embedded(folder, root / "engine.log", "--max-running-requests", "16", "--context-length", "4096", *os.environ.get("MILES_TEST_EMBEDDED_OPTIONS", "").split())
-    yield Served("embedded", url, TOKEN, folder, other)
+    more = os.environ.get("MILES_TEST_EMBEDDED_OPTIONS", "").split()
+    process, url = start_embedded(folder, root / "engine.log", "--max-running-requests", "16", "--context-length", "4096", *more)
+    yield Served("embedded", url, TOKEN, folder, other, exact="--no-batch-invariant" not in more)
     process.terminate()
     assert process.wait(timeout=30) == 0, (root / "engine.log").read_text()[-2000:]
