@@ -82,7 +82,7 @@ class FsdpTrainer:
             return model  # nothing to share: FSDP would copy every weight and gradient twice a step
         options: dict[str, Any] = {"mesh": self.ranks.mesh}
         if mixed:
-            options["mp_policy"] = MixedPrecisionPolicy(param_dtype=self.dtype, reduce_dtype=torch.float32)
+            options["mp_policy"] = MixedPrecisionPolicy(param_dtype=self.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         for layer in model.model.layers:
             fully_shard(layer, **options)
         fully_shard(model, **options)

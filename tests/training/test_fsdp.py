@@ -280,3 +280,22 @@ def test_metrics_of_the_batch(model, ranks, tmp_path):
     assert (found["rollout/response_len/max"], found["rollout/response_len/min"]) == (max(lengths), 0)
     equal = [len({s.reward for s in samples if s.draw == draw}) == 1 for draw in range(6)]
     assert found["rollout/zero_std/ratio"] == pytest.approx(np.mean(equal))
+
+
+def test_bfloat16_forward_with_float32_weights(llama, ranks, tmp_path):
+    manifest = tiny.make_batch(tmp_path / "batch", tiny.make_samples(15), kind="sft")
+    sections = {"model": {"dtype": "bfloat16"}, "rollout": {"batch_invariant": False}, "warm_start": {"steps": 8, "optimizer": {"lr": 1e-2}}}
+    trainer = FsdpTrainer(tiny.make_config(**sections), llama, ranks)
+    trainer.start_phase("sft")
+    losses = []
+    for _ in range(8):
+        batch = trainer.open_batch(manifest, tmp_path / "batch")
+        losses.append(trainer.train_step(batch, 0)["train/loss"])
+        batch.close()
+    assert losses[-1] < 0.8 * losses[0]
+    assert all(parameter.dtype == torch.float32 for parameter in trainer.model.parameters())
+    assert {tensor.dtype for _, tensor in trainer.named_weights()} == {torch.bfloat16}, "engines get the forward's dtype"
+    folder = trainer.save(tmp_path / "c", 1, {})
+    other = FsdpTrainer(tiny.make_config(**sections), llama, ranks)
+    other.load(folder)
+    assert other.weight_checksum() == trainer.weight_checksum()
