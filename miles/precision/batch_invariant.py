@@ -1,7 +1,7 @@
 """fp32 operations on a CPU whose result for a row has the same bits whatever other rows stand beside it; differentiable.
 
-Matrix products go to torch.bmm in blocks of a fixed number of rows, the last one padded (measured bit-equal for every number of blocks
-and place in them, with 1 and with 2 threads); everything else to compiled kernels. Backward passes are plain and deterministic for the
+Matrix products are cut into pieces of one fixed shape (16 rows, the last block padded, and a panel of columns), each one serial call of
+MKL; the pieces are shared among threads. Everything else goes to compiled kernels. Backward passes are plain and deterministic for the
 same inputs and threads, but not batch-invariant. `exact=False` takes the plain product instead: the same functions, not invariant.
 """
 
@@ -14,8 +14,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from miles.precision import cpu_kernels, cpu_routing
-from miles.precision.threads import launch
+from miles.precision import cpu_kernels, cpu_linear, cpu_routing
+from miles.precision.threads import address_of, launch
 
 BLOCK = 16  # rows of a matrix block; rows handed over in multiples of it need no padding copy
 ROWS = 32  # rows of a task whose partial weight gradients are added up: a fixed split, so that backward is deterministic
@@ -43,14 +43,45 @@ def _tasks(rows: int) -> int:
 # --- linear ---------------------------------------------------------------------------------------------------------------------------
 
 
+SGEMM = address_of("sgemm_")
+SERIAL = address_of("MKL_Set_Num_Threads_Local")
+
+
+def _panel(n: int) -> int:
+    """Columns of one serial product: enough pieces for the threads of a small batch, a function of N alone."""
+    return min(n, max(64, (n // 4 + 63) // 64 * 64) if n <= 4096 else 1024)
+
+
+def _products(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, expert: torch.Tensor | None = None) -> None:
+    """out = x weight.T for whole blocks of 16 rows; expert i64 [blocks]: weight is [E, N, K] and each block has its own.
+
+    Each piece (block, panel) is one serial MKL call of one fixed shape. torch.bmm, the way without MKL's entries, lets MKL split a product
+    over threads: on some machines (seen on a Xeon, K >= 960, 2 threads) a row's bits then depend on the number of blocks.
+    """
+    blocks, (n, k) = x.shape[0] // BLOCK, weight.shape[-2:]
+    if SGEMM and SERIAL:
+        panel = _panel(n)
+        tasks = blocks * ((n + panel - 1) // panel)
+        tensors = (x.data_ptr(), weight.data_ptr(), out.data_ptr(), 0 if expert is None else expert.data_ptr())
+        launch(cpu_linear.linear_blocks, tasks, (*tensors, BLOCK, k, n, panel, SGEMM, SERIAL, blocks), x.numel() * n)
+        return
+    pieces, results = x.view(blocks, BLOCK, k), out.view(blocks, BLOCK, n)
+    if expert is None:
+        torch.bmm(pieces, weight.t().unsqueeze(0).expand(blocks, k, n), out=results)
+    else:
+        for piece, e, result in zip(pieces, expert.tolist(), results, strict=True):
+            torch.bmm(piece[None], weight[e].t()[None], out=result[None])
+
+
 def _blocked(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """x [M, K] @ weight [N, K].T in blocks of 16 rows."""
-    rows, size = x.shape
-    blocks = (rows + BLOCK - 1) // BLOCK
-    if rows % BLOCK:
-        x = F.pad(x, (0, 0, 0, blocks * BLOCK - rows))
-    out = torch.bmm(x.view(blocks, BLOCK, size), weight.t().unsqueeze(0).expand(blocks, size, weight.shape[0]))
-    out = out.view(blocks * BLOCK, -1)[:rows]
+    rows = x.shape[0]
+    padded = (rows + BLOCK - 1) // BLOCK * BLOCK
+    if rows != padded:
+        x = F.pad(x, (0, 0, 0, padded - rows))
+    out = x.new_empty(padded, weight.shape[0])
+    _products(x, weight.contiguous(), out)
+    out = out[:rows]
     return out if bias is None else out.add_(bias)
 
 
@@ -241,13 +272,12 @@ def softmax(x: torch.Tensor) -> torch.Tensor:
     return _route(_rows(x), 1, False)[0].view(x.shape)
 
 
-def _sorted_rows(index: torch.Tensor, experts: int, rounds: int) -> tuple[torch.Tensor, list[int], int]:
-    """(padded row of every routed row i64 [T k], first block of every expert and the end [E + 1], rounds): see sort_by_expert."""
-    slot, first, count = (torch.empty(size, dtype=torch.int64) for size in (index.numel(), experts + 2, experts))
+def _sorted_rows(index: torch.Tensor, experts: int) -> tuple[torch.Tensor, list[int]]:
+    """(padded row of every routed row i64 [T k], first block of every expert and the end [E + 1])."""
+    slot, first, count = (torch.empty(size, dtype=torch.int64) for size in (index.numel(), experts + 1, experts))
     tensors = (index.data_ptr(), slot.data_ptr(), first.data_ptr(), count.data_ptr())
-    launch(cpu_routing.sort_by_expert, 1, (*tensors, index.numel(), experts, BLOCK, rounds), 0)
-    *starts, used = first.tolist()
-    return slot, starts, used
+    launch(cpu_routing.sort_by_expert, 1, (*tensors, index.numel(), experts, BLOCK), 0)
+    return slot, first.tolist()
 
 
 def _scatter(x: torch.Tensor, slot: torch.Tensor, padded: int, top_k: int, weight: torch.Tensor | None) -> torch.Tensor:
@@ -264,21 +294,17 @@ def _combine(y: torch.Tensor, slot: torch.Tensor, rows: int, top_k: int, weight:
     return out
 
 
-def _grouped(x: torch.Tensor, weight: torch.Tensor, first: list[int], rounds: int, exact: bool) -> torch.Tensor:
-    """Rows of expert e, in its blocks, times weight[e] [N, K].T."""
-    size, wide = x.shape[1], weight.shape[1]
-    blocks = x.view(-1, BLOCK, size)
-    out = x.new_empty(blocks.shape[0], BLOCK, wide)
-    for r in range(rounds):  # few rows, as in decoding: one call for all experts
-        span = slice(r * len(weight), (r + 1) * len(weight))
-        torch.bmm(blocks[span], weight.transpose(1, 2), out=out[span])
+def _grouped(x: torch.Tensor, weight: torch.Tensor, first: list[int], exact: bool) -> torch.Tensor:
+    """Rows of expert e, blocks first[e] .. first[e + 1], times weight[e] [N, K].T."""
+    out = x.new_empty(x.shape[0], weight.shape[1])
+    if exact or first[-1] <= 4 * len(weight):  # few rows: one call for all experts is faster than one each
+        owner = torch.repeat_interleave(torch.arange(len(weight)), torch.tensor(first).diff())
+        _products(x, weight.contiguous(), out, owner)
+        return out
     for e, (a, b) in enumerate(pairwise(first)):
-        if b > a and not rounds:
-            if exact:
-                torch.bmm(blocks[a:b], weight[e].t().unsqueeze(0).expand(b - a, size, wide), out=out[a:b])
-            else:
-                torch.mm(x[a * BLOCK : b * BLOCK], weight[e].t(), out=out[a:b].view(-1, wide))
-    return out.view(-1, wide)
+        if b > a:
+            torch.mm(x[a * BLOCK : b * BLOCK], weight[e].t(), out=out[a * BLOCK : b * BLOCK])
+    return out
 
 
 class _Experts(torch.autograd.Function):
@@ -286,7 +312,7 @@ class _Experts(torch.autograd.Function):
     def forward(
         ctx: Any, x: torch.Tensor, index: torch.Tensor, weight: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, exact: bool
     ) -> torch.Tensor:
-        out, saved, first = _experts(x, index, weight, gate_up, down, exact, rounds=0)
+        out, saved, first = _experts(x, index, weight, gate_up, down, exact)
         ctx.save_for_backward(weight, gate_up, down, *saved)
         ctx.first = first
         return out
@@ -315,16 +341,15 @@ class _Experts(torch.autograd.Function):
 
 
 def _experts(
-    x: torch.Tensor, index: torch.Tensor, weight: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, exact: bool, rounds: int
+    x: torch.Tensor, index: torch.Tensor, weight: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, exact: bool
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...], list[int]]:
     tokens, top_k = index.shape
-    slot, first, used = _sorted_rows(index, gate_up.shape[0], rounds)
-    padded = (used * gate_up.shape[0] if used else first[-1]) * BLOCK
-    rows = _scatter(x, slot, padded, top_k, None)
-    hidden = _grouped(rows, gate_up, first, used, exact)
+    slot, first = _sorted_rows(index, gate_up.shape[0])
+    rows = _scatter(x, slot, first[-1] * BLOCK, top_k, None)
+    hidden = _grouped(rows, gate_up, first, exact)
     wide = hidden.shape[1] // 2
     inner = _silu_mul(hidden[:, :wide], hidden[:, wide:])
-    y = _grouped(inner, down, first, used, exact)
+    y = _grouped(inner, down, first, exact)
     return _combine(y, slot, tokens, top_k, weight), (slot, rows, hidden, inner, y), first
 
 
@@ -338,4 +363,4 @@ def experts(
     x, index, weight = x.contiguous(), index.contiguous(), weight.contiguous()
     if _needs_grad(x, weight, gate_up, down):
         return _Experts.apply(x, index, weight, gate_up, down, exact)
-    return _experts(x, index, weight, gate_up, down, exact, rounds=2)[0]
+    return _experts(x, index, weight, gate_up, down, exact)[0]

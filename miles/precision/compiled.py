@@ -1,19 +1,22 @@
 """How the CPU kernels are compiled: C functions void(int64 *block), cached on disk, run by threads.launch.
 
 block[0] is the next task, block[1] the number of tasks, the rest addresses and sizes. A task is a row or a fixed run of rows, so a row's
-bits depend on that row alone: no fast-math, reductions in 16 lanes and one tree (llvm.py). The cache lies in NUMBA_CACHE_DIR, else
-beside the module, else in the user's cache folder.
+bits depend on that row alone: no fast-math, reductions in 16 lanes and one tree (llvm.py). The cache lies in a folder named after the
+building blocks' source, since numba itself notices only a change of a kernel's own file: under NUMBA_CACHE_DIR, else the user's cache
+folder, else (nothing writable) a temporary one.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numba import carray, cfunc, njit, types
+from numba import carray, cfunc, config, njit, types
 
 from miles.precision.llvm import as_pointer
 
@@ -22,18 +25,28 @@ ZERO = np.float32(0.0)
 SIGNATURE = types.void(types.CPointer(types.int64))
 
 
-def _compile(function: Callable[..., Any]) -> Any:
-    options: dict[str, Any] = {"nopython": True, "error_model": "numpy"}
+def _cache_folder() -> str:
+    source = b"".join((Path(__file__).parent / name).read_bytes() for name in ("llvm.py", "compiled.py"))
+    base = os.environ.get("NUMBA_CACHE_DIR") or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(base) / f"miles-kernels-{hashlib.sha256(source).hexdigest()[:16]}"
     try:
-        return cfunc(SIGNATURE, cache=True, **options)(function)
-    except RuntimeError:  # no place for the cache: neither beside the module nor in the user's folder
-        os.environ["NUMBA_CACHE_DIR"] = tempfile.mkdtemp(prefix="miles-numba-")
-        return cfunc(SIGNATURE, **options)(function)
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return str(folder)
+    except OSError:
+        return tempfile.mkdtemp(prefix="miles-kernels-")
+
+
+CACHE_FOLDER = _cache_folder()
 
 
 def kernel(function: Callable[..., Any]) -> int:
     """Compile a kernel and return its address; the compiled object is kept alive."""
-    compiled = _compile(function)
+    before, config.CACHE_DIR = config.CACHE_DIR, CACHE_FOLDER
+    try:
+        compiled = cfunc(SIGNATURE, cache=True, nopython=True, error_model="numpy")(function)
+    finally:
+        config.CACHE_DIR = before
     _alive.append(compiled)
     return int(compiled.address)
 

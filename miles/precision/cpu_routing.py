@@ -52,19 +52,18 @@ def route(block):
 
 @kernel
 def sort_by_expert(block):
-    """Where each routed row goes, in blocks that hold rows of one expert; an expert's rows keep their order. One task.
+    """Where each routed row goes, in blocks that hold rows of one expert; an expert's blocks lie together, its rows keep their order. One task.
 
-    args: index i64 [T k], slot i64 [T k] (out: padded row), first i64 [E + 2] (out), count i64 [E], T k, E, rows a block, rounds allowed.
-    An expert's blocks lie together, from block first[e] on, first[E] blocks in all, first[E + 1] = 0. Or, where no expert has more blocks
-    than `rounds allowed` and few would be empty, they lie in first[E + 1] rounds of one block of every expert.
+    args: index i64 [T k], slot i64 [T k] (out: padded row), first i64 [E + 1] (out: first block of every expert), count i64 [E], T k, E,
+    rows a block.
     """
-    b = carray(block, 10)
+    b = carray(block, 9)
     if take(b.ctypes.data) > 0:
         return
-    n, experts, size, allowed = b[6], b[7], b[8], b[9]
+    n, experts, size = b[6], b[7], b[8]
     index = i64(b[2], n)
     slot = i64(b[3], n)
-    first = i64(b[4], experts + 2)
+    first = i64(b[4], experts + 1)
     count = i64(b[5], experts)
     for e in range(experts):
         count[e] = 0
@@ -72,19 +71,10 @@ def sort_by_expert(block):
         slot[r] = count[index[r]]
         count[index[r]] += 1
     first[0] = 0
-    rounds = 0
     for e in range(experts):
-        blocks = (count[e] + size - 1) // size
-        first[e + 1] = first[e] + blocks
-        rounds = max(rounds, blocks)
-    first[experts + 1] = 0
-    if rounds <= allowed and 2 * rounds * experts <= 3 * first[experts]:
-        first[experts + 1] = rounds
-        for r in range(n):
-            slot[r] = (slot[r] // size * experts + index[r]) * size + slot[r] % size
-    else:
-        for r in range(n):
-            slot[r] += first[index[r]] * size
+        first[e + 1] = first[e] + (count[e] + size - 1) // size
+    for r in range(n):
+        slot[r] += first[index[r]] * size
 
 
 @kernel

@@ -145,6 +145,44 @@ def take(typingctx, address):
 
 
 @intrinsic
+def call_sgemm(typingctx, function, m, n, k, a, lda, b, ldb, c, ldc):
+    """C [m, n] = A [m, k] B [n, k].T, row-major fp32, by the Fortran sgemm_ (32-bit integers) at the address `function`.
+
+    Fortran reads the same memory by columns: C.T [n, m] = B [n, k] A.T [k, m].
+    """
+
+    def codegen(context, builder, signature, args):
+        function, m, n, k, a, lda, b, ldb, c, ldc = args
+
+        def integer(value):
+            return cgutils.alloca_once_value(builder, builder.trunc(value, I32))
+
+        def letter(which):
+            return cgutils.alloca_once_value(builder, ir.Constant(ir.IntType(8), ord(which)))
+
+        one, zero = (cgutils.alloca_once_value(builder, const(F32, value)) for value in (1.0, 0.0))
+        values = [letter("T"), letter("N"), integer(n), integer(m), integer(k), one, pointer(builder, b, F32), integer(ldb)]
+        values += [pointer(builder, a, F32), integer(lda), zero, pointer(builder, c, F32), integer(ldc)]
+        entry = builder.inttoptr(function, ir.FunctionType(ir.VoidType(), [v.type for v in values]).as_pointer())
+        builder.call(entry, values)
+        return context.get_dummy_value()
+
+    return types.void(*([types.int64] * 10)), codegen
+
+
+@intrinsic
+def call_set_threads(typingctx, function, n):
+    """MKL_Set_Num_Threads_Local(n) at the address `function`; returns the setting before."""
+
+    def codegen(context, builder, signature, args):
+        kind = ir.FunctionType(I32, [I32])
+        before = builder.call(builder.inttoptr(args[0], kind.as_pointer()), [builder.trunc(args[1], I32)])
+        return builder.sext(before, I64)
+
+    return types.int64(types.int64, types.int64), codegen
+
+
+@intrinsic
 def fma(typingctx, a, b, c):
     """a * b + c in fp32 with one rounding."""
 

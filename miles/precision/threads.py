@@ -17,12 +17,22 @@ import torch
 _Body = Callable[..., None]
 
 
-def _find_gomp_parallel() -> Callable[..., None] | None:
+def _library() -> ctypes.CDLL | None:
     library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
-    if not library.exists():
-        return None
-    handle = ctypes.CDLL(str(library))
-    if not hasattr(handle, "GOMP_parallel"):
+    return ctypes.CDLL(str(library)) if library.exists() else None
+
+
+def address_of(name: str) -> int:
+    """Address of a C function that torch's CPU library exports or loads; 0 where there is none."""
+    handle = _library()
+    if handle is None or not hasattr(handle, name):
+        return 0
+    return ctypes.cast(getattr(handle, name), ctypes.c_void_p).value or 0
+
+
+def _find_gomp_parallel() -> Callable[..., None] | None:
+    handle = _library()
+    if handle is None or not hasattr(handle, "GOMP_parallel"):
         return None
     entry = handle.GOMP_parallel
     entry.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
