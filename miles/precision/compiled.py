@@ -42,11 +42,13 @@ CACHE_FOLDER = _cache_folder()
 
 def kernel(function: Callable[..., Any]) -> int:
     """Compile a kernel and return its address; the compiled object is kept alive."""
-    before, config.CACHE_DIR = config.CACHE_DIR, CACHE_FOLDER
+    settings: Any = config
+    options: dict[str, Any] = {"nopython": True, "error_model": "numpy"}
+    before, settings.CACHE_DIR = settings.CACHE_DIR, CACHE_FOLDER
     try:
-        compiled = cfunc(SIGNATURE, cache=True, nopython=True, error_model="numpy")(function)
+        compiled: Any = cfunc(SIGNATURE, cache=True, **options)(function)
     finally:
-        config.CACHE_DIR = before
+        settings.CACHE_DIR = before
     _alive.append(compiled)
     return int(compiled.address)
 
