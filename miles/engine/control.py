@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import importlib.metadata
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -13,6 +12,7 @@ import orjson
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
+import miles
 from miles.engine.engine import EngineThread
 from miles.engine.gate import Gate
 from miles.engine.protocol import BadRequest, Request, Sampling
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from miles.engine.generate import Generate
 
 Result = TypeVar("Result")
-VERSION = importlib.metadata.version("miles")
 NOT_READY = 503
 HEALTH_SECONDS = 20.0
 MODES = ("abort", "retract", "in_place")
@@ -121,7 +120,7 @@ class Control:
             "skip_tokenizer_init": engine.tokenizer is None,
             "status": "ready",
             "engine": "miles",
-            "version": VERSION,
+            "version": miles.__version__,
             "context_length": engine.context_length,
             "max_total_num_tokens": metrics.capacity,
             "max_req_input_len": engine.context_length - 1,
@@ -143,7 +142,7 @@ class Control:
 
     async def loads(self, http: HttpRequest) -> Response:
         """Load of the one data-parallel rank."""
-        return reply({"version": VERSION, "dp_rank_count": 1, "loads": [self._load()]})
+        return reply({"version": miles.__version__, "dp_rank_count": 1, "loads": [self._load()]})
 
     async def get_load(self, http: HttpRequest) -> Response:
         """The older form of /v1/loads."""

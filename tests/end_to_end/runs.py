@@ -115,7 +115,7 @@ def batches(run_dir: Path) -> dict[str, list[Any]]:
             with open_shard(folder / entry.name) as shard:
                 for sample in shard.samples():
                     arrays = [np.asarray(a).tobytes() for a in (sample.token_id, sample.rollout_logprob, sample.loss_mask, sample.flags & ~np.uint8(32))]
-                    rows.append((sample.draw, sample.sample, sample.seed, int(sample.status), sample.reward, *arrays))
+                    rows.append((sample.draw, sample.sample, sample.seed, int(sample.status), np.float32(sample.reward).tobytes(), *arrays))
         found[f"{folder.parent.name}/{folder.name}"] = sorted(rows, key=lambda row: row[:2])
     return found
 
