@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 
@@ -12,7 +12,7 @@ from miles.cli.inputs import configuration, existing_run
 from miles.cli.progress import Progress
 from miles.config.compose import dump_config, load_config
 from miles.config.exits import OK, UserError
-from miles.config.schema import RunConfig
+from miles.config.schema import RunConfig, Section
 from miles.data.store.files import read_json, seal_bytes
 from miles.data.store.metrics import read_metrics
 from miles.data.store.run_dir import RunDir, write_plan
@@ -22,6 +22,8 @@ from miles.report.build import build_report
 from miles.report.refresh import Refresher
 from miles.slurm.launch import launch
 
+S = TypeVar("S", bound=Section)
+
 # What may differ when a run goes on: how far, and how it is looked after; never what it computes.
 MAY_CHANGE = ("num_rollout", "cluster.port", "cluster.restarts", "cluster.stop_seconds", "checkpoint", "train.optimizer.lr_decay_steps")
 
@@ -30,7 +32,7 @@ def run(words: list[str], run_dir: Path | None) -> int:
     """Start or resume a run; returns the exit code."""
     console = Console(stderr=True, soft_wrap=True, markup=False, highlight=False)
     resumed = existing_run(words) if run_dir is None else None
-    config = load_config([resumed / "run.yaml"]) if resumed else configuration(words)
+    config = load_config([resumed / "run.yaml"]) if resumed else with_absolute_paths(configuration(words))
     folder = RunDir((resumed or run_dir or Path("runs") / config.name).absolute())
     refuse_errors(config, console)
     if folder.run_yaml.exists():
@@ -62,6 +64,21 @@ def run(words: list[str], run_dir: Path | None) -> int:
     if code == OK:
         console.print(f"finished: {folder.path}")
     return code
+
+
+def with_absolute_paths(config: RunConfig) -> RunConfig:
+    """The same run, whatever folder it is resumed from."""
+
+    def fixed(section: S, *names: str) -> S:
+        return section.model_copy(update={name: str(Path(value).absolute()) for name in names if (value := getattr(section, name))})
+
+    return config.model_copy(
+        update={
+            "model": fixed(config.model, "hf_checkpoint"),
+            "checkpoint": fixed(config.checkpoint, "ref_load"),
+            **{name: fixed(getattr(config, name), "prompt_data") for name in ("data", "warm_start", "eval")},
+        }
+    )
 
 
 def finished(folder: RunDir, config: RunConfig) -> bool:

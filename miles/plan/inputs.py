@@ -16,14 +16,15 @@ SUFFIXES = (".jsonl", ".json", ".parquet")
 def missing(config: RunConfig) -> Iterator[Entry]:
     """Errors: a model, prompts or a reward that is not named, or a file that is not there. Nothing is opened."""
     model, checkpoint, reinforce = config.model, config.checkpoint, config.num_rollout > 0
-    if not model.hf_checkpoint:
+    if not model.hf_checkpoint and not model.build:
         yield "error", "model.hf_checkpoint", "no model is named", "give --hf-checkpoint FOLDER"
-    elif not model.build:
+    elif model.hf_checkpoint and not model.build:
         yield from _folder("model.hf_checkpoint", model.hf_checkpoint)
     if checkpoint.ref_load:
         yield from _folder("checkpoint.ref_load", checkpoint.ref_load)
     for where, path in [
         ("model.build", model.build),
+        ("warm_start.response_path", config.warm_start.response_path),
         ("rollout.generate_path", config.rollout.generate_path),
         ("rollout.filter_path", config.rollout.filter_path),
         ("rollout.reward.path", config.rollout.reward.path),

@@ -63,7 +63,7 @@ def start_embedded(folder: Path, log: Path, *options: str, token: str = TOKEN) -
     raise AssertionError(f"the engine ended with {process.wait()}: {log.read_text()[-2000:]}")
 
 
-@pytest.fixture(scope="session", params=["embedded", *(["sglang"] if "MILES_TEST_SGLANG_URL" in os.environ else [])])
+@pytest.fixture(scope="session", params=["sglang" if "MILES_TEST_SGLANG_URL" in os.environ else "embedded"])
 def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     root = tmp_path_factory.mktemp("contract")
     if request.param == "sglang":

@@ -123,7 +123,7 @@ def answers(url: str) -> bool:
 
 def suite(what: str, out: Path, engine: str, **env: str) -> None:
     """tests/contract for one engine."""
-    words: Sequence[str] = [sys.executable, "-m", "pytest", "tests/contract", "-k", engine, "-p", "no:cacheprovider", "--tb=short", "-q"]
+    words: Sequence[str] = [sys.executable, "-m", "pytest", "tests/contract", "-p", "no:cacheprovider", "--tb=short", "-v"]
     done = subprocess.run(words, cwd=ROOT, env=environment(**env), capture_output=True, text=True)
     (out / f"contract_{engine}.log").write_text(done.stdout + done.stderr)
     for line in done.stdout.splitlines():
