@@ -7,12 +7,14 @@ SCRIPT = """
 import sys
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import Qwen3MoeConfig
 from miles.models.forward import PackedContext, forward
 from miles.models.load import build_model
 
 dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=0, world_size=1)
+mesh = init_device_mesh("cpu", (1,))  # a GPU may be there too
 config = Qwen3MoeConfig(hidden_size=64, intermediate_size=96, moe_intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
                         num_key_value_heads=2, head_dim=16, vocab_size=131, num_experts=4, num_experts_per_tok=2, norm_topk_prob=True,
                         tie_word_embeddings=sys.argv[2] == "tied")
@@ -23,8 +25,8 @@ def run(shard):
     model = build_model(config, batch_invariant=True).train()
     if shard:
         for layer in model.model.layers:
-            fully_shard(layer)
-        fully_shard(model)
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
         model.gradient_checkpointing_enable({"use_reentrant": False})
     logits = forward(model, ids, position, PackedContext(cu_seqlens=torch.tensor([0, 20, 37], dtype=torch.int32)))
     logits.square().sum().backward()
