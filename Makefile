@@ -33,7 +33,7 @@ chromium:
 	@command -v chromium >/dev/null || (apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium >/dev/null)
 
 test: $(VENV)/.dev chromium lint  ## install, then lint and run every test, with coverage
-	$(BIN)/python -m tests.run_all
+	$(BIN)/pytest --cov=miles --cov-report=term --cov-fail-under=85
 
 test-faults: $(VENV)/.dev  ## the long fault tests: SEED and COUNT choose them
 	$(BIN)/pytest tests/faults --seed $(or $(SEED),0) --count $(or $(COUNT),100)
