@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 RUN ?= runs/quickstart
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install quickstart test test-faults lint bench report clean
+.PHONY: help install quickstart test lint bench smollm2 chromium clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -17,6 +17,7 @@ $(VENV)/.train: setup.cfg requirements.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || python3 -m venv $(VENV)
 	$(BIN)/pip install -q -r requirements.txt
 	$(BIN)/pip install -q -e '.[train]'
+	$(BIN)/python -c "import miles.models.load"  # compiles the CPU kernels once, for all processes
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.train
@@ -34,9 +35,6 @@ chromium:
 
 test: $(VENV)/.dev chromium lint  ## install, then lint and run every test, with coverage
 	$(BIN)/pytest --cov=miles --cov-report=term --cov-fail-under=85
-
-test-faults: $(VENV)/.dev  ## the long fault tests: SEED and COUNT choose them
-	$(BIN)/pytest tests/faults --seed $(or $(SEED),0) --count $(or $(COUNT),100)
 
 lint: $(VENV)/.dev  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -18,7 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-TIMEOUT = datetime.timedelta(minutes=30)
+# Ranks wait for rank 0 as long as a rollout takes. A rank that dies is seen by its supervisor, a lost service by the heartbeat.
+TIMEOUT = datetime.timedelta(days=7)
 
 
 @dataclass(frozen=True)
