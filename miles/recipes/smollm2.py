@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -107,6 +108,21 @@ def build(folder: Path, seed: int) -> None:
     """For `model.build`: download and convert in fp32. The seed plays no part: the weights are given."""
     with tempfile.TemporaryDirectory() as scratch:
         convert(fetch(Path(scratch)), folder)
+
+
+def last_number(samples: list[Any], context: Any) -> list[float]:
+    """For `rollout.reward.path`: 1 where the last number of a response is the label, else 0 (also for a response without a number).
+
+    The model answers in sentences ("7 + 5 equals 12."). Comparing the last number is how answers to GSM8K (arXiv 2110.14168) are
+    commonly scored. A parser of formulas would accept the question said again ("7 + 5") as the answer 12.
+    """
+    return [float(_last_number(sample.response or "") == float(sample.label)) for sample in samples]
+
+
+def _last_number(text: str) -> float | None:
+    # A minus sign counts where it can't be a subtraction's; commas group thousands.
+    found = re.findall(r"(?<![\w.])-?\d+(?:,\d{3})*(?:\.\d+)?|\d+(?:,\d{3})*(?:\.\d+)?", text)
+    return float(found[-1].replace(",", "")) if found else None
 
 
 def main(arguments: list[str] | None = None) -> int:
