@@ -7,9 +7,10 @@ import json
 from rich.console import Console
 from rich.table import Table
 
+from miles.cli.inputs import findings as find
 from miles.config.exits import OK, WRONG
 from miles.config.schema import RunConfig, Source
-from miles.plan.judge import Finding, judge
+from miles.plan.judge import Finding
 from miles.plan.tier import guarantee
 
 STYLE = {"error": "bold red", "warning": "yellow", "note": "dim"}
@@ -17,7 +18,7 @@ STYLE = {"error": "bold red", "warning": "yellow", "note": "dim"}
 
 def check(config: RunConfig, as_json: bool) -> int:
     """Print what the run will do and what is wrong with it. Returns OK, or WRONG when there is an error."""
-    findings = judge(config)
+    findings = find(config)
     wrong = any(finding.level == "error" for finding in findings)
     if as_json:
         tier = guarantee(config)

@@ -8,6 +8,8 @@ from miles.config.compose import load_config
 from miles.config.exits import UserError
 from miles.config.options import parse_flags
 from miles.config.schema import RunConfig
+from miles.plan.judge import Finding, judge
+from miles.plan.model_folder import unusable
 
 
 def configuration(words: list[str]) -> RunConfig:
@@ -23,3 +25,20 @@ def existing_run(words: list[str]) -> Path | None:
     if len(words) == 1 and (Path(words[0]) / "run.yaml").is_file():
         return Path(words[0])
     return None
+
+
+def findings(config: RunConfig) -> list[Finding]:
+    """What is wrong with a run before it starts, errors first: the settings, then what the files that they name hold."""
+    from miles.data.prompts import check_files  # numpy: nothing that a mere reader of configurations waits for
+
+    found = judge(config)
+    if not any(finding.level == "error" for finding in found):
+        opened = [Finding(*entry) for entry in unusable(config)]
+        try:
+            check_files(config)
+        except UserError as error:
+            where, _, rest = str(error).partition(": ")
+            message, _, mend = rest.rpartition("; ")
+            opened.append(Finding("error", where, message, mend) if message else Finding("error", where, rest))
+        found = opened + found
+    return found

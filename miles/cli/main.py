@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from miles.config.exits import WRONG, UserError
+from miles.config.exits import WRONG, UserError, disk_full, file_fault
 
 app = typer.Typer(
     name="miles-submit",
@@ -22,6 +22,7 @@ app = typer.Typer(
 )
 FLAGS = {"allow_extra_args": True, "ignore_unknown_options": True}
 Json = Annotated[bool, typer.Option("--json", help="print JSON, for scripts")]
+INTERRUPTED = 130  # as shells count a Ctrl-C
 RunPath = Annotated[Path, typer.Argument(help="run directory, such as runs/quickstart", metavar="RUN_DIR")]
 
 
@@ -47,7 +48,10 @@ def run(
     """Run to the end, or resume: a run directory that exists goes on from its newest good checkpoint."""
     from miles.cli.run import run as run_it
 
-    return run_it([*(what or []), *context.args], run_dir)
+    try:
+        return run_it([*(what or []), *context.args], run_dir)
+    except KeyboardInterrupt:  # before the launcher listens to it, or after the run has ended
+        return _complain("stopped", INTERRUPTED)
 
 
 @app.command(epilog="Example: miles-submit status runs/quickstart --json")
@@ -83,19 +87,25 @@ def main() -> None:
     """Entry point: a user's mistake is one line on stderr and exit code 78."""
     try:
         code = app(standalone_mode=False)
-    except UserError as error:
-        Console(stderr=True, soft_wrap=True, markup=False, highlight=False).print(f"miles-submit: {error}")
-        code = WRONG
     except typer.Exit as stop:
         code = stop.exit_code
     except Exception as error:
-        code = _usage(error)
+        code = _complain(_line(error))
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _usage(error: Exception) -> int:
-    """Typer's own complaints about the command line, in one line; anything else is a bug and keeps its traceback."""
-    if not hasattr(error, "format_message"):
+def _line(error: Exception) -> str:
+    """What a user should read of an error: theirs, the machine's, or typer's about the command line. A bug keeps its traceback."""
+    if isinstance(error, UserError):
+        return str(error)
+    if hasattr(error, "format_message"):
+        return str(error.format_message())
+    line = disk_full(error) or (file_fault(error) if isinstance(error, OSError) else None)
+    if line is None:
         raise error
-    Console(stderr=True, soft_wrap=True, markup=False, highlight=False).print(f"miles-submit: {error.format_message()}")
-    return WRONG
+    return line
+
+
+def _complain(line: str, code: int = WRONG) -> int:
+    Console(stderr=True, soft_wrap=True, markup=False, highlight=False).print(f"miles-submit: {' '.join(line.split())}")
+    return code

@@ -8,24 +8,26 @@ from typing import Any, TypeVar
 from rich.console import Console
 
 from miles.cli.check import summary
-from miles.cli.inputs import configuration, existing_run
+from miles.cli.inputs import configuration, existing_run, findings
 from miles.cli.progress import Progress
 from miles.config.compose import dump_config, load_config
-from miles.config.exits import OK, UserError
+from miles.config.exits import OK, UserError, disk_full
 from miles.config.schema import RunConfig, Section
-from miles.data.store.files import read_json, seal_bytes
+from miles.data.store.files import Damaged, read_json, seal_bytes
 from miles.data.store.metrics import read_metrics
 from miles.data.store.run_dir import RunDir, write_plan
-from miles.plan.judge import judge
 from miles.plan.tier import guarantee
 from miles.report.build import build_report
 from miles.report.refresh import Refresher
-from miles.slurm.launch import launch
+from miles.slurm.launch import free_port, launch, only_launcher
 
 S = TypeVar("S", bound=Section)
 
 # What may differ when a run goes on: how far, and how it is looked after; never what it computes.
-MAY_CHANGE = ("num_rollout", "cluster.port", "cluster.restarts", "cluster.stop_seconds", "checkpoint", "train.optimizer.lr_decay_steps")
+MAY_CHANGE = {
+    "num_rollout", "cluster.port", "cluster.restarts", "cluster.stop_seconds",
+    "checkpoint.save_interval", "checkpoint.retain", "checkpoint.retain_batches", "checkpoint.save_hf",
+}  # fmt: skip
 
 
 def run(words: list[str], run_dir: Path | None) -> int:
@@ -35,18 +37,29 @@ def run(words: list[str], run_dir: Path | None) -> int:
     config = load_config([resumed / "run.yaml"]) if resumed else with_absolute_paths(configuration(words))
     folder = RunDir((resumed or run_dir or Path("runs") / config.name).absolute())
     refuse_errors(config, console)
-    if folder.run_yaml.exists():
+    resuming = folder.run_yaml.exists()
+    if resuming:
         refuse_differences(load_config([folder.run_yaml]), config, folder)
         if finished(folder, config):
             console.print(f"already finished: {folder.path}; report: {build_report(folder.path)}")
             return OK
-        console.print(f"resuming {folder.path}")
-    elif folder.path.exists() and any(folder.path.iterdir()):
-        raise UserError(f"{folder.path}: not empty, and not a run; choose another --run-dir")
-    folder.path.mkdir(parents=True, exist_ok=True)
-    seal_bytes(folder.run_yaml, dump_config(config).encode())
-    write_plan(folder, {"summary": dict(summary(config)), "guarantee": guarantee(config).name})
+    else:
+        refuse_foreign(folder.path)
+    free_port(config.cluster.host, config.cluster.port)
+    try:
+        folder.path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder.path}: can't be made ({error.strerror}); choose another --run-dir") from error
+    with only_launcher(folder):
+        if resuming:
+            console.print(f"resuming {folder.path}")
+        seal_bytes(folder.run_yaml, dump_config(config).encode())
+        write_plan(folder, {"summary": dict(summary(config)), "guarantee": guarantee(config).name})
+        return follow(folder, config, console)
 
+
+def follow(folder: RunDir, config: RunConfig, console: Console) -> int:
+    """Launch, show the progress, make the report; returns the exit code."""
     progress = Progress()
     refresher = Refresher(folder.path)
 
@@ -59,8 +72,11 @@ def run(words: list[str], run_dir: Path | None) -> int:
     finally:
         refresher.close()
         progress.close()
-    page = build_report(folder.path)
-    console.print(f"report: {page}")
+    try:
+        console.print(f"report: {build_report(folder.path)}")
+    except OSError as error:
+        if code == OK or disk_full(error) is None:  # a run that failed on a full disk has said so
+            raise
     if code == OK:
         console.print(f"finished: {folder.path}")
     return code
@@ -85,24 +101,43 @@ def finished(folder: RunDir, config: RunConfig) -> bool:
     """Whether the newest attempt ended well and nothing was added since."""
     end = folder.latest / "exit.json"
     done = max((line["step"] for line in read_metrics(folder.metrics)), default=0)
-    return end.exists() and read_json(end)["code"] == OK and done >= config.warm_start.steps + config.num_rollout
+    return end.exists() and code_of(end) == OK and done >= config.warm_start.steps + config.num_rollout
+
+
+def code_of(end: Path) -> int | None:
+    """Exit code of an attempt; None where a full disk left no readable record."""
+    try:
+        return int(read_json(end)["code"])
+    except (Damaged, KeyError, TypeError):
+        return None
 
 
 def refuse_errors(config: RunConfig, console: Console) -> None:
     """Warnings are printed; the first error ends it."""
-    findings = judge(config)
-    for finding in findings:
+    found = findings(config)
+    for finding in found:
         if finding.level == "warning":
-            console.print(f"warning: {finding.where}: {finding.message}; {finding.mend}")
-    errors = [finding for finding in findings if finding.level == "error"]
+            console.print(f"warning: {finding}")
+    errors = [finding for finding in found if finding.level == "error"]
     if errors:
         more = f" ({len(errors) - 1} more: miles-submit check)" if len(errors) > 1 else ""
-        raise UserError(f"{errors[0].where}: {errors[0].message}; {errors[0].mend}{more}")
+        raise UserError(f"{errors[0]}{more}")
+
+
+def refuse_foreign(path: Path) -> None:
+    """A new run needs a folder of its own."""
+    there = next(each for each in (path, *path.parents) if each.exists())
+    if not there.is_dir():
+        raise UserError(f"{there}: is a file, so no run can live there; choose another --run-dir")
+    if there == path and any(path.iterdir()):
+        raise UserError(f"{path}: not empty, and not a run; choose another --run-dir")
 
 
 def refuse_differences(old: RunConfig, new: RunConfig, folder: RunDir) -> None:
     """A run goes on as what it is."""
-    changed = [key for key in _differences(old.model_dump(), new.model_dump(), "") if not key.startswith(MAY_CHANGE)]
+    optimizer = new.train.optimizer
+    free = MAY_CHANGE | ({"train.optimizer.lr_decay_steps"} if optimizer.lr_schedule == "constant" else set())
+    changed = [key for key in _differences(old.model_dump(), new.model_dump(), "") if key not in free]
     if changed:
         keys = ", ".join(changed[:4]) + (", …" if len(changed) > 4 else "")
         raise UserError(f"{folder.path}: holds a run with another configuration ({keys}); resume it with `miles-submit run {folder.path}`, or choose another --run-dir")

@@ -73,7 +73,8 @@ def _find(path: Path, beside: Path | None, problem: str) -> Path:
             if (folder / name).is_file():
                 return folder / name
     known = [found.relative_to(folder).with_suffix("").as_posix() for folder in folders[1:] for found in sorted(folder.rglob("*.yaml"))]
-    known += [found.as_posix() for found in sorted((folders[0] / path).parent.glob("*.yaml"))]
+    beside_it = sorted((folders[0] / path).parent.glob("*.yaml"))
+    known += [name.as_posix() for found in beside_it for name in (found, found.with_suffix(""))]
     wanted = path.with_suffix("").as_posix() if path.suffix in (".yaml", ".yml") else path.as_posix()
     near = difflib.get_close_matches(wanted, known, 1, 0.6) or difflib.get_close_matches(path.as_posix(), known, 1, 0.6)
     mend = f"did you mean {near[0]}?" if near else f"give a YAML file, or a name below {configs_dir()}"

@@ -181,6 +181,21 @@ def used_sources(config: RunConfig) -> list[str]:
     return used
 
 
+def check_files(config: RunConfig) -> None:
+    """Read the prompt files that the run draws from, and compare those that exclude each other. Raises UserError as load_prompts would.
+
+    Sources made on the spot are left out: making them takes seconds, and what is wrong with them shows when the run makes them.
+    """
+    sections: dict[str, Source] = {"warm_start": config.warm_start, "data": config.data, "eval": config.eval}
+    used = used_sources(config)
+    needed = {*used, *(other for name in used for other in sections[name].exclude)}
+    found = {name: read_source(name, section, 0) for name, section in sections.items() if name in needed and section.prompt_data}
+    for name in used:
+        if name in found and sections[name].exclude:
+            others = [(other, found[other].normalised()) for other in sections[name].exclude if other in found]
+            _without(found[name], others, sections[name])
+
+
 def load_prompts(config: RunConfig) -> dict[str, PromptSet]:
     """The prompt sets that the run draws from, by section name, with `exclude` carried out and checked.
 

@@ -13,6 +13,8 @@ import xxhash
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from miles.config.exits import UserError
+
 SHARD_BYTES = 5_000_000_000
 NamedTensors = Iterable[tuple[str, torch.Tensor]]
 
@@ -59,7 +61,7 @@ def save_hf(folder: str | Path, config: Any, files: Iterable[str | Path], tensor
         total += amount
     flush()
     if not shards:
-        raise ValueError(f"no tensors to write into {folder}")
+        raise UserError(f"no tensors to write into {folder}")
     if len(shards) == 1:
         (folder / "part-0.safetensors").rename(folder / "model.safetensors")
     else:
@@ -93,7 +95,7 @@ def load_state(folder: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
         files = sorted(folder.glob("*.safetensors"))
     missing = [file.name for file in files if not file.is_file()]
     if not files or missing:
-        raise ValueError(f"{folder} holds no complete safetensors weights (missing: {', '.join(missing) or 'model.safetensors'})")
+        raise UserError(f"{folder} holds no complete safetensors weights (missing: {', '.join(missing) or 'model.safetensors'})")
     for file in files:
         with safe_open(file, framework="pt") as opened:
             for name in opened.keys():  # noqa: SIM118  (not a mapping)

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from miles.config.exits import UserError
 from miles.models.attention import NAME
 from miles.models.fused import fuse
 from miles.models.registry import Family, family_of
@@ -25,14 +27,31 @@ def load_model(
     """
     folder = Path(folder)
     if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} is no Hugging Face folder: config.json is missing; give the folder that holds it")
-    config = AutoConfig.from_pretrained(folder)
+        raise UserError(f"{folder} is no Hugging Face folder: config.json is missing; give the folder that holds it")
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{folder / 'config.json'}: transformers can't read it ({_line(error)}); restore it from the checkpoint's origin") from error
     family = family_of(config)
     _check(device, dtype, batch_invariant)
     if not any(folder.glob("*.safetensors")):
-        raise ValueError(f"{folder} holds no safetensors weights; convert them first (other formats are pickles and are not read)")
-    model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype, attn_implementation=NAME, use_safetensors=True)
+        raise UserError(f"{folder} holds no safetensors weights; convert them first (other formats are pickles and are not read)")
+    try:
+        # Tensors that don't fit are reported with the missing ones: transformers would make up values for either.
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, config=config, dtype=dtype, attn_implementation=NAME, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+        model, report = loaded
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"{folder}: its weights can't be loaded ({_line(error)}); restore the folder from its origin") from error
+    wrong = sorted(report["missing_keys"]) + sorted(entry[0] for entry in report["mismatched_keys"])
+    if wrong:
+        raise UserError(f"{folder}: {wrong[0]} is missing or of another shape than config.json says ({len(wrong)} such); restore the folder from its origin")
     return prepare(model, family, device, batch_invariant)
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 def build_model(
@@ -47,7 +66,7 @@ def build_model(
 
 def _check(device: torch.device | str, dtype: torch.dtype, batch_invariant: bool) -> None:
     if batch_invariant and (torch.device(device).type != "cpu" or dtype != torch.float32):
-        raise ValueError(f"batch-invariant mode exists for float32 on cpu, not for {dtype} on {device}; turn batch_invariant off")
+        raise UserError(f"batch-invariant mode exists for float32 on cpu, not for {dtype} on {device}; turn batch_invariant off")
 
 
 def prepare(model: PreTrainedModel, family: Family, device: torch.device | str, batch_invariant: bool) -> PreTrainedModel:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from miles.config.exits import UserError
+
 
 @dataclass(frozen=True)
 class Family:
@@ -31,15 +33,15 @@ def family_of(config: Any) -> Family:
     """The family of a transformers config; ValueError for one that has no passing test or uses what the family's test does not cover."""
     kind = getattr(config, "model_type", None)
     if kind not in FAMILIES:
-        raise ValueError(f"model_type {kind!r} is not supported; supported: {', '.join(FAMILIES)}")
+        raise UserError(f"model_type {kind!r} is not supported; supported: {', '.join(FAMILIES)}")
     activation = getattr(config, "hidden_act", "silu")
     if activation != "silu":
-        raise ValueError(f"hidden_act {activation!r} of model_type {kind!r} is not supported; supported: silu")
+        raise UserError(f"hidden_act {activation!r} of model_type {kind!r} is not supported; supported: silu")
     if "sliding_attention" in (getattr(config, "layer_types", None) or []) or (
         getattr(config, "use_sliding_window", False) and getattr(config, "sliding_window", None)
     ):
-        raise ValueError(f"sliding-window attention (model_type {kind!r}) is not supported; set use_sliding_window to false")
+        raise UserError(f"sliding-window attention (model_type {kind!r}) is not supported; set use_sliding_window to false")
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if rope in ("dynamic", "longrope"):
-        raise ValueError(f"rope_type {rope!r} depends on the length of the batch and is not supported; supported: default, linear, yarn, llama3")
+        raise UserError(f"rope_type {rope!r} depends on the length of the batch and is not supported; supported: default, linear, yarn, llama3")
     return FAMILIES[kind]

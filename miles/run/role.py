@@ -16,10 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from miles.config.compose import load_config
-from miles.config.exits import AGAIN, OK, WRONG, TryAgain, UserError
+from miles.config.exits import AGAIN, OK, WRONG, TryAgain, UserError, disk_full, file_fault
 from miles.config.schema import RunConfig
-
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True)
@@ -54,16 +52,13 @@ class Role:
         return self.run_dir / "attempts" / f"{self.epoch:06d}" / "logs" / f"fault.{self.name}.{self.rank}.json"
 
 
-def user_fault(error: BaseException) -> str | None:
+def user_fault(error: BaseException, run_dir: Path | None = None) -> str | None:
     """The one line that a user should read, or None where the error is a bug."""
     if isinstance(error, UserError):
         return str(error)
-    if isinstance(error, OSError) and error.errno in DISK_FULL:
-        where = f" at {error.filename}" if error.filename else ""
-        return f"disk full{where}: free some space, then run the same command again; the run resumes from its last checkpoint"
     if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
         return f"{error.strerror or 'address already in use'}: choose another cluster.port, or 0 for a free one"
-    return None
+    return disk_full(error, run_dir) or (file_fault(error) if isinstance(error, OSError) else None)
 
 
 def main(name: str, body: Callable[[Role], None]) -> None:
@@ -76,7 +71,7 @@ def main(name: str, body: Callable[[Role], None]) -> None:
         print(f"{name}: {error}", file=sys.stderr, flush=True)
         code = AGAIN
     except Exception as error:
-        line = user_fault(error)
+        line = user_fault(error, role.run_dir)
         if line is None:
             traceback.print_exc()
             code = 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import shutil
 import sys
@@ -13,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from miles.config.exits import UserError
+from miles.config.exits import UserError, disk_full
 from miles.config.schema import RunConfig
 from miles.data.store.epoch import Fence
 from miles.data.store.events import Events
@@ -23,6 +22,7 @@ from miles.data.store.retention import retire_batches
 from miles.data.store.run_dir import RunDir
 from miles.data.store.shard import open_shard
 from miles.rollout.evaluate import summarise_sequences
+from miles.rollout.imports import load_function
 from miles.run.coordinator import Coordinator, StopRequested
 from miles.run.role import Role, load_run
 from miles.run.schedule import Step, total_steps
@@ -78,6 +78,13 @@ class Run:
         found, said = newest_good(self.folder.checkpoints) if self.role.rank == 0 else (None, [])
         for line in said:
             print(f"trainer: {line}", file=sys.stderr, flush=True)
+        if said and found is None:
+            raise UserError(
+                f"{self.folder.checkpoints}: no good checkpoint ({said[0].removeprefix('checkpoint passed over: ')}); "
+                "restore the files, or remove the folder to begin the run again"
+            )
+        if said:
+            self.service.announce(notices=[f"{line}; the run goes on from {found.name if found else 'its start'}" for line in said])
         folder = self.ranks.broadcast_json(str(found) if found else None)
         if folder is None:
             if self.role.rank == 0:
@@ -113,7 +120,8 @@ class Run:
             return
         named = self.config.checkpoint.ref_load
         folder = Path(named) if named else self.folder.path / "reference"
-        if not folder.exists():
+        self.fence.check()
+        if not named:  # also when an earlier attempt came this far: the weights are the same, or it was another run
             self.trainer.export_hf(folder)
         self.trainer.load_reference(folder)
 
@@ -160,7 +168,7 @@ class Run:
         """Give the engines the present weights, and make sure that they hold them."""
         began = time.perf_counter()
         with self.phase("sync", self.trained):
-            transport = DiskTransport(self.folder.path / "sync", self.engines, self.role.token)
+            transport = DiskTransport(self.folder.attempt(self.role.epoch) / "sync", self.engines, self.role.token)
             self.checksum = transport.push(self.trainer, version=self.trained)
         self.metrics["perf/update_weights_time"] = time.perf_counter() - began
 
@@ -170,7 +178,8 @@ class Run:
             return
         number = self.trained
         with self.phase("eval", number):
-            folder = Path(self.service.batch(self.job("eval", number))).parent
+            # Through a stop: the step is told whole, and all ranks stop together at the next batch.
+            folder = Path(self.service.batch(self.job("eval", number), through_stop=True)).parent
             manifest = read_manifest(folder)
             rows: dict[str, list[Any]] = {}
             for entry in manifest.shards:
@@ -203,9 +212,10 @@ class Run:
 
     def finish(self) -> None:
         """Export the final weights and let the others go."""
+        self.fence.check()
         if self.config.checkpoint.save_hf:
             self.trainer.export_hf(self.folder.hf)
-        shutil.rmtree(self.folder.path / "sync", ignore_errors=True)
+        shutil.rmtree(self.folder.attempt(self.role.epoch) / "sync", ignore_errors=True)
         if self.role.rank == 0:
             self.service.finish()
 
@@ -222,19 +232,28 @@ def model_folder(config: RunConfig, run_dir: Path) -> Path:
         return folder
     if config.model.build is None:
         raise UserError(f"model.hf_checkpoint: no folder {folder}; give a Hugging Face folder, or model.build to make one")
-    module, _, name = config.model.build.rpartition(".")
+    build = load_function(config.model.build, "model.build")
     temporary = folder.with_name(folder.name + ".making")
     shutil.rmtree(temporary, ignore_errors=True)
-    getattr(importlib.import_module(module), name)(temporary, config.seed)
+    try:
+        build(temporary, config.seed)
+    except Exception as error:  # whatever a user's function raises
+        line = disk_full(error, run_dir) or f"model.build: {config.model.build} raised {type(error).__name__}: {' '.join(str(error).split())[:500]}"
+        raise UserError(line) from error
+    if not temporary.is_dir():
+        raise UserError(f"model.build: {config.model.build} made no folder {temporary}; it is called with (folder, seed)")
     temporary.rename(folder)
     return folder
 
 
 def combine(name: str, values: list[float]) -> float:
-    """A metric of several optimizer steps on one rollout: the greatest of maxima, the sum of counts, the mean of the rest."""
-    if "max" in name.rpartition("/")[2].split("_"):
+    """A metric of several optimizer steps on one rollout: greatest maximum, least minimum, sum of counts, mean of the rest."""
+    words = name.rpartition("/")[2].split("_")
+    if "max" in words:
         return max(values)
-    return sum(values) if name.endswith("_not_finite") else sum(values) / len(values)
+    if "min" in words:
+        return min(values)
+    return sum(values) if name.endswith(("_not_finite", "_tokens")) else sum(values) / len(values)
 
 
 def join_sequences(rows: dict[str, list[Any]]) -> dict[str, Any]:

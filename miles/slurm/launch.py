@@ -5,21 +5,23 @@ The launcher holds no state that matters: kill it, and the components go on; run
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import secrets
 import signal
 import socket
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx
 
-from miles.config.exits import AGAIN, OK, WRONG, UserError
+from miles.config.exits import AGAIN, OK, WRONG, UserError, disk_full, first_cause, full
 from miles.config.schema import RunConfig
 from miles.data.store.epoch import new_epoch
+from miles.data.store.files import seal_json
 from miles.data.store.run_dir import RunDir, record_attempt
 from miles.plan.tier import guarantee
 from miles.slurm.local import LocalComponent, LocalRunner
@@ -27,7 +29,9 @@ from miles.slurm.local import LocalComponent, LocalRunner
 SUPERVISE = "miles.run.component.supervise"
 COMPONENTS = ("train", "rollout")
 POLL_SECONDS = 0.25
+ECHO_SECONDS = 1.0
 STATUS_SECONDS = 1.0
+FULL_BYTES = 64 << 10  # a disk with less room is the reason for whatever failed on it
 Watcher = Callable[[dict[str, Any]], None]
 
 
@@ -45,9 +49,10 @@ def free_port(host: str, wanted: int) -> int:
 class Attempt:
     """One attempt at the run: its epoch, its meeting point, its components."""
 
-    def __init__(self, run: RunDir, config: RunConfig) -> None:
+    def __init__(self, run: RunDir, config: RunConfig, say: Callable[[str], None]) -> None:
         port = free_port(config.cluster.host, config.cluster.port)
-        self.run, self.config = run, config
+        self.run, self.config, self.say = run, config, say
+        self.noticed: list[str] = []
         self.epoch = new_epoch(run)
         self.folder = run.attempt(self.epoch)
         self.token = secrets.token_urlsafe(24)
@@ -59,6 +64,7 @@ class Attempt:
         (self.folder / "service.json").write_text(json.dumps({"url": self.url, "host": config.cluster.host, "port": port}))
         self.components: list[LocalComponent] = []
         self.stop_asked = 0.0
+        self.stop_told = False
         record_attempt(run, self.epoch, tier=guarantee(config).name, executor=config.cluster.executor, threads=config.cluster.threads)
 
     def submit(self) -> None:
@@ -71,18 +77,17 @@ class Attempt:
     def ask(self, method: str, path: str) -> dict[str, Any] | None:
         """A call to the rollout service; None while it isn't there."""
         try:
-            reply = httpx.request(method, self.url + path, headers={"Authorization": f"Bearer {self.token}"}, timeout=2.0)
+            reply = httpx.request(method, self.url + path, headers={"Authorization": f"Bearer {self.token}"}, timeout=2.0, trust_env=False)
         except httpx.HTTPError:
             return None
         return reply.json() if reply.status_code == 200 else None
 
     def request_stop(self) -> None:
-        """First time: stop cleanly (save, then end). Again, or without a service: end now."""
-        first = not self.stop_asked
-        self.stop_asked = self.stop_asked or time.monotonic()
-        if not first or self.ask("POST", "/stop") is None:
+        """First time: stop cleanly (save, then end). Again: end now."""
+        if self.stop_asked:
             for component in self.components:
                 component.terminate()
+        self.stop_asked = self.stop_asked or time.monotonic()
 
     def watch(self, update: Watcher) -> dict[str, Any]:
         """Follow the attempt to its end; returns {code, role, rank, reason}."""
@@ -91,12 +96,23 @@ class Attempt:
             if time.monotonic() - shown > STATUS_SECONDS:
                 status = self.ask("GET", "/status")
                 if status is not None:
+                    self.pass_on(status)
                     update(status)
                 shown = time.monotonic()
+            if self.stop_asked and not self.stop_told:  # again and again: the service may be starting, or busy
+                self.stop_told = self.ask("POST", "/stop") is not None
             if self.stop_asked and time.monotonic() - self.stop_asked > self.config.cluster.stop_seconds:
                 self.request_stop()
             time.sleep(POLL_SECONDS)
         return self.settle()
+
+    def pass_on(self, status: dict[str, Any]) -> None:
+        """Say what the run's processes have noticed (a damaged checkpoint), once; how it ends is said at the end, once too."""
+        status.pop("message", None)
+        for line in status.pop("notices", None) or []:
+            if line not in self.noticed:
+                self.noticed.append(line)
+                self.say(f"warning: {line}")
 
     def settle(self) -> dict[str, Any]:
         """End what still runs, then name the outcome: train's word counts, unless rollout failed first."""
@@ -104,19 +120,17 @@ class Attempt:
         if not rollout.running() and train.running() and rollout.outcome()["code"] == OK:
             # The worker leaves as soon as the run is finished; the trainer may still be writing its last files.
             self.wait_for(train, self.config.cluster.stop_seconds)
-        first = next(component for component in self.components if not component.running())
+        else:
+            time.sleep(ECHO_SECONDS)  # what killed one component may have ended the other, too
+        ended = [component for component in self.components if not component.running()]
         for component in self.components:
             component.terminate()
         for component in self.components:
             self.wait_for(component, 15.0)
             component.kill()
-        outcomes = {component.name: component.outcome() for component in self.components}
-        if outcomes["train"]["code"] == OK:
-            return outcomes["train"]
-        for outcome in outcomes.values():
-            if outcome["code"] == WRONG:
-                return outcome
-        return outcomes[first.name]
+        if train.outcome()["code"] == OK:
+            return train.outcome()
+        return first_cause([component.outcome() for component in ended or self.components])
 
     @staticmethod
     def wait_for(component: LocalComponent, seconds: float) -> None:
@@ -126,19 +140,48 @@ class Attempt:
             time.sleep(0.05)
 
     def close(self, outcome: dict[str, Any]) -> None:
-        """Record how the attempt ended."""
-        (self.folder / "exit.json").write_text(json.dumps({**outcome, "time": time.time()}))
+        """Record how the attempt ended; on a full disk it goes unrecorded, and what the launcher says is all there is."""
+        try:
+            seal_json(self.folder / "exit.json", {**outcome, "time": time.time()})
+        except OSError as error:
+            if disk_full(error) is None:
+                raise
+
+
+def because_of_disk(run: RunDir, outcome: dict[str, Any]) -> dict[str, Any]:
+    """A failure on a full disk is the disk's, whatever each process could still say of it."""
+    if outcome["code"] == OK:
+        return outcome
+    room = os.statvfs(run.path)
+    if room.f_bavail * room.f_frsize >= FULL_BYTES and (room.f_favail or not room.f_files):
+        return outcome
+    return {**outcome, "code": WRONG, "reason": full(run.path)}
+
+
+@contextlib.contextmanager
+def only_launcher(run: RunDir) -> Iterator[None]:
+    """Two launchers on one run would only fence each other off: the second is refused, from the first's start on."""
+    handle = os.open(run.path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{run.path}: this run is going on; follow it with `miles-submit logs -f {run.path}`") from None
+        refuse_if_running(run)
+        yield
+    finally:
+        os.close(handle)
 
 
 def refuse_if_running(run: RunDir) -> None:
-    """Two launchers on one run would only fence each other off."""
+    """A launcher that was killed leaves a run that goes on."""
     latest = run.latest.resolve()
     if (latest / "exit.json").exists() or not (latest / "token").exists():
         return
     url = json.loads((latest / "service.json").read_text())["url"]
     headers = {"Authorization": f"Bearer {(latest / 'token').read_text()}"}
     try:
-        reply = httpx.get(url + "/status", headers=headers, timeout=2.0)
+        reply = httpx.get(url + "/status", headers=headers, timeout=2.0, trust_env=False)
     except httpx.HTTPError:
         return
     if reply.status_code == 200 and reply.json().get("run") is not None:
@@ -147,14 +190,13 @@ def refuse_if_running(run: RunDir) -> None:
 
 def launch(config: RunConfig, run: RunDir, update: Watcher, say: Callable[[str], None]) -> int:
     """Run to the end, restarting after crashes; returns the exit code (docs/formats.md), 130 after Ctrl-C."""
-    refuse_if_running(run)
     outcome: dict[str, Any] = {}
     for again in range(config.cluster.restarts + 1):
-        attempt = Attempt(run, config)
+        attempt = Attempt(run, config, say)
         interrupted = _stop_on_interrupt(attempt, say)
         attempt.submit()
         try:
-            outcome = attempt.watch(update)
+            outcome = because_of_disk(run, attempt.watch(update))
         finally:
             signal.signal(signal.SIGINT, interrupted)
         attempt.close({**outcome, "stopped": bool(attempt.stop_asked)})

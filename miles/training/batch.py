@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from miles.algorithms.advantages import grpo_advantages
+from miles.config.exits import UserError
 from miles.config.schema import Algorithm
 from miles.data.sample import Status
 from miles.data.store.manifest import Manifest
@@ -118,7 +119,7 @@ def open_batch(manifest: Manifest, folder: Path, algorithm: Algorithm, ranks: Ra
     """
     for step, ranks_rows in enumerate(manifest.assignment):
         if len(ranks_rows) != ranks.world_size:
-            raise ValueError(
+            raise UserError(
                 f"{folder}: the batch is assigned to {len(ranks_rows)} trainer ranks, and this run has {ranks.world_size}; "
                 "run with as many ranks as before, or set the batch aside"
             )
@@ -141,11 +142,11 @@ def open_batch(manifest: Manifest, folder: Path, algorithm: Algorithm, ranks: Ra
 
 def _advantages(small: dict[str, np.ndarray], algorithm: Algorithm, folder: Path) -> np.ndarray:
     if algorithm.advantage_estimator not in GROUP_ESTIMATORS:
-        raise ValueError(f"algorithm.advantage_estimator: {algorithm.advantage_estimator} is not there yet; use one of {', '.join(GROUP_ESTIMATORS)}")
+        raise UserError(f"algorithm.advantage_estimator: {algorithm.advantage_estimator} is not there yet; use one of {', '.join(GROUP_ESTIMATORS)}")
     bad = np.flatnonzero(~np.isfinite(small["reward"]))
     if len(bad):
         first = bad[0]
-        raise ValueError(
+        raise UserError(
             f"{folder}: the reward of draw {small['draw'][first]}, sample {small['sample'][first]} is {small['reward'][first]}; "
             "rewards must be finite numbers"
         )

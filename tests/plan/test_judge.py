@@ -22,6 +22,8 @@ def sound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text(json.dumps(LLAMA))
+    (tmp_path / "model" / "tokenizer.json").write_text("{}")
+    (tmp_path / "model" / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
     (tmp_path / "train.jsonl").write_text('{"input": "1+1", "label": "2"}\n')
     return ["model.hf_checkpoint=model", "data.prompt_data=train.jsonl", "data.label_key=label", "rollout.reward.type=math"]
 

@@ -1,0 +1,116 @@
+"""What is inside the folders and behind the import paths that a run names, as far as a look at their heads shows it."""
+
+from __future__ import annotations
+
+import importlib.machinery
+import importlib.util
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from miles.config.schema import RunConfig
+from miles.plan.abilities import Entry
+
+RESTORE = "restore it from the checkpoint's origin"
+VOCABULARIES = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+
+
+def unusable(config: RunConfig) -> Iterator[Entry]:
+    """Errors: a tokenizer or weights that are missing or cut off, a module that can't be found. No weights are read, nothing is imported."""
+    folder = Path(config.model.hf_checkpoint) if config.model.hf_checkpoint else None
+    if folder is not None and (folder / "config.json").is_file():
+        yield from _tokenizer("model.hf_checkpoint", folder)
+        yield from _weights("model.hf_checkpoint", folder)
+    if config.checkpoint.ref_load and (Path(config.checkpoint.ref_load) / "config.json").is_file():
+        yield from _weights("checkpoint.ref_load", Path(config.checkpoint.ref_load))
+    paths = [("model.build", config.model.build if folder is None or not folder.exists() else None)]
+    if config.warm_start.steps:
+        paths.append(("warm_start.response_path", config.warm_start.response_path))
+    if config.num_rollout:
+        paths += [
+            ("rollout.generate_path", config.rollout.generate_path),
+            ("rollout.filter_path", config.rollout.filter_path),
+            ("rollout.reward.path", config.rollout.reward.path),
+        ]
+    for where, path in paths:
+        module = path.replace(":", ".").rpartition(".")[0] if path else ""
+        missing = first_missing(module) if module else None
+        if missing:
+            yield "error", where, f"no module {missing} ({path})", "mend the path, or put the module's folder on PYTHONPATH"
+
+
+def first_missing(module: str) -> str | None:
+    """The first part of a dotted module name that can't be found here or on the path; None when all are there. Runs no user code."""
+    finder, parts = importlib.machinery.PathFinder, module.split(".")
+    if parts[0] == "__main__":
+        return parts[0]  # of another process
+    spec = finder.find_spec(parts[0], [os.getcwd()]) or importlib.util.find_spec(parts[0])  # roles are started from this folder
+    for length in range(1, len(parts) + 1):
+        name = ".".join(parts[:length])
+        if length > 1:
+            folders = spec.submodule_search_locations if spec else None
+            spec = finder.find_spec(name, folders) if folders is not None else None
+        if spec is None:
+            return name
+    return None
+
+
+def _tokenizer(where: str, folder: Path) -> Iterator[Entry]:
+    path = folder / "tokenizer.json"
+    if path.is_file():
+        _, problem = _object(path)
+        if problem:
+            yield "error", where, f"{path}: {problem}", RESTORE
+    elif not any((folder / name).is_file() for name in VOCABULARIES):
+        yield "error", where, f"{folder}: has neither tokenizer.json nor an older vocabulary ({', '.join(VOCABULARIES)})", "copy the tokenizer's files there"
+
+
+def _weights(where: str, folder: Path) -> Iterator[Entry]:
+    """Every safetensors file as long as its own header says."""
+    index = folder / "model.safetensors.index.json"
+    files = sorted(folder.glob("*.safetensors"))
+    if index.is_file():
+        content, problem = _object(index)
+        shards = content.get("weight_map")
+        if problem or not isinstance(shards, dict):
+            yield "error", where, f"{index}: {problem or 'no weight_map'}", RESTORE
+            return
+        files = sorted({folder / str(name) for name in shards.values()})
+    if not files:
+        yield "error", where, f"{folder}: no safetensors weights", "convert them first (other formats are pickles and are not read)"
+    for file in files:
+        problem = _cut_off(file)
+        if problem:
+            yield "error", where, f"{file}: {problem}", RESTORE
+            return
+
+
+def _cut_off(path: Path) -> str | None:
+    """What is wrong with a safetensors file: u64 length of the header, the header (JSON), the tensors' bytes at its data_offsets."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > size - 8:
+                return f"damaged: its header does not fit in {size} bytes"
+            header = json.loads(file.read(length))
+        end = 8 + length + max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+    except FileNotFoundError:
+        return "missing"
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError):
+        return "damaged: its header is not one of safetensors"
+    return None if end == size else f"damaged: {end} bytes by its header, {size} found"
+
+
+def _object(path: Path) -> tuple[dict[str, Any], str | None]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        return {}, f"cannot be read ({error.strerror})"
+    except ValueError as error:
+        return {}, f"not JSON ({error})"
+    return (found, None) if isinstance(found, dict) else ({}, "not a JSON object")
