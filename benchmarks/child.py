@@ -34,7 +34,8 @@ def start(*arguments: str) -> Iterator[Callable[..., Any]]:
     process = subprocess.Popen(
         [sys.executable, "-m", "benchmarks.child", *arguments], env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
-    assert process.stdin is not None and process.stdout is not None
+    assert process.stdin is not None
+    assert process.stdout is not None
     source, sink = process.stdout, process.stdin
 
     def ask(**order: Any) -> Any:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from miles.engine.options import EngineOptions
 from miles.engine.sequence import Batch
 from miles.models.context import CachedContext
+from miles.models.decode import DecodeProgram
 from miles.models.forward import forward
 from miles.models.load import load_model
 from miles.precision.attention import KVCache
@@ -52,18 +53,20 @@ class Runner:
         self.routed_experts = self._experts > 0
         self.routes: NDArray[Any] | None = None
         self.cache: KVCache | None = None
+        self._decode: DecodeProgram | None = None
         self.make_cache()
 
     def make_cache(self) -> None:
         """Allocates the cache."""
         self.cache = KVCache(self._layers, self.rows, self.context_length, self._kv_heads, self._head_dim, self.device, self._dtype)
+        self._decode = DecodeProgram(self.model, self.cache, self.rows) if DecodeProgram.serves(self.model, self.cache) else None
         if self.routed_experts:
             kind = np.uint8 if self._experts <= 256 else np.uint16
             self.routes = np.zeros((self.rows, self.context_length, self._layers, self._top_k), dtype=kind)
 
     def release_cache(self) -> None:
         """Frees the cache."""
-        self.cache = self.routes = None
+        self.cache = self.routes = self._decode = None
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -77,6 +80,11 @@ class Runner:
             if self.routes is not None:
                 self.routes[target, :count] = self.routes[source, :count]
         count = len(batch.token_id)
+        if self._decode is not None and count == len(batch.row) == len(batch.last) <= self._decode.rows and not batch.scores:
+            logits, chosen = self._decode.run(batch.token_id, batch.position, batch.row)
+            if chosen is not None and self.routes is not None:
+                self.routes[batch.row, batch.position] = chosen.numpy().transpose(1, 0, 2)
+            return *_draw(logits, batch), []
         routes = torch.zeros((count, self._layers, self._top_k), dtype=torch.int32) if self.routed_experts else None
         queries = np.diff(batch.cu_seqlens)
         context = CachedContext(
@@ -98,11 +106,16 @@ class Runner:
             scores.append(token_logprob(part, torch.from_numpy(item.target).to(self.device), 1.0)[0].cpu().numpy())
         if not drawn:
             return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.float32), scores
-        token, logprob = sample(
-            logits[:drawn], torch.from_numpy(batch.temperature), torch.from_numpy(batch.top_k), torch.from_numpy(batch.top_p),
-            torch.from_numpy(batch.seed.view(np.int64)), torch.from_numpy(batch.place + 1),
-        )  # fmt: skip
-        return token.cpu().numpy(), logprob.cpu().numpy(), scores
+        return *_draw(logits[:drawn], batch), scores
+
+
+def _draw(logits: torch.Tensor, batch: Batch) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Tokens i64 [M] and their log-probs f32 [M] from logits [M, V]."""
+    token, logprob = sample(
+        logits, torch.from_numpy(batch.temperature), torch.from_numpy(batch.top_k), torch.from_numpy(batch.top_p),
+        torch.from_numpy(batch.seed.view(np.int64)), torch.from_numpy(batch.place + 1),
+    )  # fmt: skip
+    return token.cpu().numpy(), logprob.cpu().numpy()
 
 
 def _eos(config: Any, generation: Any) -> tuple[int, ...]:
