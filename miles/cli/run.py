@@ -53,9 +53,14 @@ def run(words: list[str], run_dir: Path | None) -> int:
     with only_launcher(folder):
         if resuming:
             console.print(f"resuming {folder.path}")
-        seal_bytes(folder.run_yaml, dump_config(config).encode())
-        write_plan(folder, {"summary": dict(summary(config)), "guarantee": guarantee(config).name})
-        return follow(folder, config, console)
+        try:
+            seal_bytes(folder.run_yaml, dump_config(config).encode())
+            write_plan(folder, {"summary": dict(summary(config)), "guarantee": guarantee(config).name})
+            return follow(folder, config, console)
+        except OSError as error:
+            if (line := disk_full(error, folder.path)) is None:
+                raise
+            raise UserError(line) from error
 
 
 def follow(folder: RunDir, config: RunConfig, console: Console) -> int:

@@ -7,6 +7,7 @@ The first role that fails stops the others; when the primary role (trainer, work
 from __future__ import annotations
 
 import ctypes
+import ipaddress
 import json
 import os
 import signal
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from miles.config.exits import AGAIN, OK, WRONG
+from miles.config.exits import AGAIN, OK, WRONG, first_cause
 from miles.config.schema import RunConfig
 from miles.run.role import load_run
 
@@ -74,7 +75,13 @@ def environment(config: RunConfig, run_dir: Path, epoch: int, name: str, rank: i
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
         "PYTHONUNBUFFERED": "1",
+        **({"GLOO_SOCKET_IFNAME": "lo"} if is_loopback(config.cluster.host) else {}),
     }
+
+
+def is_loopback(host: str) -> bool:
+    """Whether nothing outside this machine can reach a server on host."""
+    return host == "localhost" or (host.replace(".", "").isdigit() and ipaddress.ip_address(host).is_loopback) or host == "::1"
 
 
 def start(config: RunConfig, run_dir: Path, epoch: int, name: str, rank: int, world_size: int) -> RoleProcess:
@@ -120,7 +127,7 @@ def verdict(role: RoleProcess, run_dir: Path, epoch: int) -> dict[str, Any]:
     else:
         reason = f"{role.name} {role.rank} ended with exit code {code}; its log is attempts/{epoch:06d}/logs/{role.name}.{role.rank}.log"
     # A process that was killed says nothing about the run itself: try again, as after a lost node.
-    return {"code": AGAIN if code < 0 else code, "role": role.name, "rank": role.rank, "reason": reason}
+    return {"code": AGAIN if code < 0 else code, "role": role.name, "rank": role.rank, "reason": reason, "killed": code < 0}
 
 
 class Stopped(Exception):
@@ -156,11 +163,9 @@ def watch(roles: list[RoleProcess], primary: str, run_dir: Path, epoch: int) -> 
     while True:
         failed = [role for role in roles if role.code not in (None, OK)]
         if failed:
-            # Of several that failed together, the one with a message for the user says why; 75 is only an echo.
             time.sleep(0.2)
             failed = [role for role in roles if role.code not in (None, OK)]
-            failed.sort(key=lambda role: (role.code != WRONG, role.code == AGAIN))
-            return verdict(failed[0], run_dir, epoch)
+            return first_cause([verdict(role, run_dir, epoch) for role in failed])
         primaries = [role for role in roles if role.name == primary]
         if all(role.code == OK for role in primaries):
             return verdict(primaries[0], run_dir, epoch)

@@ -1,4 +1,4 @@
-"""The trainer's side of the rollout service: a few blocking calls of rank 0, and a heartbeat."""
+"""A role's side of the rollout service: a few blocking calls, and a heartbeat."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Coordinator:
 
     def __init__(self, role: Role) -> None:
         self.role = role
-        self.http = httpx.Client(base_url=role.service, headers={"Authorization": f"Bearer {role.token}"}, timeout=40.0)
+        self.http = httpx.Client(base_url=role.service, headers={"Authorization": f"Bearer {role.token}"}, timeout=40.0, trust_env=False)
 
     def call(self, method: str, path: str, json: dict[str, Any] | None = None, params: dict[str, Any] | None = None) -> tuple[int, Any]:
         """One call; retried while the service is starting. Raises TryAgain when it is lost or this attempt is fenced off."""
@@ -70,11 +70,11 @@ class Coordinator:
             if code == 200:
                 return body["value"]
 
-    def batch(self, job: dict[str, Any]) -> str:
-        """Wait for a sealed batch; returns the manifest's path. Raises StopRequested."""
+    def batch(self, job: dict[str, Any], through_stop: bool = False) -> str:
+        """Wait for a sealed batch; returns the manifest's path. Raises StopRequested, unless the wait goes on through a stop."""
         while True:
             code, body = self.call("POST", "/batch", {"job": job, "epoch": self.role.epoch})
-            if body.get("stop"):
+            if body.get("stop") and not through_stop:
                 raise StopRequested  # a batch that is sealed already is used when the run goes on
             if code == 200:
                 return str(body["manifest"])
@@ -100,6 +100,9 @@ class Coordinator:
                 beat.call("POST", "/heartbeat", {"role": self.role.name, "rank": self.role.rank, "epoch": self.role.epoch})
             except TryAgain as error:
                 _end(self.role, str(error))
+            except (UserError, RuntimeError) as error:  # the attempt is over; the role's own next call says so in full
+                print(f"{self.role.name}: heartbeat: {error}", file=sys.stderr, flush=True)
+                return
 
 
 def _end(role: Role, why: str) -> None:

@@ -51,7 +51,7 @@ class LocalComponent:
         try:
             return self.job.result()
         except UncompletedJobError:
-            return {"code": AGAIN, "role": self.name, "rank": 0, "reason": f"the supervisor of component {self.name} was killed"}
+            return {"code": AGAIN, "role": self.name, "rank": 0, "reason": f"the supervisor of component {self.name} was killed", "killed": True}
 
     def terminate(self) -> None:
         """Ask it to stop its roles and end."""

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Literal
 
+from miles.config.exits import TryAgain
 from miles.engine.client import EngineClient, EngineError
 from miles.sync.contract import SyncError
 
@@ -21,7 +22,7 @@ class Engines:
         self._timeout = timeout
 
     def call(self, function: Callable[[EngineClient], Awaitable[Any]]) -> list[Any]:
-        """Results of function(client) for every engine, in order. Raises SyncError naming every engine that failed, after all have answered."""
+        """Results of function(client) for every engine, in order. After all have answered, raises TryAgain naming those that are lost, else SyncError naming those that refuse."""
 
         async def one(url: str) -> Any:
             async with EngineClient(url, self._token, timeout=self._timeout) as client:
@@ -31,12 +32,16 @@ class Engines:
             return await asyncio.gather(*(one(url) for url in self.urls), return_exceptions=True)
 
         results = asyncio.run(everyone())
-        failed = []
+        failed: list[str] = []
+        lost: list[str] = []
         for url, result in zip(self.urls, results, strict=True):
             if isinstance(result, EngineError):
-                failed.append(f"engine {url}: {result}")
+                # An engine that is gone, or falling: the attempt is over, and the next one has new engines.
+                (lost if result.status == 0 or result.status >= 500 else failed).append(f"engine {url}: {result}")
             elif isinstance(result, BaseException):
                 raise result
+        if lost:
+            raise TryAgain("; ".join(lost))
         if failed:
             raise SyncError("; ".join(failed))
         return results

@@ -9,6 +9,7 @@ import datetime
 import json
 import os
 import random
+import socket
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,7 +120,14 @@ def start_ranks(
 
 def open_store(host: str, port: int, world_size: int, master: bool) -> dist.TCPStore:
     """The store where ranks meet. The master may ask for port 0 and publish `.port` to the others."""
-    return dist.TCPStore(host, port, world_size, is_master=master, timeout=TIMEOUT, wait_for_workers=False)
+    if not master:
+        return dist.TCPStore(host, port, world_size, is_master=False, timeout=TIMEOUT, wait_for_workers=False)
+    # Left to itself the store would listen on every interface.
+    listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=1024)
+    port = listener.getsockname()[1]
+    return dist.TCPStore(
+        host, port, world_size, is_master=True, timeout=TIMEOUT, wait_for_workers=False, master_listen_fd=listener.detach(), use_libuv=True
+    )
 
 
 def stop_ranks() -> None:

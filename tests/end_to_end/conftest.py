@@ -14,3 +14,11 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
     runs.run(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def undisturbed_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with two trainer ranks."""
+    folder = tmp_path_factory.mktemp("undisturbed_two") / "run"
+    runs.run(folder, *runs.TWO_RANKS)
+    return folder

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import psutil
 
@@ -20,6 +21,7 @@ from miles.data.store.shard import open_shard
 
 # Long enough that something can be killed in every phase, short enough for a test.
 STEPS = ["recipes/tiny", "num_rollout=6", "warm_start.steps=2", "checkpoint.save_interval=2", "eval.interval=3"]
+TWO_RANKS = [*STEPS, "train.num_gpus_per_node=2"]
 PATIENCE = 240.0
 
 
@@ -78,6 +80,17 @@ def belongs(process: psutil.Process, run_dir: Path, role: str | None = None, ran
         return role is None or (f"miles.run.{role}" in process.cmdline() and env["MILES_RANK"] == str(rank))
     except psutil.Error:
         return False
+
+
+def status(run_dir: Path) -> dict[str, Any]:
+    """What the service of the newest attempt says; empty while it is not there."""
+    attempt = (run_dir / "latest").resolve()
+    try:
+        url = json.loads((attempt / "service.json").read_text())["url"]
+        headers = {"Authorization": f"Bearer {(attempt / 'token').read_text()}"}
+        return dict(httpx.get(url + "/status", headers=headers, timeout=2.0, trust_env=False).json())
+    except (OSError, ValueError, httpx.HTTPError):
+        return {}
 
 
 def run(run_dir: Path, *words: str) -> str:

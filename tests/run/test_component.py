@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from miles.config.schema import RunConfig
-from miles.run.component import RoleProcess, roles_of, stop, watch
+from miles.run.component import RoleProcess, is_loopback, roles_of, stop, watch
 
 FOREVER = "import time; time.sleep(600)"
 
@@ -37,7 +37,7 @@ def test_roles_of_components() -> None:
 
 def test_primary_end_finishes_and_the_rest_is_stopped(run_dir: Path) -> None:
     roles = [process(run_dir, "service", FOREVER), process(run_dir, "trainer", "pass")]
-    assert watch(roles, "trainer", run_dir, 1) == {"code": 0, "role": "trainer", "rank": 0, "reason": "finished"}
+    assert watch(roles, "trainer", run_dir, 1) == {"code": 0, "role": "trainer", "rank": 0, "reason": "finished", "killed": False}
     stop(roles)
     assert roles[0].code == -signal.SIGTERM
 
@@ -73,3 +73,20 @@ def test_a_role_that_ignores_the_request_is_killed(run_dir: Path) -> None:
         time.sleep(0.02)
     stop([stubborn], grace=0.3)
     assert stubborn.code == -signal.SIGKILL
+
+
+def test_a_killed_rank_outweighs_the_exception_that_it_caused(run_dir: Path) -> None:
+    first = process(run_dir, "trainer", "raise SystemExit(1)", rank=0)
+    second = process(run_dir, "trainer", FOREVER, rank=1)
+    os.kill(second.process.pid, signal.SIGKILL)
+    second.process.wait()
+    first.process.wait()
+    service = process(run_dir, "service", FOREVER)
+    outcome = watch([service, first, second], "trainer", run_dir, 1)
+    stop([service])
+    assert (outcome["code"], outcome["reason"]) == (75, "trainer 1 was killed by SIGKILL")
+
+
+@pytest.mark.parametrize(("host", "yes"), [("127.0.0.1", True), ("127.3.2.1", True), ("localhost", True), ("::1", True), ("10.0.0.1", False), ("0.0.0.0", False), ("node7", False)])
+def test_loopback(host: str, yes: bool) -> None:
+    assert is_loopback(host) is yes

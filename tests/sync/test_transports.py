@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
 import tiny
 
+from miles.config.exits import TryAgain
 from miles.engine.client import EngineClient
 from miles.sync.contract import SyncError
 from miles.sync.disk import DiskTransport
@@ -150,7 +151,7 @@ def test_tampered_weights_are_noticed_and_the_engines_stay_paused(trainer, urls,
 
 
 def test_engine_that_is_not_there_is_named(trainer, urls):
-    with pytest.raises(SyncError, match=r"engine http://127.0.0.1:9: .*no answer"):
+    with pytest.raises(TryAgain, match=r"engine http://127.0.0.1:9: .*no answer"):
         TensorTransport(["http://127.0.0.1:9", urls[0]], TOKEN).push(trainer, 3)
     Engines(urls, TOKEN).resume()
 
