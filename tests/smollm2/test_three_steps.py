@@ -82,7 +82,7 @@ def test_metrics_are_sane(finished: tuple[Path, int]) -> None:
     assert np.mean([line["rollout/zero_std/ratio"] for line in steps]) <= 0.5, "most groups hold right and wrong responses"
     before, after = lines(finished[0], "eval")
     assert (before["step"], after["step"]) == (0, 3)
-    assert before["eval/n"] == after["eval/n"] >= 30
+    assert before["eval/n"] == after["eval/n"] >= 25
     assert before["eval/accuracy"] > 0.2
 
 
