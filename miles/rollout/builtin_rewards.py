@@ -28,13 +28,14 @@ RM_PAUSE_SECONDS = 0.5
 class RewardContext:
     """What a reward function may look at besides the samples: their draw, the reward's options, the run's configuration.
 
-    `http` is set for asynchronous functions only.
+    `http` and `calls`, how many requests may be under way at a time, are set for asynchronous functions only.
     """
 
     draw: Draw
     options: Reward
     config: RunConfig
     http: httpx.AsyncClient | None = field(default=None, compare=False)
+    calls: asyncio.Semaphore | None = field(default=None, compare=False)
 
 
 def exact_match(samples: list[Sample], context: RewardContext) -> list[Score]:
@@ -72,17 +73,20 @@ def reasoning_gym(samples: list[Sample], context: RewardContext) -> list[Score]:
 async def remote_rm(samples: list[Sample], context: RewardContext) -> list[Score]:
     """What a reward server answers to {prompt, response, label}, a sample a call: a number, or an object with `reward.key`."""
     assert context.http is not None, "asynchronous rewards get a client"
+    assert context.calls is not None, "and its bound"
     assert context.options.url is not None, "checked when the run was configured"
-    return list(await asyncio.gather(*(_ask(context.http, context.options, sample) for sample in samples)))
+    return list(await asyncio.gather(*(_ask(context.http, context.calls, context.options, sample) for sample in samples)))
 
 
-async def _ask(http: httpx.AsyncClient, options: Reward, sample: Sample) -> Score:
+async def _ask(http: httpx.AsyncClient, calls: asyncio.Semaphore, options: Reward, sample: Sample) -> Score:
+    """The answer of one of RM_TRIES tries, each with the whole timeout from when its request may go out. Raises TryAgain after the last."""
     url = str(options.url)
     body = {"prompt": sample.prompt, "response": sample.response, "label": sample.label}
     for again in range(RM_TRIES):
         why = ""
         try:
-            reply = await http.post(url, json=body, timeout=options.timeout)
+            async with calls, asyncio.timeout(options.timeout):
+                reply = await http.post(url, json=body, timeout=None)
             if reply.status_code == 200:
                 return _number_or_object(reply, url)
             why = f"{reply.status_code}: {' '.join(reply.text.split())[:200]}"
@@ -92,6 +96,8 @@ async def _ask(http: httpx.AsyncClient, options: Reward, sample: Sample) -> Scor
             raise UserError(f"rollout.reward.url: {url!r} is no address ({error})") from error
         except httpx.UnsupportedProtocol as error:
             raise UserError(f"rollout.reward.url: {url!r}: {error}") from error
+        except TimeoutError:
+            why = f"no answer in {options.timeout:g} s"
         except httpx.TransportError as error:
             why = f"{type(error).__name__} {error}".strip()
         if again + 1 < RM_TRIES:

@@ -19,13 +19,14 @@ import numpy as np
 from miles.config.exits import TryAgain, UserError
 from miles.config.schema import Reward, RunConfig
 from miles.data.sample import Draw, Sample
-from miles.rollout.builtin_rewards import RewardContext, exact_match
+from miles.rollout.builtin_rewards import RewardContext, exact_match, remote_rm
 from miles.rollout.imports import load_function
-from miles.rollout.reward_pool import RewardPool, as_scored, is_async, reward_function
+from miles.rollout.reward_pool import GRACE_SECONDS, RewardPool, TooSlow, as_scored, is_async, reward_function, within
 
 __all__ = ["RewardContext", "Scorer"]
 
 MAX_PROCESSES = 8
+CONNECTIONS = 64  # to a reward server
 
 
 class Scorer:
@@ -37,6 +38,7 @@ class Scorer:
         # A user's generate function may score by itself; then no reward is configured.
         self._function = reward_function(options, section) if self.name or config.rollout.generate_path is None else None
         self._http: httpx.AsyncClient | None = None
+        self._calls = asyncio.Semaphore(CONNECTIONS)
         size = max(1, min(MAX_PROCESSES, (os.cpu_count() or 2) // 2))
         self._pool = RewardPool(options, config, section, size)
 
@@ -58,15 +60,16 @@ class Scorer:
             self._pool.warm()
 
     async def score(self, draw: Draw, samples: list[Sample]) -> None:
-        """Fill in reward and reward_parts of a group. Raises UserError (the function's or the user's fault) or TryAgain (a server is away)."""
+        """Fill in reward and reward_parts of a group. Raises UserError (the function's or the user's fault) or TryAgain (a server is away, a
+        scoring process was killed)."""
         if self._function is None:
             if any(math.isnan(sample.reward) for sample in samples):
                 raise UserError(f"{self.section}: nothing scores draw {draw.draw}; set {self.section}.type, or let the generate function set sample.reward")
             return
         where = f"reward {self.name}, draw {draw.draw}"
         try:
-            scores = await asyncio.wait_for(self._call(draw, as_scored(samples, self.options)), self.options.timeout + 1.0)
-        except TimeoutError:
+            scores = await self._call(draw, as_scored(samples, self.options))
+        except TooSlow:
             raise UserError(f"{where}: no answer in {self.options.timeout:g} s; raise {self.section}.timeout, or mend the function") from None
         except (UserError, TryAgain) as error:
             raise type(error)(f"{where}: {error}") from error
@@ -78,8 +81,10 @@ class Scorer:
         assert self._function is not None
         if is_async(self._function):
             if self._http is None:
-                self._http = httpx.AsyncClient(limits=httpx.Limits(max_connections=64))
-            return await self._function(samples, RewardContext(draw, self.options, self.config, self._http))
+                self._http = httpx.AsyncClient(limits=httpx.Limits(max_connections=CONNECTIONS))
+            work = self._function(samples, RewardContext(draw, self.options, self.config, self._http, self._calls))
+            # remote_rm has a deadline for each of its tries: an outage is not the function's fault.
+            return await (work if self._function is remote_rm else within(self.options.timeout + GRACE_SECONDS, work))
         if self._function is exact_match:  # cheaper than the way to a process
             return exact_match(samples, RewardContext(draw, self.options, self.config))
         return await self._pool.score(draw, samples)

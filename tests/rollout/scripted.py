@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import time
 from pathlib import Path
 
@@ -79,6 +80,24 @@ def reward_short(samples: list[Sample], context: RewardContext) -> list[float]:
 def reward_slow(samples: list[Sample], context: RewardContext) -> list[float]:
     time.sleep(60)
     return [0.0 for _ in samples]
+
+
+def reward_half_second(samples: list[Sample], context: RewardContext) -> list[float]:
+    time.sleep(0.5)
+    return [1.0 for _ in samples]
+
+
+def reward_unpicklable(samples: list[Sample], context: RewardContext) -> list[object]:
+    return [lambda: 1.0 for _ in samples]
+
+
+async def reward_times_out_by_itself(samples: list[Sample], context: RewardContext) -> list[float]:
+    raise TimeoutError("the judge's own clock")
+
+
+def reward_killed(samples: list[Sample], context: RewardContext) -> list[float]:
+    os.kill(os.getpid(), signal.SIGKILL)
+    return [0.0]
 
 
 def reward_dies(samples: list[Sample], context: RewardContext) -> list[float]:

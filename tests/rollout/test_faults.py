@@ -36,7 +36,7 @@ def run_into_fault(attempts, kind: str, *overrides: str) -> tuple[str, str]:
         (("rollout.reward.path=scripted.reward_parts",), ("returned an object with 'score', 'style', 'draw'", "rollout.reward.key")),
         (("rollout.reward.path=scripted.reward_parts", "rollout.reward.key=taste"), ("without 'taste'",)),
         (("rollout.reward.path=scripted.reward_slow", "rollout.reward.timeout=0.5"), ("no answer in 0.5 s", "rollout.reward.timeout")),
-        (("rollout.reward.path=scripted.reward_dies",), ("its process died",)),
+        (("rollout.reward.path=scripted.reward_dies",), ("its process ended with exit code 3",)),
         (("rollout.reward.type=exact_match", "rollout.filter_path=scripted.keep_wrongly"), ("scripted.keep_wrongly, draw ", "LookupError: filter broke")),
         (("rollout.reward.type=exact_match", "rollout.filter_path=scripted.keep_none"), ("the filter dropped all of", "filtered")),
         (("rollout.reward.type=exact_match", "rollout.sampling.max_prompt_len=2"), ("the prompt has ", "more than rollout.sampling.max_prompt_len 2", "raise it")),

@@ -18,7 +18,7 @@ import reasoning_gym
 from miles.config.exits import TryAgain, UserError
 from miles.config.schema import Reward, RunConfig
 from miles.data.sample import Draw, Sample
-from miles.rollout import builtin_rewards
+from miles.rollout import builtin_rewards, rewards
 from miles.rollout.builtin_rewards import boxed
 from miles.rollout.rewards import Scorer
 
@@ -114,15 +114,58 @@ def test_a_slow_function_does_not_hold_the_loop() -> None:
     assert asyncio.run(body()) < 1.0  # a held loop would show the 2.5 s of the call
 
 
+def test_time_in_the_queue_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Six groups of half a second in one process: the last waits for 2.5 s, and the start of the process comes on top."""
+    monkeypatch.setattr(rewards, "MAX_PROCESSES", 1)
+    groups = [group("x", "a") for _ in range(6)]
+
+    async def body() -> float:
+        scorer = Scorer(Reward(path="scripted.reward_half_second", timeout=0.5), RunConfig())
+        began = time.monotonic()
+        await asyncio.gather(*(scorer.score(Draw(number, "p"), samples) for number, samples in enumerate(groups)))
+        seconds = time.monotonic() - began
+        await scorer.close()
+        return seconds
+
+    assert asyncio.run(body()) > 3.0  # longer than timeout and grace (1 s) together
+    assert [samples[0].reward for samples in groups] == [1.0] * 6
+
+
+@pytest.mark.parametrize(
+    ("function", "error", "part"),
+    [
+        ("reward_killed", TryAgain, r"draw 5: its process was killed by SIGKILL \(out of memory"),
+        ("reward_dies", UserError, r"draw 5: its process ended with exit code 3; a reward function must return"),
+        ("reward_unpicklable", UserError, r"draw 5: \w+Error: .*pickle"),
+        ("reward_times_out_by_itself", UserError, r"draw 5: TimeoutError: the judge's own clock"),
+    ],
+)
+def test_ways_to_fail(function: str, error: type[Exception], part: str) -> None:
+    with pytest.raises(error, match=part):
+        score(Reward(path=f"scripted.{function}"), group("x", "a"))
+
+
+def test_a_module_that_only_the_process_cannot_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "fickle.py").write_text("import multiprocessing\nassert multiprocessing.parent_process() is None, 'not here'\ndef reward(s, c): return [1.0]\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match="not here"):
+        score(Reward(path="fickle.reward"), group("x", "a"))
+
+
 class Judge(BaseHTTPRequestHandler):
-    """A reward server: answers as its list of replies says, and keeps what it was asked."""
+    """A reward server: answers as its list of replies says (status 0: not within a second), and keeps what it was asked."""
 
     replies: list[tuple[int, str]] = []
     asked: list[dict[str, str]] = []
+    pause = 0.0
 
     def do_POST(self) -> None:
         Judge.asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
         status, body = Judge.replies.pop(0)
+        if status == 0:
+            time.sleep(1.0)
+            return
+        time.sleep(Judge.pause)
         self.send_response(status)
         self.end_headers()
         self.wfile.write(body.encode())
@@ -153,6 +196,28 @@ def test_remote_rm_with_an_object_and_a_hiccup(judge: str, monkeypatch: pytest.M
     samples = group("gold", "mine")
     assert score(Reward(type="remote_rm", url=judge, key="score"), samples) == [2.0]
     assert samples[0].reward_parts == {"score": 2.0}
+
+
+def test_remote_rm_has_the_whole_timeout_for_each_try(judge: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(builtin_rewards, "RM_PAUSE_SECONDS", 0.01)
+    Judge.replies = [(0, ""), (0, ""), (0, ""), (200, "0.5")]
+    assert score(Reward(type="remote_rm", url=judge, timeout=0.6), group("gold", "mine")) == [0.5]
+
+
+def test_remote_rm_that_never_answers_is_an_outage(judge: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(builtin_rewards, "RM_PAUSE_SECONDS", 0.01)
+    Judge.replies = [(0, "")] * 4
+    with pytest.raises(TryAgain, match=r"failed 4 times \(no answer in 0.3 s\)"):
+        score(Reward(type="remote_rm", url=judge, timeout=0.3), group("gold", "mine"))
+    assert len(Judge.asked) == 4
+
+
+def test_remote_rm_waiting_for_a_connection_is_not_late(judge: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(builtin_rewards, "RM_TRIES", 1)
+    monkeypatch.setattr(rewards, "CONNECTIONS", 1)
+    monkeypatch.setattr(Judge, "pause", 0.3)
+    Judge.replies = [(200, "1")] * 4
+    assert score(Reward(type="remote_rm", url=judge, timeout=0.9), group("gold", "a", "b", "c", "d")) == [1.0] * 4
 
 
 @pytest.mark.parametrize(
