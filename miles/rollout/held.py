@@ -79,6 +79,7 @@ class Held:
         self._journal = Journal(run_dir.journal_file(worker, epoch))
         self._groups: dict[Name, dict[int, list[Sample] | Place]] = {}
         self._bytes: dict[Name, int] = {}
+        self._sealed: set[Name] = set()
         self._old = [path for path in journal_paths(run_dir.journal) if int(path.name.split(".")[-2]) < epoch]
         self._names = self._scan()
 
@@ -120,15 +121,20 @@ class Held:
         name = name_of(lineage)
         groups = self._groups.pop(name)
         self._bytes.pop(name, None)
+        self._sealed.add(name)
         return HeldSamples([groups[draw] for draw in draws], self.samples[name[0]])
 
-    def sealed(self) -> None:
-        """What was taken is sealed: a long journal is shortened to what still is only there."""
-        if self._journal.bytes <= SHORTEN_BYTES:
+    def begin(self, lineage: Lineage) -> None:
+        """A job begins: those of its kind before it are in manifests, and a long journal is shortened by them.
+
+        Not earlier: a shard without its manifest counts for nothing, and after a death in between the journal has all that is left.
+        """
+        done = {name for name in self._sealed if name[0] == lineage["kind"] and name[1] < lineage["step"]}
+        if not done or self._journal.bytes <= SHORTEN_BYTES:
             return
-        alive = self._groups
-        moved = self._journal.compact(lambda context, group: group[0].draw in alive.get(name_of(context), {}))
-        for groups in alive.values():
+        self._sealed -= done
+        moved = self._journal.compact(lambda context, group: name_of(context) not in done)
+        for groups in self._groups.values():
             for draw, group in groups.items():
                 if isinstance(group, tuple):
                     groups[draw] = group[0], moved[group[1]]

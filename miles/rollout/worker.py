@@ -131,6 +131,7 @@ class Worker:
             await self._run_group(self._supervise(job, draws))
             return
         if name not in self._contexts:
+            self.held.begin(job)
             self._contexts[name] = self._context(job)
             self._recalled[name] = self.held.recall(job)
         for draw in draws:
@@ -239,7 +240,6 @@ class Worker:
         """Seal the ordered draws, in (draw, sample) order, and tell it with the next report."""
         began = time.time()
         shard, routes, rows = await asyncio.to_thread(self._write, job, self.held.take(job, sorted(draws)))
-        self.held.sealed()
         described = [] if job["kind"] == "sft" else await self._engines.describe()
         entry = {"sequences": len(rows), "tokens": sum(length for _, _, length in rows)}
         self._sealed.append(

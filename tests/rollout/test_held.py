@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from miles.data.sample import Sample
+from miles.data.store.journal import read_journal
 from miles.data.store.run_dir import RunDir
+from miles.data.store.shard import write_shard
 from miles.rollout import held
 from miles.rollout.held import Held, size_of
 
@@ -51,9 +53,42 @@ def test_a_long_journal_is_shortened(tmp_path: Path, monkeypatch: pytest.MonkeyP
     path = RunDir(tmp_path).journal_file(0, 1)
     before = path.stat().st_size
     list(made.take(JOB, list(range(50))))
-    made.sealed()
+    made.begin(JOB | {"kind": "eval", "step": 9})  # of another kind: it says nothing about the rollout's manifest
+    assert path.stat().st_size == before
+    made.begin(NEXT)
     assert path.stat().st_size < before / 10
     assert names(list(made.take(NEXT, [91, 90]))) == names([*group(91), *group(90)])
+
+
+def test_a_death_between_shard_and_manifest_loses_no_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The worker has sealed its shard, the service has not sealed the manifest: the next attempt is asked for the same step again."""
+    monkeypatch.setattr(held, "SHORTEN_BYTES", 10)
+    first = Held(RunDir(tmp_path), 0, 1, SAMPLES)
+    first.begin(JOB)
+    for draw in range(4):
+        first.add(JOB, group(draw), journal=True, hold=draw != 1)  # a filter dropped draw 1
+    write_shard(tmp_path / "rollout.0.h5", first.take(JOB, [0, 2]))
+    first.close()
+    second = Held(RunDir(tmp_path), 0, 2, SAMPLES)
+    second.begin(JOB)
+    found = second.recall(JOB)
+    assert sorted(found) == [0, 1, 2, 3]
+    assert names(held.read_group(found[2])) == names(group(2))
+
+
+def test_groups_of_several_sealed_steps_go_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A journal that becomes long later forgets all steps that have passed."""
+    made = Held(RunDir(tmp_path), 0, 1, SAMPLES)
+    for step in (3, 4, 5):
+        made.begin(JOB | {"step": step})
+        made.add(JOB | {"step": step}, group(step), journal=True, hold=True)
+        if step < 5:
+            made.take(JOB | {"step": step}, [step])
+    monkeypatch.setattr(held, "SHORTEN_BYTES", 10)
+    made.take(JOB | {"step": 5}, [5])
+    made.begin(JOB | {"step": 6})
+    made.add(JOB | {"step": 6}, group(6), journal=True, hold=True)
+    assert [context["step"] for context, _ in read_journal(RunDir(tmp_path).journal_file(0, 1))] == [6]
 
 
 def test_recall_is_for_the_same_job_only(tmp_path: Path) -> None:
