@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -46,6 +47,17 @@ def test_the_recipe_is_three_steps_in_fp32_on_the_cpu() -> None:
     config = load_config(["recipes/smollm2_135m"])
     assert (config.num_rollout, config.model.dtype, config.cluster.device, config.rollout.engine) == (3, "float32", "cpu", "embedded")
     assert config.model.build == f"{smollm2.__name__}.{smollm2.build.__name__}"
+
+
+@pytest.mark.parametrize(
+    ("response", "reward"),
+    [
+        ("7 + 5 equals 12.", 1.0), ("12", 1.0), ("12.0 apples", 1.0), ("It is 12, not 13.", 0.0), ("7 + 5", 0.0), ("-12", 0.0), ("1,200", 0.0),
+        ("twelve", 0.0), ("", 0.0), (None, 0.0),
+    ],
+)  # fmt: skip
+def test_the_last_number_is_the_answer(response: str | None, reward: float) -> None:
+    assert smollm2.last_number([SimpleNamespace(response=response, label="12")], None) == [reward]
 
 
 @pytest.mark.skipif(GGUF is None, reason="MILES_SMOLLM2_GGUF does not name the GGUF file")
