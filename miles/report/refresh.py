@@ -7,6 +7,7 @@ import threading
 import time
 from pathlib import Path
 
+from miles.config.exits import disk_full
 from miles.report.build import build_report
 
 log = logging.getLogger(__name__)
@@ -54,7 +55,8 @@ class Refresher:
                 build_report(self.run_dir)
                 self.made += 1
             except (OSError, ValueError) as error:
-                log.warning("the report was not made: %s", error)
+                if disk_full(error) is None:  # the run says that itself
+                    log.warning("the report was not made: %s", error)
             wait = max(self.every, (time.monotonic() - start) / SHARE)
 
     def _changed(self) -> float:

@@ -19,7 +19,7 @@ from inputs import ROWS, Case, replace
 AT_ONCE = 2
 OWN = "rollout.reward.type=null rollout.reward.path=own_functions."
 TOLD = ("step ", "report: ", "resuming ")  # what the launcher of a run says besides
-PATIENCE = 120.0
+PATIENCE = 240.0
 
 
 def row(number: int, prompt: str):
@@ -220,7 +220,7 @@ def test_a_run_whose_launcher_died_is_not_begun_twice(tiny_model: Path, tmp_path
     here = folder / "here"
     first = subprocess.Popen(command("run recipe num_rollout=200 --run-dir here"), cwd=folder, env={**os.environ, "PYTHONPATH": str(inputs.ROOT)}, stderr=subprocess.DEVNULL, start_new_session=True)
     try:
-        until(lambda: (here / "sync").exists() or first.poll() is not None, "the first weights")
+        until(lambda: (here / "metrics.jsonl").exists() or first.poll() is not None, "the first step")
         first.kill()
         first.wait()
         second = inputs.submit(folder, "run recipe num_rollout=200 --run-dir here")
