@@ -49,8 +49,24 @@ def load_config(paths: Sequence[Path | str] = (), overrides: Sequence[str] = (),
         config = RunConfig.model_validate(tree, strict=True)
     except ValidationError as error:
         raise ConfigError(explain(error, origin)) from None
-    check_sglang(config.rollout.sglang, {name: place((*SGLANG, name), origin) for name in config.rollout.sglang})
+    config = _count_from_warmup(config, origin)
+    check_sglang(config, {name: place((*SGLANG, name), origin) for name in config.rollout.sglang})
     return resolved(config, origin)
+
+
+def _count_from_warmup(config: RunConfig, origin: Mapping[Key, str]) -> RunConfig:
+    """--lr-decay-iters counts the warm-up in, as Megatron does; its field does not."""
+    optimizer = config.train.optimizer
+    if optimizer.lr_decay_steps is None or origin.get(("train", "optimizer", "lr_decay_steps")) != "--lr-decay-iters":
+        return config
+    steps = optimizer.lr_decay_steps - optimizer.lr_warmup_steps
+    if steps < 1:
+        raise ConfigError(
+            f"--lr-decay-iters: {optimizer.lr_decay_steps} with a warm-up of {optimizer.lr_warmup_steps} leave no step to decay; "
+            "raise it, or lower train.optimizer.lr_warmup_steps"
+        )
+    train = config.train.model_copy(update={"optimizer": optimizer.model_copy(update={"lr_decay_steps": steps})})
+    return config.model_copy(update={"train": train})
 
 
 def dump_config(config: RunConfig) -> str:

@@ -19,6 +19,8 @@ import yaml
 
 from miles.config.exits import ConfigError
 from miles.config.explain import fields, without_none
+from miles.config.schema import RunConfig
+from miles.config.sglang import followed
 
 HERE = Path(__file__).parent
 
@@ -122,13 +124,16 @@ def flag_values(flags: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:
             yield path, value, flag
 
 
-def check_sglang(arguments: Mapping[str, Any], where: Mapping[str, str]) -> None:
-    """Refuse names and types that the pinned SGLang doesn't have, and arguments that miles sets itself. where: place by name, for the message."""
-    known, owned = sglang_arguments(), _raw()["sglang_owned"]
-    for name, value in arguments.items():
+def check_sglang(config: RunConfig, where: Mapping[str, str]) -> None:
+    """Refuse names and types that the pinned SGLang doesn't have, and arguments that miles sets itself (where they follow from the
+    configuration: at another value). where: place by name, for the message."""
+    known, owned, follow = sglang_arguments(), _raw()["sglang_owned"], followed(config)
+    for name, value in config.rollout.sglang.items():
         place = where.get(name, "") + f"rollout.sglang.{name}"
         if name in owned:
             raise ConfigError(f"{place}: miles sets it; set {owned[name]}")
+        if name in follow and value != follow[name].value:
+            raise ConfigError(f"{place}: miles sets it to {json.dumps(follow[name].value)}; {follow[name].mend}")
         if name not in known:
             near = difflib.get_close_matches(name, known, 1, 0.6)
             mend = f"did you mean {near[0]}?" if near else "leave it out"

@@ -47,32 +47,33 @@ def resolved(config: RunConfig, origin: Mapping[Key, str] | None = None) -> RunC
 
 def volumes(config: RunConfig, origin: Mapping[Key, str]) -> tuple[int, int]:
     """(global_batch_size [samples], num_steps_per_rollout) with
-    rollout.batch_size × rollout.n_samples_per_prompt = train.global_batch_size × train.num_steps_per_rollout."""
+    rollout.batch_size × rollout.n_samples_per_prompt = train.global_batch_size × train.num_steps_per_rollout.
+
+    The samples of a prompt stay in one step, so the steps divide the prompts."""
     prompts, n = config.rollout.batch_size, config.rollout.n_samples_per_prompt
     size, steps, samples = config.train.global_batch_size, config.train.num_steps_per_rollout, prompts * n
     made = f"{prompts} prompts × {n} samples = {samples} samples a rollout"
+
+    def wrong(name: str, text: str) -> ConfigError:
+        return ConfigError(f"{place(('train', name), origin)}train.{name}: {made}, {text}")
+
     if size is None and steps is None:
         return samples, 1
-    if size is not None and steps is not None:
-        if size * steps != samples:
-            at = place(("train", "global_batch_size"), origin)
-            raise ConfigError(
-                f"{at}train.global_batch_size: {made}, but global_batch_size {size} × num_steps_per_rollout {steps} = {size * steps}; {_mend(samples, steps)}"
-            )
-        return size, steps
+    if size is not None and steps is not None and size * steps != samples:
+        raise wrong("global_batch_size", f"but global_batch_size {size} × num_steps_per_rollout {steps} = {size * steps}; {_mend(prompts, n, steps)}")
     if steps is not None:
-        if samples % steps:
-            at = place(("train", "num_steps_per_rollout"), origin)
-            raise ConfigError(
-                f"{at}train.num_steps_per_rollout: {made}, which {steps} steps do not divide; take {_near_divisor(samples, steps)} steps"
-            )
+        if prompts % steps:
+            near = _near_divisor(prompts, steps)
+            apart = f"but {steps} steps do not divide {prompts} prompts, whose samples stay in one step; take {near} steps of {samples // near} samples"
+            raise wrong("num_steps_per_rollout", apart)
         return samples // steps, steps
     assert size is not None
+    near = n * _near_divisor(prompts, size / n)
     if samples % size:
-        at = place(("train", "global_batch_size"), origin)
-        raise ConfigError(
-            f"{at}train.global_batch_size: {made}, which {size} does not divide; take global_batch_size {_near_divisor(samples, size)}"
-        )
+        raise wrong("global_batch_size", f"which {size} does not divide; take global_batch_size {near}")
+    if size % n:
+        text = f"but a step of {size} samples does not hold whole prompts of {n} samples; take global_batch_size {near}"
+        raise wrong("global_batch_size", text)
     return size, samples // size
 
 
@@ -134,11 +135,11 @@ def _decay(optimizer: Optimizer, total: int) -> int:
     return optimizer.lr_decay_steps or max(1, total - optimizer.lr_warmup_steps)
 
 
-def _near_divisor(number: int, wanted: int) -> int:
+def _near_divisor(number: int, wanted: float) -> int:
     return min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: (abs(d - wanted), d))
 
 
-def _mend(samples: int, steps: int) -> str:
-    if samples % steps == 0:
-        return f"take global_batch_size {samples // steps}"
-    return f"take global_batch_size {samples} and num_steps_per_rollout 1"
+def _mend(prompts: int, n: int, steps: int) -> str:
+    if prompts % steps == 0:
+        return f"take global_batch_size {prompts * n // steps}"
+    return f"take global_batch_size {prompts * n} and num_steps_per_rollout 1"

@@ -11,12 +11,13 @@ import httpx
 
 from miles.config.exits import TryAgain, UserError
 from miles.config.schema import RunConfig
+from miles.config.sglang import followed
 
 START_SECONDS = 1200.0
 
 
 def arguments(config: RunConfig, folder: str, host: str, port: int, token: str) -> list[str]:
-    """Arguments of sglang.launch_server. What the run needs comes first; rollout.sglang adds to it and overrides it.
+    """Arguments of sglang.launch_server. What the run needs comes first; rollout.sglang adds to it.
 
     Names in rollout.sglang are SGLang's own (checked by miles.config.options): true is a bare switch, false and null leave it out.
     """
@@ -25,14 +26,9 @@ def arguments(config: RunConfig, folder: str, host: str, port: int, token: str) 
         "host": host,
         "port": port,
         "api_key": token,
-        "dtype": config.model.dtype,
         "tp_size": config.rollout.num_gpus_per_engine,
         "random_seed": config.seed,
-        "skip_tokenizer_init": not (config.rollout.sampling.stop or config.eval.sampling.stop),
-        "max_running_requests": config.rollout.max_running_requests,
-        "enable_return_routed_experts": config.rollout.return_routed_experts,
-        "enable_metrics": True,
-        "skip_server_warmup": True,
+        **{name: entry.value for name, entry in followed(config).items()},
         **config.rollout.sglang,
     }
     words = []

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
-from miles.config.schema import RunConfig
+from miles.config.schema import Algorithm, Optimizer, Rollout, RunConfig, Section, Train
 
 Level = Literal["error", "warning", "note"]
 Entry = tuple[Level, str, str, str]  # level, where, message, mend
@@ -32,6 +32,8 @@ def refused(config: RunConfig) -> Iterator[Entry]:
         yield from unless(parallel.expert_tensor == 1, "train.parallel.expert_tensor", "expert-tensor parallelism", "set train.parallel.expert_tensor=1")
     yield from unless(not model.mtp_num_layers, "model.mtp_num_layers", "multi-token prediction", "set model.mtp_num_layers=null")
     yield from unless(not train.enable_mtp_training, "train.enable_mtp_training", "multi-token-prediction training", "set train.enable_mtp_training=false")
+    scaled = train.mtp_loss_scaling_factor == default(Train, "mtp_loss_scaling_factor")
+    yield from unless(scaled, "train.mtp_loss_scaling_factor", "multi-token-prediction training", "leave it out")
     estimator = algorithm.advantage_estimator
     yield from unless(estimator == "grpo", "algorithm.advantage_estimator", estimator, "set algorithm.advantage_estimator=grpo")
     load = config.checkpoint.load
@@ -66,8 +68,62 @@ def _engine(config: RunConfig) -> Iterator[Entry]:
                 f"batch-invariant kernels are there for float32 on cpu, not for {config.model.dtype} on {config.cluster.device}",
                 "set rollout.batch_invariant=false",
             )
+        yield from _cache(config)
     elif rollout.batch_invariant:
         yield "error", "rollout.batch_invariant", "batch invariance with SGLang is not there yet", "set rollout.batch_invariant=false"
+
+
+def _cache(config: RunConfig) -> Iterator[Entry]:
+    """The embedded engine's cache is rows of one length: that of the longest sequence, where every prompt is bounded, else an even share."""
+    rollout, samplings = config.rollout, {}
+    if config.num_rollout:
+        samplings["rollout.sampling"] = rollout.sampling
+    if config.eval.interval:
+        samplings["eval.sampling"] = config.eval.sampling
+    free = [f"{name}.max_prompt_len" for name, sampling in samplings.items() if sampling.max_context_len is None]
+    longest = max((sampling.max_context_len or 0 for sampling in samplings.values()), default=0)
+    if not free and longest > rollout.kv_cache_tokens:
+        yield (
+            "error",
+            "rollout.kv_cache_tokens",
+            f"one sequence may have {longest} tokens, the cache has {rollout.kv_cache_tokens}",
+            f"set rollout.kv_cache_tokens={longest * min(8, rollout.max_running_requests)}",
+        )
+    share = rollout.kv_cache_tokens // rollout.max_running_requests
+    name, response = max(((name, sampling.max_response_len) for name, sampling in samplings.items()), key=lambda pair: pair[1], default=("", 0))
+    if free and share <= response:
+        yield (
+            "error",
+            "rollout.kv_cache_tokens",
+            f"with prompts of any length a sequence may have {rollout.kv_cache_tokens} / {rollout.max_running_requests} requests = {share} tokens, "
+            f"and {name}.max_response_len {response} leaves none for the prompt",
+            f"set {' and '.join(free)}, or rollout.kv_cache_tokens={2 * response * rollout.max_running_requests}",
+        )
+
+
+def default(section: type[Section], name: str) -> Any:
+    """A field's default."""
+    return section.model_fields[name].default
+
+
+def _unread(config: RunConfig) -> Iterator[Entry]:
+    """Warnings: settings other than the default that nothing reads."""
+    algorithm, rollout, warm = config.algorithm, config.rollout, config.warm_start
+    phases: list[tuple[str, Optimizer, int]] = []
+    if config.num_rollout:
+        phases.append(("train.optimizer", config.train.optimizer, config.num_rollout * (config.train.num_steps_per_rollout or 1)))
+    if warm.steps:
+        phases.append(("warm_start.optimizer", warm.optimizer, warm.steps))
+    for where, optimizer, steps in phases:
+        rest = max(1, steps - optimizer.lr_warmup_steps)  # what lr_decay_steps is when it is not given
+        given = [("min_lr", optimizer.min_lr != default(Optimizer, "min_lr")), ("lr_decay_steps", optimizer.lr_decay_steps not in (None, rest))]
+        for name in [name for name, is_given in given if is_given and optimizer.lr_schedule == "constant"]:
+            yield "warning", f"{where}.{name}", "has no effect while the learning rate is constant", f"set {where}.lr_schedule=cosine, or leave it out"
+    for name in ("tis_clip", "tis_clip_low"):
+        if not algorithm.use_tis and getattr(algorithm, name) != default(Algorithm, name):
+            yield "warning", f"algorithm.{name}", "has no effect while algorithm.use_tis is off", "set algorithm.use_tis=true, or leave it out"
+    if rollout.engine == "sglang" and rollout.kv_cache_tokens != default(Rollout, "kv_cache_tokens"):
+        yield "warning", "rollout.kv_cache_tokens", "sizes the embedded engine's cache only", "set rollout.sglang.max_total_tokens, or leave it out"
 
 
 def suspicious(config: RunConfig) -> Iterator[Entry]:
@@ -103,13 +159,7 @@ def suspicious(config: RunConfig) -> Iterator[Entry]:
             f"a sequence may have {longest} tokens, over the budget of {train.max_tokens_per_gpu}",
             f"set train.max_tokens_per_gpu={longest}",
         )
-    if longest and rollout.engine == "embedded" and longest > rollout.kv_cache_tokens:
-        yield (
-            "error",
-            "rollout.kv_cache_tokens",
-            f"one sequence may have {longest} tokens, the cache has {rollout.kv_cache_tokens}",
-            f"set rollout.kv_cache_tokens={longest * min(8, rollout.max_running_requests)}",
-        )
+    yield from _unread(config)
     if rollout.engine == "sglang" and any(name.startswith("speculative_") for name in rollout.sglang):
         yield "warning", "rollout.sglang", "speculative decoding goes to SGLang as given; its draft model is not updated by training", ""
     if config.cluster.host not in ("127.0.0.1", "localhost", "::1"):

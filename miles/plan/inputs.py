@@ -28,6 +28,7 @@ def missing(config: RunConfig) -> Iterator[Entry]:
         ("rollout.generate_path", config.rollout.generate_path),
         ("rollout.filter_path", config.rollout.filter_path),
         ("rollout.reward.path", config.rollout.reward.path),
+        ("eval.reward.path", own_eval_reward(config)),
     ]:
         if path and not re.fullmatch(r"\w+(\.\w+)*[.:]\w+", path):
             yield "error", where, f"{path!r} is not an import path", "write package.module.function"
@@ -42,12 +43,18 @@ def missing(config: RunConfig) -> Iterator[Entry]:
             yield "error", "data.label_key", f"reward {reward.type} compares with an answer", "give --label-key KEY"
     if config.warm_start.steps:
         yield from _source("warm_start", config.warm_start, "warm_start.steps", config.warm_start.steps)
-        if not config.warm_start.label_key:
-            yield "error", "warm_start.label_key", "no key of the responses to learn", "set warm_start.label_key"
+        if not (config.warm_start.label_key or config.warm_start.response_path or config.warm_start.reasoning_gym):
+            yield "error", "warm_start.label_key", "no key of the responses to learn", "set warm_start.label_key, or warm_start.response_path"
     if config.eval.interval:
         yield from _source("eval", config.eval, "eval.interval", config.eval.interval)
     if not reinforce and not config.warm_start.steps:
         yield "warning", "num_rollout", "nothing to do: num_rollout and warm_start.steps are both 0", "raise one of them"
+
+
+def own_eval_reward(config: RunConfig) -> str | None:
+    """The path of evaluation's reward where it is not the rollout's."""
+    reward = config.eval.reward if config.eval.interval else None
+    return None if reward is None or reward == config.rollout.reward else reward.path
 
 
 def _source(name: str, source: Source, why: str, value: int) -> Iterator[Entry]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from miles.config.schema import RunConfig
 from miles.plan.abilities import Entry
+from miles.plan.inputs import own_eval_reward
 
 RESTORE = "restore it from the checkpoint's origin"
 VOCABULARIES = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
@@ -34,6 +35,7 @@ def unusable(config: RunConfig) -> Iterator[Entry]:
             ("rollout.filter_path", config.rollout.filter_path),
             ("rollout.reward.path", config.rollout.reward.path),
         ]
+    paths.append(("eval.reward.path", own_eval_reward(config)))
     for where, path in paths:
         module = path.replace(":", ".").rpartition(".")[0] if path else ""
         missing = first_missing(module) if module else None

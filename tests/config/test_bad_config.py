@@ -45,7 +45,23 @@ FILES = [  # text of recipe.yaml, and parts of the line
     ),
     (
         "rollout: {batch_size: 6, n_samples_per_prompt: 4}\ntrain: {num_steps_per_rollout: 5}\n",
-        ["recipe.yaml:2: train.num_steps_per_rollout: 6 prompts × 4 samples = 24", "which 5 steps do not divide; take 4 steps"],
+        ["recipe.yaml:2: train.num_steps_per_rollout: 6 prompts × 4 samples = 24", "but 5 steps do not divide 6 prompts", "take 6 steps of 4 samples"],
+    ),
+    (  # 12 samples in 4 steps are 3 each, but whole prompts would make them 4, 4, 2 and 2
+        "rollout: {batch_size: 6, n_samples_per_prompt: 2}\ntrain: {num_steps_per_rollout: 4}\n",
+        ["6 prompts × 2 samples = 12", "but 4 steps do not divide 6 prompts, whose samples stay in one step; take 3 steps of 4 samples"],
+    ),
+    (
+        "rollout: {batch_size: 4, n_samples_per_prompt: 4}\ntrain: {num_steps_per_rollout: 8}\n",
+        ["4 prompts × 4 samples = 16", "but 8 steps do not divide 4 prompts, whose samples stay in one step; take 4 steps of 4 samples"],
+    ),
+    (
+        "rollout: {batch_size: 4, n_samples_per_prompt: 4}\ntrain: {num_steps_per_rollout: 8, global_batch_size: 2}\n",
+        ["train.num_steps_per_rollout: 4 prompts × 4 samples = 16", "but 8 steps do not divide 4 prompts", "take 4 steps of 4 samples"],
+    ),
+    (
+        "rollout: {batch_size: 6, n_samples_per_prompt: 2}\ntrain: {global_batch_size: 3}\n",
+        ["train.global_batch_size: 6 prompts × 2 samples = 12", "a step of 3 samples does not hold whole prompts of 2 samples; take global_batch_size 2"],
     ),
     (
         "rollout: {batch_size: 6, n_samples_per_prompt: 4}\ntrain: {global_batch_size: 10}\n",
@@ -66,6 +82,11 @@ FILES = [  # text of recipe.yaml, and parts of the line
     ("rollout: {sglang: {pagesize: 1}}\n", ["recipe.yaml:1: rollout.sglang.pagesize: SGLang 0.5.15 has no such", "did you mean page_size?"]),
     ("rollout: {sglang: {page_size: big}}\n", ['rollout.sglang.page_size: expected a whole number, got "big"']),
     ("rollout: {sglang: {tp_size: 2}}\n", ["rollout.sglang.tp_size: miles sets it; set rollout.num_gpus_per_engine"]),
+    ("rollout: {sglang: {dtype: bfloat16}}\n", ['recipe.yaml:1: rollout.sglang.dtype: miles sets it to "float32"; set model.dtype']),
+    ("rollout: {sglang: {max_running_requests: 8}}\n", ["rollout.sglang.max_running_requests: miles sets it to 64; set rollout.max_running_requests"]),
+    ("rollout: {sglang: {skip_tokenizer_init: false}}\n", ["rollout.sglang.skip_tokenizer_init: miles sets it to true; leave it out", "rollout.sampling.stop"]),
+    ("rollout: {sglang: {enable_return_routed_experts: true}}\n", ["miles sets it to false; set rollout.return_routed_experts"]),
+    ("rollout: {sglang: {enable_metrics: null}}\n", ["rollout.sglang.enable_metrics: miles sets it to true; leave it out"]),
     ("seed: a\nname: 5\n", ["recipe.yaml:", "(and 1 more)"]),
 ]
 
@@ -94,6 +115,7 @@ LINES = [  # command line, and parts of the line
     ("--sglang-page-sise 3", ["--sglang-page-sise: unknown option; did you mean --sglang-page-size?"]),
     ("--sglang-page-size x", ["--sglang-page-size: expected a whole number, got 'x'"]),
     ("--sglang-tensor-parallel-size 2", ["--sglang-tp-size: rollout.sglang.tp_size: miles sets it; set rollout.num_gpus_per_engine"]),
+    ("--lr-decay-iters 10 train.optimizer.lr_warmup_steps=10", ["--lr-decay-iters: 10 with a warm-up of 10 leave no step to decay; raise it, or lower train.optimizer.lr_warmup_steps"]),
     ("--eval-sglang-mem-fraction-static 0.5", ["--eval-sglang-mem-fraction-static: not there yet"]),
     ("--router-policy manual", ["--router-policy: every worker talks to its engines directly"]),
 ]

@@ -25,7 +25,7 @@ def sound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     (tmp_path / "model" / "tokenizer.json").write_text("{}")
     (tmp_path / "model" / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
     (tmp_path / "train.jsonl").write_text('{"input": "1+1", "label": "2"}\n')
-    return ["model.hf_checkpoint=model", "data.prompt_data=train.jsonl", "data.label_key=label", "rollout.reward.type=math"]
+    return ["model.hf_checkpoint=model", "data.prompt_data=train.jsonl", "data.label_key=label", "rollout.reward.type=math", "rollout.sampling.max_prompt_len=512"]
 
 
 def errors(findings: list[Finding]) -> list[str]:
@@ -81,6 +81,16 @@ BAD = [  # overrides beside the sound ones, and parts of one finding
     (["rollout.batch_size=1", "rollout.n_samples_per_prompt=2", "train.num_gpus_per_node=4"], "error: train.global_batch_size: 2 samples a step do not reach 4 data-parallel ranks"),
     (["rollout.sampling.max_prompt_len=90", "rollout.sampling.max_response_len=30", "rollout.kv_cache_tokens=100"], "error: rollout.kv_cache_tokens: one sequence may have 120 tokens, the cache has 100"),
     (["rollout.sampling.max_prompt_len=90", "rollout.sampling.max_response_len=30", "train.max_tokens_per_gpu=100"], "warning: train.max_tokens_per_gpu: a sequence may have 120 tokens, over the budget of 100"),
+    (["rollout.sampling.max_prompt_len=null"], "error: rollout.kv_cache_tokens: with prompts of any length a sequence may have 65536 / 64 requests = 1024 tokens, and rollout.sampling.max_response_len 1024 leaves none for the prompt; set rollout.sampling.max_prompt_len, or rollout.kv_cache_tokens=131072"),
+    (["eval.interval=1", "eval.sampling.max_response_len=2000"], "error: rollout.kv_cache_tokens: with prompts of any length a sequence may have 65536 / 64 requests = 1024 tokens, and eval.sampling.max_response_len 2000 leaves none for the prompt; set eval.sampling.max_prompt_len, or"),
+    (["eval.interval=1", "eval.reward.path=./own.py"], "error: eval.reward.path: './own.py' is not an import path; write package.module.function"),
+    (["train.mtp_loss_scaling_factor=0.3"], "error: train.mtp_loss_scaling_factor: multi-token-prediction training is not there yet; leave it out"),
+    (["train.optimizer.min_lr=1.0e-9"], "warning: train.optimizer.min_lr: has no effect while the learning rate is constant; set train.optimizer.lr_schedule=cosine"),
+    (["num_rollout=9", "train.optimizer.lr_decay_steps=8"], "warning: train.optimizer.lr_decay_steps: has no effect while the learning rate is constant"),
+    (["warm_start.steps=5", "warm_start.optimizer.min_lr=1.0e-9"], "warning: warm_start.optimizer.min_lr: has no effect while the learning rate is constant"),
+    (["algorithm.tis_clip=3"], "warning: algorithm.tis_clip: has no effect while algorithm.use_tis is off"),
+    (["algorithm.tis_clip_low=0.5"], "warning: algorithm.tis_clip_low: has no effect while algorithm.use_tis is off"),
+    (["rollout.engine=sglang", "rollout.kv_cache_tokens=100"], "warning: rollout.kv_cache_tokens: sizes the embedded engine's cache only"),
     (["algorithm.kl_loss_coef=0.1"], "warning: algorithm.kl_loss_coef: has no effect while algorithm.use_kl_loss is off"),
     (["rollout.n_samples_per_prompt=1"], "warning: rollout.n_samples_per_prompt: a group of 1 minus its own mean leaves every advantage 0"),
     (["rollout.sampling.temperature=0"], "warning: rollout.sampling.temperature: greedy responses of a group are all the same"),
@@ -94,6 +104,24 @@ def test_findings(sound: list[str], overrides: list[str], part: str) -> None:
     lines = [f"{finding.level}: {finding}" for finding in judge(load_config([], [*sound, *overrides]))]
     assert any(part in line for line in lines), lines
     assert all("\n" not in line for line in lines)
+
+
+QUIET = [  # overrides beside the sound ones, and a place that is not found fault with
+    (["rollout.sampling.max_prompt_len=null", "rollout.kv_cache_tokens=131072"], "rollout.kv_cache_tokens"),
+    (["rollout.sampling.max_prompt_len=null", "rollout.engine=sglang"], "rollout.kv_cache_tokens"),
+    (["rollout.sampling.max_prompt_len=null", "num_rollout=0"], "rollout.kv_cache_tokens"),
+    (["train.optimizer.lr_schedule=linear", "train.optimizer.min_lr=1.0e-9", "train.optimizer.lr_decay_steps=8"], "train.optimizer"),
+    (["num_rollout=9", "train.optimizer.lr_warmup_steps=2"], "train.optimizer"),  # lr_decay_steps is 7 by itself
+    (["algorithm.use_tis=true", "algorithm.tis_clip=3"], "algorithm"),
+    (["warm_start.steps=3", "warm_start.reasoning_gym=chain_sum"], "warm_start.label_key"),
+    (["warm_start.steps=3", "warm_start.prompt_data=train.jsonl", "warm_start.response_path=own.responses"], "warm_start.label_key"),
+    (["eval.interval=1"], "eval.reward.path"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "where"), QUIET, ids=["+".join(overrides) for overrides, _ in QUIET])
+def test_no_finding(sound: list[str], overrides: list[str], where: str) -> None:
+    assert [str(finding) for finding in judge(load_config([], [*sound, *overrides])) if finding.where.startswith(where)] == []
 
 
 def test_families_without_a_test_are_refused(sound: list[str], tmp_path: Path) -> None:
