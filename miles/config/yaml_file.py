@@ -38,6 +38,15 @@ for _tag, _pattern, _first in [
         _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first)
 
 
+def _represent_text(dumper: Dumper, text: str) -> yaml.ScalarNode:
+    # plain and in single quotes PyYAML leaves these line breaks of YAML 1.1 bare, and reads them back as white space
+    broken = any(character in text for character in "\x85\u2028\u2029")
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"' if broken else None)
+
+
+Dumper.add_representer(str, _represent_text)
+
+
 def _construct_int(loader: Loader, node: yaml.ScalarNode) -> int:
     # SafeLoader's own would read 010 as octal, as YAML 1.1 has it
     text = loader.construct_scalar(node)

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from miles.config.compose import configs_dir, dump_config, load_config, resolved
@@ -107,6 +107,7 @@ def test_no_default_is_left_out_of_the_dump() -> None:
     lr=st.floats(1e-12, 1.0),
     seed=st.integers(-(2**62), 2**62),
 )
+@example(name="a", stop=["\x85", "a\u2028b", "\u2029 "], lr=1.0, seed=0)  # line breaks of YAML 1.1
 def test_dump_loads_back_equal(name: str, stop: list[str], lr: float, seed: int, tmp_path_factory: pytest.TempPathFactory) -> None:
     base = RunConfig().model_dump()
     base["name"], base["seed"] = name, seed
