@@ -13,7 +13,6 @@ class Family:
     """What tells one decoder family from another."""
 
     model_type: str
-    causal_lm: str  # class name in transformers
     head_norm: bool  # RMS norm on each head's query and key
     experts: bool
 
@@ -21,10 +20,10 @@ class Family:
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
-        Family("llama", "LlamaForCausalLM", head_norm=False, experts=False),
-        Family("qwen2", "Qwen2ForCausalLM", head_norm=False, experts=False),
-        Family("qwen3", "Qwen3ForCausalLM", head_norm=True, experts=False),
-        Family("qwen3_moe", "Qwen3MoeForCausalLM", head_norm=True, experts=True),
+        Family("llama", head_norm=False, experts=False),
+        Family("qwen2", head_norm=False, experts=False),
+        Family("qwen3", head_norm=True, experts=False),
+        Family("qwen3_moe", head_norm=True, experts=True),
     )
 }
 

@@ -229,13 +229,6 @@ def cached_attention(
     return _forward(q.contiguous(), k_cache, v_cache, strides, kv_heads, plan, scale, None)
 
 
-def decode_attention(
-    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slot: torch.Tensor, length: torch.Tensor, scale: float
-) -> torch.Tensor:
-    """cached_attention of one query per sequence: q [B, H, D]; slot i64 [B]; length i64 [B], keys seen, the query's own included."""
-    return cached_attention(q, torch.arange(len(slot) + 1, dtype=torch.int32), slot, length - 1, k_cache, v_cache, scale)
-
-
 def _library_cached(
     q: torch.Tensor, slot: torch.Tensor, start: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, plan: Plan, scale: float
 ) -> torch.Tensor:

@@ -14,8 +14,6 @@ from pathlib import Path
 
 import torch
 
-_Body = Callable[..., None]
-
 
 def _library() -> ctypes.CDLL | None:
     library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
@@ -49,11 +47,6 @@ def set_threads(n: int) -> None:
     if n < 1:
         raise ValueError(f"threads must be at least 1, not {n}; set it to the number of cores of this process")
     torch.set_num_threads(n)
-
-
-def get_threads() -> int:
-    """The pinned number of threads."""
-    return torch.get_num_threads()
 
 
 def launch(kernel: int, tasks: int, args: tuple[int, ...], work: int) -> None:

@@ -31,7 +31,7 @@ def compose(batch: BatchJob, config: RunConfig, run_id: str, epoch: int, parent_
         step=job.step,
         kind=job.kind,
         policy=Policy(weight_version=job.weight_version, weight_checksum=job.weight_checksum),
-        parent_checkpoint=job.parent_checkpoint or parent_checkpoint,
+        parent_checkpoint=parent_checkpoint,
         tokenizer_hash=reports[0].tokenizer_hash,
         sampling=sampling,
         engines=[engine for report in reports for engine in report.engines],

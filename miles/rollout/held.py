@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, overload
 
 from miles.data.sample import Sample
-from miles.data.store.journal import HEADER, Journal, decode_group, journal_paths, read_journal, scan_journal
+from miles.data.store.journal import Journal, journal_paths, read_group, read_journal, scan_journal
 from miles.data.store.run_dir import RunDir
 
 log = logging.getLogger(__name__)
@@ -26,14 +26,6 @@ BUDGET_BYTES = 1 << 30
 def name_of(lineage: Lineage) -> Name:
     """What a group must share with a job to serve it: kind, step and the weights' checksum."""
     return str(lineage["kind"]), int(lineage["step"]), str(lineage["weight_checksum"])
-
-
-def read_group(place: Place) -> list[Sample]:
-    """The group of one journal record (its checksum was compared when the position was found)."""
-    with place[0].open("rb") as file:
-        file.seek(place[1])
-        length, _ = HEADER.unpack(file.read(HEADER.size))
-        return decode_group(file.read(length), place[0])[1]
 
 
 def size_of(group: list[Sample]) -> int:
@@ -66,7 +58,7 @@ class HeldSamples(Sequence[Sample]):
         if isinstance(group, list):
             return group[row]
         if self._last[0] != number:
-            self._last = number, read_group(group)
+            self._last = number, read_group(*group)
         return self._last[1][row]
 
 

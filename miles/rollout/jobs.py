@@ -24,7 +24,6 @@ class Job:
     weight_version: int = 0
     weight_checksum: str = ""
     next_draw: int | None = None
-    parent_checkpoint: str | None = None
 
     @classmethod
     def parse(cls, fields: dict[str, Any]) -> Job:

@@ -21,13 +21,14 @@ from miles.data.sample import Draw, Sample
 from miles.data.store.epoch import Fence, Fenced
 from miles.data.store.events import Events
 from miles.data.store.files import Sealed
+from miles.data.store.journal import read_group
 from miles.data.store.metrics import append_line
 from miles.data.store.run_dir import RunDir
 from miles.data.store.shard import write_routes, write_shard
 from miles.rollout.engines import Engines
 from miles.rollout.filters import reason_to_drop
 from miles.rollout.generate import GenerateContext, generate, supervised
-from miles.rollout.held import Held, HeldSamples, Lineage, Place, name_of, read_group
+from miles.rollout.held import Held, HeldSamples, Lineage, Place, name_of
 from miles.rollout.imports import load_function
 from miles.rollout.rewards import Scorer
 from miles.rollout.tokenizer import Tokenizer
@@ -158,7 +159,7 @@ class Worker:
         try:
             place = self._recalled[name_of(job)].pop(draw.draw, None)
             if place is not None:
-                group = read_group(place)
+                group = read_group(*place)
             else:
                 group = await self._make(draw, self._contexts[name_of(job)])
                 await self._scorer(kind).score(draw, group)

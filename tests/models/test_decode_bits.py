@@ -10,7 +10,7 @@ from miles.models.forward import CachedContext, PackedContext, forward
 from miles.models.load import build_model
 from miles.precision.attention import KVCache
 from miles.precision.logprob import sample, token_logprob
-from miles.precision.threads import get_threads, set_threads
+from miles.precision.threads import set_threads
 
 VOCABULARY, LAYERS, KV_HEADS, HEAD_DIM = 331, 3, 2, 32
 
@@ -41,7 +41,7 @@ def model_of(family: str, seed: int, **changes):
 
 @pytest.fixture(params=[1, 2], ids=["1 thread", "2 threads"])
 def threads(request):
-    before = get_threads()
+    before = torch.get_num_threads()
     set_threads(request.param)
     yield request.param
     set_threads(before)

@@ -9,7 +9,7 @@ from miles.models.decode import DecodeProgram
 from miles.models.forward import CachedContext, forward
 from miles.models.load import build_model
 from miles.precision.attention import KVCache
-from miles.precision.threads import get_threads, set_threads
+from miles.precision.threads import set_threads
 
 ROWS, LENGTH, LAYERS = 40, 64, 2
 SIZES = {
@@ -26,7 +26,7 @@ CONFIGS = {
 
 @pytest.fixture(params=[1, 2], ids=["1 thread", "2 threads"])
 def threads(request):
-    before = get_threads()
+    before = torch.get_num_threads()
     set_threads(request.param)
     yield request.param
     set_threads(before)

@@ -11,7 +11,7 @@ from miles.models.registry import FAMILIES, family_of
 
 def test_the_four_families():
     assert sorted(FAMILIES) == ["llama", "qwen2", "qwen3", "qwen3_moe"]
-    assert family_of(LlamaConfig()).causal_lm == "LlamaForCausalLM"
+    assert family_of(LlamaConfig()) is FAMILIES["llama"]
 
 
 @pytest.mark.parametrize(

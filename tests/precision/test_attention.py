@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from miles.precision.attention import KVCache, cached_attention, decode_attention, varlen_attention
-from miles.precision.threads import get_threads, set_threads
+from miles.precision.attention import KVCache, cached_attention, varlen_attention
+from miles.precision.threads import set_threads
 
 
 @pytest.fixture(params=[1, 2], ids=["1 thread", "2 threads"])
 def threads(request):
-    before = get_threads()
+    before = torch.get_num_threads()
     set_threads(request.param)
     yield request.param
     set_threads(before)
@@ -80,8 +80,9 @@ def test_decode_prefill_and_packed_agree_to_the_bit(shape, threads):
         cache.write(0, k[a:b], v[a:b], torch.full((b - a,), slot), torch.arange(b - a))
     for ends_at in range(1, 100, 7):  # decode: each sequence at its own position
         rows = [min(b, a + ends_at) - 1 for a, b in spans]
-        length = torch.tensor([r + 1 - a for r, (a, _) in zip(rows, spans, strict=True)])
-        assert torch.equal(decode_attention(q[rows], cache.k[0], cache.v[0], torch.tensor(slots), length, scale), whole[rows])
+        start = torch.tensor([r - a for r, (a, _) in zip(rows, spans, strict=True)])
+        one_each = torch.arange(len(slots) + 1, dtype=torch.int32)
+        assert torch.equal(cached_attention(q[rows], one_each, torch.tensor(slots), start, cache.k[0], cache.v[0], scale), whole[rows])
     for skip in (1, 3, 16, 35):  # prefill behind a cached prefix
         parts = [(min(skip, b - a), a, b) for a, b in spans]
         rows = [r for p, a, b in parts for r in range(a + p, b)]

@@ -5,12 +5,12 @@ import torch
 import torch.nn.functional as F
 
 from miles.precision import batch_invariant as ops
-from miles.precision.threads import get_threads, set_threads
+from miles.precision.threads import set_threads
 
 
 @pytest.fixture(params=[1, 2], ids=["1 thread", "2 threads"])
 def threads(request):
-    before = get_threads()
+    before = torch.get_num_threads()
     set_threads(request.param)
     yield request.param
     set_threads(before)

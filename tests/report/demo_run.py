@@ -10,13 +10,15 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from miles.config.compose import dump_config
 from miles.config.schema import RunConfig
 from miles.data.sample import Flag, Sample, Status
 from miles.data.store.epoch import new_epoch
 from miles.data.store.events import Events
+from miles.data.store.files import seal_bytes
 from miles.data.store.manifest import Manifest, Policy, ShardEntry, seal_manifest
 from miles.data.store.metrics import append_line, append_metrics
-from miles.data.store.run_dir import RunDir, record_attempt, write_run_yaml
+from miles.data.store.run_dir import RunDir, record_attempt
 from miles.data.store.shard import write_shard
 from miles.data.store.train_record import TrainPart, write_train_record
 
@@ -52,7 +54,7 @@ def empty_run(folder: Path, config: dict | None = None) -> RunDir:
     """A run that was configured and has not begun."""
     folder.mkdir(parents=True, exist_ok=True)
     run = RunDir(folder)
-    write_run_yaml(run, RunConfig.model_validate(CONFIG if config is None else config).model_dump(mode="json"))
+    seal_bytes(run.run_yaml, dump_config(RunConfig.model_validate(CONFIG if config is None else config)).encode())
     return run
 
 

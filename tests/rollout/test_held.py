@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from miles.data.sample import Sample
-from miles.data.store.journal import read_journal
+from miles.data.store.journal import read_group, read_journal
 from miles.data.store.run_dir import RunDir
 from miles.data.store.shard import write_shard
 from miles.rollout import held
@@ -73,7 +73,7 @@ def test_a_death_between_shard_and_manifest_loses_no_group(tmp_path: Path, monke
     second.begin(JOB)
     found = second.recall(JOB)
     assert sorted(found) == [0, 1, 2, 3]
-    assert names(held.read_group(found[2])) == names(group(2))
+    assert names(read_group(*found[2])) == names(group(2))
 
 
 def test_groups_of_several_sealed_steps_go_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,6 +102,6 @@ def test_recall_is_for_the_same_job_only(tmp_path: Path) -> None:
     second = Held(RunDir(tmp_path), 0, 2, SAMPLES)
     found = second.recall(JOB)
     assert list(found) == [1]
-    assert names(held.read_group(found[1])) == names(group(1))
+    assert names(read_group(*found[1])) == names(group(1))
     assert second.recall(NEXT) == {}
     assert list(second.recall(JOB | {"weight_checksum": "bb"})) == [3]

@@ -133,16 +133,6 @@ def read_json(path: Path) -> Any:
         raise Damaged(f"{path}: not JSON ({error})") from None
 
 
-def clean_temporaries(folder: Path) -> list[Path]:
-    """Remove the temporaries that dead attempts left below a folder; returns them. Call it only after fencing those attempts."""
-    removed = []
-    for path in sorted(folder.rglob(f".*{TEMPORARY_SUFFIX}")):
-        if path.is_file() and not path.is_symlink():
-            path.unlink(missing_ok=True)
-            removed.append(path)
-    return removed
-
-
 def schema_kind(found: Any, expected: str, path: Path | str) -> None:
     """Refuse another kind or another major number by name. Raises ValueError in one line."""
     if not isinstance(found, str) or "/" not in found:

@@ -11,9 +11,9 @@ import json
 import logging
 import os
 import struct
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, overload
+from typing import Any, BinaryIO
 
 import msgpack
 import numpy as np
@@ -56,7 +56,7 @@ class Journal:
         return self._end
 
     def append(self, group: Group, context: Context) -> int:
-        """Append one finished group; returns its position for read(). Disk full: the file stays as it was, and the OSError passes."""
+        """Append one finished group; returns its position for read_group(). Disk full: the file stays as it was, and the OSError passes."""
         payload = encode_group(group, context)
         if len(payload) >= 1 << 32:
             raise ValueError(f"{self.path}: a group of {len(payload)} bytes; a journal record holds less than 4 GiB: record fewer samples a prompt, or no routes")
@@ -71,15 +71,6 @@ class Journal:
         position = self._end
         self._end += HEADER.size + len(payload)
         return position
-
-    def read(self, position: int) -> tuple[Context, Group]:
-        """The (context, group) that append put at this position. Damaged when its bytes are no longer what was appended."""
-        with open(self.path, "rb") as file:
-            file.seek(position)
-            payload = _next_payload(file, self._end - position)
-        if payload is None:
-            raise Damaged(f"{self.path}: the record at byte {position} doesn't have its checksum")
-        return decode_group(payload, self.path)
 
     def compact(self, keep: Callable[[Context, Group], bool]) -> dict[int, int]:
         """Rewrite the journal with the groups worth keeping (those not in a sealed batch yet), atomically.
@@ -121,56 +112,19 @@ def read_journal(path: Path) -> Iterator[tuple[Context, Group]]:
 
 
 def scan_journal(path: Path) -> Iterator[tuple[int, Context, Group]]:
-    """read_journal with the position of each record, for Journal.read."""
+    """read_journal with the position of each record, for read_group."""
     for position, payload in _payloads(path):
         yield position, *decode_group(payload, path)
 
 
-class StoredSamples(Sequence[Sample]):
-    """Samples of a journal's groups as a sequence, one group in memory at a time: what write_shard and write_routes want."""
-
-    def __init__(self, journal: Journal, positions: Iterable[int]) -> None:
-        self._journal = journal
-        self._places = [(position, index) for position in positions for index in range(len(journal.read(position)[1]))]
-        self._held: tuple[int, Group] = (-1, [])
-
-    def __len__(self) -> int:
-        return len(self._places)
-
-    @overload
-    def __getitem__(self, index: int) -> Sample: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Sample]: ...
-    def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
-        if isinstance(index, slice):
-            return [self[each] for each in range(*index.indices(len(self)))]
-        position, at = self._places[index]
-        if self._held[0] != position:
-            self._held = (position, self._journal.read(position)[1])
-        return self._held[1][at]
-
-
-def merge_journals(paths: Iterable[Path], keep: Callable[[Context], bool] | None = None) -> Iterator[tuple[Context, Group]]:
-    """Groups of several journals in the order given; samples seen before, by (draw, sample), are dropped, and so are emptied groups.
-
-    `keep` judges the context first, so that groups of another lineage (weight_checksum) don't hide their successors.
-    Evaluations draw the same prompts again: there the step counts as part of the name.
-    """
-    seen: set[tuple[Any, ...]] = set()
-    for path in paths:
-        for context, group in read_journal(path):
-            if keep is not None and not keep(context):
-                continue
-            kind = context.get("kind")
-            scope = (kind, context.get("step")) if kind == "eval" else (kind,)
-            fresh = []
-            for sample in group:
-                name = (*scope, sample.draw, sample.sample)
-                if name not in seen:
-                    seen.add(name)
-                    fresh.append(sample)
-            if fresh or not group:
-                yield context, fresh
+def read_group(path: Path, position: int) -> Group:
+    """The group of the record at a position. Damaged when its bytes are no longer what was appended."""
+    with open(path, "rb") as file:
+        file.seek(position)
+        payload = _next_payload(file, os.fstat(file.fileno()).st_size - position)
+    if payload is None:
+        raise Damaged(f"{path}: the record at byte {position} doesn't have its checksum")
+    return decode_group(payload, path)[1]
 
 
 def journal_paths(folder: Path) -> list[Path]:

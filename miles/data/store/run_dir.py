@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from miles.data.store.files import Damaged, Sealed, read_json, schema_kind, seal_bytes, seal_json
+from miles.data.store.files import Damaged, Sealed, read_json, schema_kind, seal_json
 
 if TYPE_CHECKING:
     from miles.data.store.epoch import Fence
@@ -146,15 +146,10 @@ def newest_complete_checkpoint(run_dir: RunDir) -> int | None:
     return complete[-1] if complete else None
 
 
-def write_run_yaml(run_dir: RunDir, config: dict[str, Any], fence: Fence | None = None) -> Sealed:
-    """Write the resolved configuration, every default included."""
-    return seal_bytes(run_dir.run_yaml, yaml.safe_dump(config, sort_keys=False, allow_unicode=True).encode(), fence)
-
-
 def read_run_yaml(run_dir: RunDir) -> dict[str, Any]:
     """The resolved configuration as plain values. Damaged when it is not a YAML mapping."""
     try:
-        config = yaml.safe_load(run_dir.run_yaml.read_text())
+        config = yaml.safe_load(run_dir.run_yaml.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise Damaged(f"{run_dir.run_yaml}: not YAML ({' '.join(str(error).split())})") from None
     if not isinstance(config, dict):
@@ -165,12 +160,6 @@ def read_run_yaml(run_dir: RunDir) -> dict[str, Any]:
 def write_plan(run_dir: RunDir, plan: dict[str, Any], fence: Fence | None = None) -> Sealed:
     """Write what was planned."""
     return seal_json(run_dir.plan, {"schema": PLAN_SCHEMA, **plan}, fence)
-
-
-def read_plan(run_dir: RunDir) -> dict[str, Any]:
-    plan = read_json(run_dir.plan)
-    schema_kind(plan.get("schema"), PLAN_SCHEMA, run_dir.plan)
-    return dict(plan)
 
 
 def read_provenance(run_dir: RunDir) -> dict[str, Any]:

@@ -12,8 +12,6 @@ from miles.data.store.epoch import Fence, Fenced, new_epoch
 from miles.data.store.files import (
     Damaged,
     checksum,
-    clean_temporaries,
-    make_folder,
     metadata_text,
     read_json,
     schema_kind,
@@ -140,14 +138,6 @@ def test_attempt_stopped_between_check_and_rename_seals_nothing(run_dir):
     with pytest.raises(FileNotFoundError):
         seal(run_dir.path / "file", write, old)
     assert not (run_dir.path / "file").exists()
-
-
-def test_clean_temporaries_removes_only_those(tmp_path):
-    make_folder(tmp_path / "a" / "b")
-    for name in (".x.1.tmp", "a/b/.y.2.tmp", "a/kept.tmp", "a/.hidden"):
-        (tmp_path / name).touch()
-    assert [path.name for path in clean_temporaries(tmp_path)] == [".x.1.tmp", ".y.2.tmp"]
-    assert names(tmp_path / "a") == [".hidden", "b", "kept.tmp"]
 
 
 def test_json_round_trip_and_damage(tmp_path):

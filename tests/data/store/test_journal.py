@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 
 from miles.data.sample import Sample, Status
 from miles.data.store.files import Damaged
-from miles.data.store.journal import Journal, StoredSamples, journal_paths, last_good_end, merge_journals, read_journal, scan_journal
-from miles.data.store.shard import open_shard, write_shard
+from miles.data.store.journal import Journal, journal_paths, last_good_end, read_group, read_journal, scan_journal
 
 
 def assert_same(found: Sample, expected: Sample) -> None:
@@ -124,27 +123,6 @@ def test_array_of_objects_is_refused(tmp_path, make_sample):
         list(read_journal(tmp_path / "x.1.log"))
 
 
-def test_merge_drops_samples_seen_before(tmp_path, make_sample):
-    with Journal(tmp_path / "a.1.log") as journal:
-        journal.append([make_sample(1, 0), make_sample(1, 1)], {"kind": "rollout"})
-        journal.append([make_sample(2, 0)], {"kind": "eval", "step": 0})
-    with Journal(tmp_path / "a.2.log") as journal:
-        journal.append([make_sample(1, 1), make_sample(1, 2)], {"kind": "rollout"})
-        journal.append([make_sample(1, 0)], {"kind": "rollout"})
-        journal.append([make_sample(2, 0)], {"kind": "eval", "step": 5})
-    paths = journal_paths(tmp_path)
-    assert [path.name for path in paths] == ["a.1.log", "a.2.log"]
-    assert [[(sample.draw, sample.sample) for sample in group] for _, group in merge_journals(paths)] == [[(1, 0), (1, 1)], [(2, 0)], [(1, 2)], [(2, 0)]]
-
-
-def test_merge_of_one_lineage_is_not_hidden_by_another(tmp_path, make_sample):
-    for epoch, weights in ((1, "old"), (10, "new")):
-        with Journal(tmp_path / f"a.{epoch}.log") as journal:
-            journal.append([make_sample(1, 0, reward=float(epoch))], {"weight_checksum": weights})
-    merged = list(merge_journals(journal_paths(tmp_path), lambda context: context["weight_checksum"] == "new"))
-    assert [group[0].reward for _, group in merged] == [10.0]
-
-
 def test_journals_in_order_of_their_epochs(tmp_path):
     for name in ("a.10.log", "b.2.log", "a.2.log", "node.domain.3.log", "notes.log"):
         (tmp_path / name).touch()
@@ -171,19 +149,14 @@ def test_positions_lead_back_to_groups(tmp_path, make_sample):
     with Journal(path) as journal:
         positions = {draw: journal.append([make_sample(draw, index) for index in range(2)], {"step": draw}) for draw in (5, 3, 4)}
         assert [(position, context["step"]) for position, context, _ in scan_journal(path)] == [(positions[draw], draw) for draw in (5, 3, 4)]
-        assert journal.read(positions[3])[0] == {"step": 3}
-        stored = StoredSamples(journal, [positions[4], positions[5]])
-        assert [(sample.draw, sample.sample) for sample in stored] == [(4, 0), (4, 1), (5, 0), (5, 1)]
-        assert [sample.draw for sample in stored[1:3]] == [4, 5]
-        write_shard(tmp_path / "rollout.0.h5", stored)
-        with open_shard(tmp_path / "rollout.0.h5") as shard:
-            for found, (draw, index) in zip(shard.samples(), [(4, 0), (4, 1), (5, 0), (5, 1)], strict=True):
+        for draw in (4, 5):
+            for index, found in enumerate(read_group(path, positions[draw])):
                 assert_same(found, make_sample(draw, index))
         content = bytearray(path.read_bytes())
         content[positions[3] + 20] ^= 1
         path.write_bytes(content)
         with pytest.raises(Damaged, match=rf"w\.1\.log: the record at byte {positions[3]}"):
-            journal.read(positions[3])
+            read_group(path, positions[3])
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -3,9 +3,10 @@ from pathlib import Path
 
 import numpy
 import pytest
+import yaml
 
-from miles.data.store.files import Damaged
-from miles.data.store.run_dir import RunDir, read_plan, read_provenance, read_run_yaml, record_attempt, steps_in, write_plan, write_run_yaml
+from miles.data.store.files import Damaged, seal_bytes
+from miles.data.store.run_dir import RunDir, read_provenance, read_run_yaml, record_attempt, steps_in, write_plan
 
 
 def test_paths_of_the_format():
@@ -31,7 +32,7 @@ def test_steps_pass_over_what_is_no_step(tmp_path):
 
 def test_run_yaml_round_trip_and_damage(run_dir):
     config = {"name": "größe", "train": {"lr": 1e-6, "list": [1, None, True]}}
-    write_run_yaml(run_dir, config)
+    seal_bytes(run_dir.run_yaml, yaml.safe_dump(config, allow_unicode=True).encode())
     assert read_run_yaml(run_dir) == config
     run_dir.run_yaml.write_text("- 1")
     with pytest.raises(Damaged, match=r"run\.yaml: a mapping expected, list found"):
@@ -55,7 +56,4 @@ def test_provenance_has_one_entry_an_attempt(run_dir):
 
 def test_plan_carries_its_schema(run_dir):
     write_plan(run_dir, {"nodes": 3})
-    assert read_plan(run_dir) == {"schema": "miles.plan/1", "nodes": 3}
-    run_dir.plan.write_text(json.dumps({"schema": "miles.plan/9"}))
-    with pytest.raises(ValueError, match=r"plan\.json: is miles\.plan/9"):
-        read_plan(run_dir)
+    assert json.loads(run_dir.plan.read_text()) == {"schema": "miles.plan/1", "nodes": 3}
