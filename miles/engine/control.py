@@ -15,7 +15,7 @@ from starlette.responses import Response
 import miles
 from miles.engine.engine import EngineThread
 from miles.engine.gate import Gate
-from miles.engine.protocol import BadRequest, Request, Sampling
+from miles.engine.protocol import BadRequest, Request, RequestError, Sampling
 
 if TYPE_CHECKING:
     from miles.engine.generate import Generate
@@ -157,7 +157,7 @@ class Control:
         """Modes abort (default), retract, in_place; generate calls block until /continue_generation."""
         mode = _field(await _body(http), "mode", str, "abort")
         if mode not in MODES:
-            raise ValueError(f"mode is {mode!r}; choose abort, retract or in_place")
+            raise RequestError(f"mode is {mode!r}; choose abort, retract or in_place")
         async with self._gate.control():
             self._gate.paused = True
             if mode == "abort":
@@ -218,7 +218,7 @@ class Control:
         if not path:
             raise BadRequest("model_path: Field required")
         if body.get("load_format") not in (None, "auto", "safetensors"):
-            raise ValueError("load_format of a disk update can be auto or safetensors; others are not supported by the embedded engine")
+            raise RequestError("load_format of a disk update can be auto or safetensors; others are not supported by the embedded engine")
         return await self._update(body, lambda: self._engine.weights.from_disk(path), {"num_paused_requests": 0})
 
     async def update_from_tensor(self, http: HttpRequest) -> Response:
@@ -264,7 +264,7 @@ class Control:
         tags = _field(await _body(http), "tags", list, None)
         foreign = [tag for tag in tags or [] if tag not in TAGS]
         if foreign:
-            raise ValueError(f"tags has {foreign[0]!r}; choose weights, kv_cache or cuda_graph")
+            raise RequestError(f"tags has {foreign[0]!r}; choose weights, kv_cache or cuda_graph")
         return list(tags or TAGS)
 
     async def release(self, http: HttpRequest) -> Response:
@@ -272,7 +272,7 @@ class Control:
         tags = await self._tags(http)
         fault = await self._ask(lambda: self._engine.release(tags))
         if fault is not None:
-            raise ValueError(fault)
+            raise RequestError(fault)
         return reply(None)
 
     async def resume_memory(self, http: HttpRequest) -> Response:
@@ -280,5 +280,5 @@ class Control:
         tags = await self._tags(http)
         fault = await self._ask(lambda: self._engine.resume_memory(tags))
         if fault is not None:
-            raise ValueError(fault)
+            raise RequestError(fault)
         return reply(None)

@@ -15,7 +15,7 @@ from starlette.responses import Response
 from miles.engine.control import NOT_READY, reply
 from miles.engine.engine import EngineThread
 from miles.engine.gate import Gate
-from miles.engine.protocol import Request, parse_generate, type_error
+from miles.engine.protocol import Request, RequestError, parse_generate, type_error
 from miles.engine.sequence import Sequence
 
 
@@ -67,13 +67,13 @@ class Generate:
             self._thread.tell(lambda: self._thread.engine.scheduler.abort(rid))
 
     async def run(self, requests: list[Request]) -> list[Sequence]:
-        """Runs requests to their end, in their order. Cancelling aborts them. Raises ValueError for an id that is live already."""
+        """Runs requests to their end, in their order. Cancelling aborts them. Raises RequestError for an id that is live already."""
         self._loop = asyncio.get_running_loop()
         await self._gate.enter()
         try:
             for request in requests:
                 if request.rid in self._live:
-                    raise ValueError(f"Duplicate request ID detected: {request.rid}")
+                    raise RequestError(f"Duplicate request ID detected: {request.rid}")
             call = Call(requests, self._loop.create_future())
             self._live.update((request.rid, call) for request in requests)
             self._thread.submit(requests)

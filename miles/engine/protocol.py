@@ -1,6 +1,6 @@
 """SGLang 0.5.15's /generate: what a request may say, and how a reply is written.
 
-Two kinds of fault, told apart as SGLang does: a wrong type is BadRequest, a wrong value is ValueError; both answer 400.
+Two kinds of fault, told apart as SGLang does: a wrong type is BadRequest, a wrong value is RequestError; both answer 400.
 """
 
 from __future__ import annotations
@@ -13,7 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 
-class BadRequest(ValueError):
+class RequestError(ValueError):
+    """A request asks for what can't be: a wrong value, something this engine lacks, a call at the wrong time."""
+
+
+class BadRequest(RequestError):
     """The body or one of its fields has the wrong type."""
 
 
@@ -102,7 +106,7 @@ def _number(value: Any, name: str) -> float:
     try:
         return float(value)
     except OverflowError as error:
-        raise ValueError(f"{name} is out of range") from error
+        raise RequestError(f"{name} is out of range") from error
 
 
 def _boolean(value: Any, name: str) -> bool:
@@ -123,11 +127,11 @@ def _refuse(given: dict[str, Any], unsupported: dict[str, tuple[Any, ...]], wher
             value = given[name]
             values = value if isinstance(value, list) and value else [value]
             if not all(any(item == rest and isinstance(item, bool) <= isinstance(rest, bool) for rest in unused) for item in values):
-                raise ValueError(f"{where}{name} is not supported by the embedded engine; leave it out")
+                raise RequestError(f"{where}{name} is not supported by the embedded engine; leave it out")
 
 
 def parse_sampling(given: Any) -> Sampling:
-    """Sampling from a request's sampling_params (an object or null); raises BadRequest or ValueError."""
+    """Sampling from a request's sampling_params (an object or null); raises BadRequest or RequestError."""
     if given is None:
         return Sampling()
     if not isinstance(given, dict):
@@ -135,7 +139,7 @@ def parse_sampling(given: Any) -> Sampling:
     _refuse(given, UNSUPPORTED_SAMPLING, "sampling_params.")
     unknown = set(given) - KNOWN_SAMPLING - set(UNSUPPORTED_SAMPLING) - IGNORED_SAMPLING
     if unknown:
-        raise ValueError(f"sampling_params.{min(unknown)} is not a sampling parameter")
+        raise RequestError(f"sampling_params.{min(unknown)} is not a sampling parameter")
     result = Sampling()
     for name, value in given.items():
         if name == "max_new_tokens":
@@ -166,19 +170,19 @@ def parse_sampling(given: Any) -> Sampling:
 
 def _judge(sampling: Sampling) -> None:
     if not (0 <= sampling.temperature < float("inf")):
-        raise ValueError(f"temperature must be non-negative, got {sampling.temperature}.")
+        raise RequestError(f"temperature must be non-negative, got {sampling.temperature}.")
     if not 0 < sampling.top_p <= 1:
-        raise ValueError(f"top_p must be in (0, 1], got {sampling.top_p}.")
+        raise RequestError(f"top_p must be in (0, 1], got {sampling.top_p}.")
     if (sampling.top_k != -1 and sampling.top_k < 1) or sampling.top_k >= 1 << 31:
-        raise ValueError(f"top_k must be -1 (disable) or at least 1, got {sampling.top_k}.")
+        raise RequestError(f"top_k must be -1 (disable) or at least 1, got {sampling.top_k}.")
     if sampling.max_new_tokens is not None and sampling.max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens must be at least 0, got {sampling.max_new_tokens}.")
+        raise RequestError(f"max_new_tokens must be at least 0, got {sampling.max_new_tokens}.")
     if not 1 <= sampling.n <= 1 << 16:
-        raise ValueError(f"n must be at least 1 and at most 65536, got {sampling.n}.")
+        raise RequestError(f"n must be at least 1 and at most 65536, got {sampling.n}.")
     if sampling.seed is not None and not -(1 << 63) <= sampling.seed < 1 << 64:
-        raise ValueError(f"sampling_seed must fit in 64 bits, got {sampling.seed}.")
+        raise RequestError(f"sampling_seed must fit in 64 bits, got {sampling.seed}.")
     if any(not 0 <= token < 1 << 31 for token in sampling.stop_token_ids):
-        raise ValueError("stop_token_ids must be token ids, zero or greater.")
+        raise RequestError("stop_token_ids must be token ids, zero or greater.")
     if sampling.temperature < 1e-6:  # SGLang's threshold of greedy
         sampling.temperature = 0.0
 
@@ -195,7 +199,7 @@ class Limits:
 
 def _ids(value: Any, name: str, limits: Limits) -> NDArray[np.int32]:
     if not value:
-        raise ValueError(f"{name} is empty; a prompt has at least one token")
+        raise RequestError(f"{name} is empty; a prompt has at least one token")
     try:
         wide = np.array(value)
     except (ValueError, OverflowError) as error:
@@ -203,7 +207,7 @@ def _ids(value: Any, name: str, limits: Limits) -> NDArray[np.int32]:
     if wide.dtype.kind not in "iu" or wide.ndim != 1 or any(isinstance(item, bool) for item in value):
         raise BadRequest(f"{name}: Input should be a list of integers")
     if wide.min() < 0 or wide.max() >= limits.vocab_size:
-        raise ValueError(f"{name} has a token id outside the vocabulary of {limits.vocab_size}")
+        raise RequestError(f"{name} has a token id outside the vocabulary of {limits.vocab_size}")
     return wide.astype(np.int32)
 
 
@@ -218,13 +222,13 @@ def _prompts(body: dict[str, Any], limits: Limits) -> tuple[list[NDArray[np.int3
             raise BadRequest("input_ids: Input should be a list of integers or a list of such lists")
         return [_ids(row, "input_ids", limits) for row in rows], batch
     if text is None:
-        raise ValueError("Either text, input_ids or input_embeds should be provided.")
+        raise RequestError("Either text, input_ids or input_embeds should be provided.")
     batch = isinstance(text, list)
     if batch and not text:
-        raise ValueError("text is empty; give at least one prompt")
+        raise RequestError("text is empty; give at least one prompt")
     texts = [_string(item, "text") for item in (text if batch else [text])]
     if limits.tokenizer is None:
-        raise ValueError("The engine has no tokenizer, so text can't be served; send input_ids.")
+        raise RequestError("The engine has no tokenizer, so text can't be served; send input_ids.")
     return [_ids(list(limits.tokenizer.encode(item)), "text", limits) for item in texts], batch
 
 
@@ -238,14 +242,14 @@ def _each(body: dict[str, Any], name: str, default: Any, count: int, batch: bool
     if not batch:
         raise BadRequest(f"{name}: a list needs a batch of prompts")
     if len(value) != count:
-        raise ValueError(f"{name} has {len(value)} entries for {count} prompts")
+        raise RequestError(f"{name} has {len(value)} entries for {count} prompts")
     return [default if item is None else item for item in value]
 
 
 def parse_generate(body: Any, limits: Limits) -> tuple[list[Request], bool]:
     """Requests of one /generate body, prompt-major when n > 1, and whether the reply is a list.
 
-    Raises BadRequest (wrong type) or ValueError (wrong value, unsupported option, prompt too long).
+    Raises BadRequest (wrong type) or RequestError (wrong value, unsupported option, prompt too long).
     """
     if not isinstance(body, dict):
         raise BadRequest("the body should be a JSON object")
@@ -280,10 +284,10 @@ def _rids(given: Any, count: int, batch: bool) -> list[str]:
         return [uuid.uuid4().hex for _ in range(count)]
     if isinstance(given, list):
         if not batch or len(given) != count:
-            raise ValueError(f"rid has {len(given)} entries for {count} prompts" if batch else "rid is a list, but there is one prompt")
+            raise RequestError(f"rid has {len(given)} entries for {count} prompts" if batch else "rid is a list, but there is one prompt")
         rids = [_string(item, "rid") for item in given]
         if len(set(rids)) != len(rids):
-            raise ValueError("Duplicate request IDs detected within the request")
+            raise RequestError("Duplicate request IDs detected within the request")
         return rids
     rid = _string(given, "rid")
     return [f"{rid}_{index}" for index in range(count)] if batch else [rid]
@@ -292,21 +296,21 @@ def _rids(given: Any, count: int, batch: bool) -> list[str]:
 def _fits(prompt: NDArray[np.int32], sampling: Sampling, start: int, experts_start: int, limits: Limits) -> None:
     length = len(prompt)
     if length >= limits.context_length:
-        raise ValueError(f"The input ({length} tokens) is longer than the model's context length ({limits.context_length} tokens).")
+        raise RequestError(f"The input ({length} tokens) is longer than the model's context length ({limits.context_length} tokens).")
     room = limits.context_length - length
     if sampling.max_new_tokens is None or not sampling.explicit:
         sampling.max_new_tokens = room if sampling.max_new_tokens is None else min(sampling.max_new_tokens, room)
     if sampling.max_new_tokens > room:
-        raise ValueError(
+        raise RequestError(
             f"Requested token count exceeds the model's maximum context length of {limits.context_length} tokens: "
             f"{length} of input and max_new_tokens {sampling.max_new_tokens}."
         )
     if start > length or start < -1:
-        raise ValueError(f"logprob_start_len is {start}; it must be -1, or from 0 to the prompt's length {length}.")
+        raise RequestError(f"logprob_start_len is {start}; it must be -1, or from 0 to the prompt's length {length}.")
     if not 0 <= experts_start <= length:
-        raise ValueError(f"routed_experts_start_len is {experts_start}; it must be from 0 to the prompt's length {length}.")
+        raise RequestError(f"routed_experts_start_len is {experts_start}; it must be from 0 to the prompt's length {length}.")
     if sampling.stop and limits.tokenizer is None:
-        raise ValueError("The engine has no tokenizer, so stop strings can't be served; use stop_token_ids.")
+        raise RequestError("The engine has no tokenizer, so stop strings can't be served; use stop_token_ids.")
 
 
 def value_error(message: str) -> dict[str, Any]:

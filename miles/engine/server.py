@@ -25,7 +25,7 @@ from miles.engine.engine import Engine, EngineThread
 from miles.engine.gate import Gate
 from miles.engine.generate import Generate
 from miles.engine.options import EngineOptions
-from miles.engine.protocol import BadRequest, type_error, value_error
+from miles.engine.protocol import BadRequest, RequestError, type_error, value_error
 
 SWITCH_SECONDS = 0.001  # how long the HTTP side may hold the interpreter while the engine's thread waits for it
 Endpoint = Callable[[HttpRequest], Awaitable[Response]]
@@ -49,7 +49,7 @@ class Auth:
 
 
 def _answering(endpoint: Endpoint) -> Endpoint:
-    """Turns faults of the request into SGLang's 400s."""
+    """Turns faults of the request into SGLang's 400s. Anything else is a bug: 500, and its traceback in the log."""
 
     async def answer(request: HttpRequest) -> Response:
         try:
@@ -58,7 +58,7 @@ def _answering(endpoint: Endpoint) -> Endpoint:
             return reply(type_error(str(error)), 400)
         except orjson.JSONDecodeError as error:
             return reply(type_error(f"the body is not JSON: {error}"), 400)
-        except ValueError as error:
+        except RequestError as error:
             return reply(value_error(str(error)), 400)
 
     return answer

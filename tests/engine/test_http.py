@@ -15,6 +15,7 @@ from safetensors.torch import save
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from miles.engine.control import Control
 from miles.engine.engine import EngineThread
 from miles.engine.server import build_app
 
@@ -75,6 +76,19 @@ def test_malformed_json_is_400_everywhere(serve):
             assert reply.json()["object"] == "error"
         good = await http.post("/generate", json={"input_ids": PROMPT, "sampling_params": {"max_new_tokens": 2}})
         assert good.status_code == 200
+
+    serve(body)
+
+
+def test_a_bug_is_not_the_requests_fault(serve, monkeypatch):
+    async def broken(self, http):
+        return [].index("what a programmer thought was there")
+
+    monkeypatch.setattr(Control, "ping", broken)
+
+    async def body(http: httpx.AsyncClient) -> None:
+        assert (await http.get("/ping")).status_code == 500
+        assert (await http.get("/model_info")).status_code == 200
 
     serve(body)
 
