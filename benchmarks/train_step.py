@@ -1,17 +1,20 @@
 """A whole train step (batch opened, metrics, clipping, record written) against the bare forward, backward and optimizer step.
 
-Same model shapes (SmolLM2-135M, random weights), same kernels, same packed batch, in turns in one process. `python -m benchmarks.train_step`.
+Same model shapes (SmolLM2-135M, random weights), same kernels, same packed batch, in turns in one process.
 """
 
 from __future__ import annotations
 
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from benchmarks.table import Row, show
+from benchmarks.workload import build_smollm2
 from miles.config.schema import RunConfig
 from miles.data.plan_batch import assign
 from miles.data.sample import Flag, Sample, Status
@@ -20,23 +23,10 @@ from miles.data.store.shard import write_shard
 from miles.models.forward import PackedContext, forward
 from miles.models.load import load_model
 from miles.precision.logprob import token_logprob
-from miles.training.distributed import start_ranks
+from miles.training.distributed import Ranks, start_ranks
 from miles.training.fsdp import FsdpTrainer
 
 SEQUENCES, LENGTH, PROMPT = 8, 128, 24
-
-
-def make_model(folder: Path) -> Path:
-    """A random model of SmolLM2-135M's shapes."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=49152, hidden_size=576, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, intermediate_size=1536,
-        tie_word_embeddings=True, max_position_embeddings=2048, dtype="float32",
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
 
 
 def make_batch(folder: Path) -> Manifest:
@@ -61,21 +51,23 @@ def make_batch(folder: Path) -> Manifest:
     )  # fmt: skip
 
 
-def measure(repeats: int = 5, threads: int = 1) -> dict[str, float]:
-    """Least seconds of a train step and of the bare step over `repeats` turns of each, and their ratio (processor time, so that neighbours don't count)."""
+def measure(say: Callable[[str], None], repeats: int = 3, threads: int = 1, build: Callable[[Path], Path] = build_smollm2) -> list[Row]:
+    """The train step against the bare one, and batch-invariant against plain, each the least of `repeats` turns.
+
+    Processor time of one thread, so that neighbours on the machine don't count; files are written, but waits for the disk are not seen.
+    """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         ranks = start_ranks(0, 1, threads=threads)
-        model, manifest = make_model(folder / "model"), make_batch(folder)
-        trainer = FsdpTrainer(RunConfig.model_validate({"num_rollout": 100, "train": {"optimizer": {"lr": 1e-5}}}), model, ranks)
-        trainer.start_phase("rollout")
+        model, manifest = build(folder / "model"), make_batch(folder)
+        trainers = {invariant: _trainer(model, ranks, invariant) for invariant in (True, False)}
         bare = load_model(model, batch_invariant=True)
         optimizer = torch.optim.AdamW(bare.parameters(), lr=1e-5, betas=(0.9, 0.95), fused=True)
-        batch = trainer.open_batch(manifest, folder)
+        batch = trainers[True].open_batch(manifest, folder)
         packed = next(batch.packed(0))
         batch.close()
 
-        def ours() -> None:
+        def ours(trainer: FsdpTrainer) -> None:
             batch = trainer.open_batch(manifest, folder)
             trainer.train_step(batch, 0)
             trainer.close_batch(batch, folder / "train")
@@ -86,17 +78,32 @@ def measure(repeats: int = 5, threads: int = 1) -> dict[str, float]:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-        seconds: dict[str, list[float]] = {"train_step": [], "bare": []}
+        sides = {"train step": lambda: ours(trainers[True]), "bare": reference, "plain": lambda: ours(trainers[False])}
+        seconds: dict[str, list[float]] = {label: [] for label in sides}
         for turn in range(repeats + 1):
-            for label, function in (("train_step", ours), ("bare", reference)):
+            for label, function in sides.items():
+                say(f"train step: {f'turn {turn} of {repeats}' if turn else 'warm-up'}, {label}")
                 began = time.process_time()
                 function()
-                if turn:  # the first turn warms up
+                if turn:
                     seconds[label].append(time.process_time() - began)
     least = {label: min(values) / threads for label, values in seconds.items()}
-    return {**least, "ratio": least["train_step"] / least["bare"]}
+    step, tokens = least["train step"], SEQUENCES * LENGTH
+    return [
+        Row(
+            "SmolLM2-135M: train step / bare forward, backward, optimizer", step / least["bare"], 1.10, at_least=False,
+            note=f"{step:.2f} s and {least['bare']:.2f} s for {tokens} tokens, same kernels", found={"seconds": seconds},
+        ),
+        Row("SmolLM2-135M: train step, batch-invariant / plain", step / least["plain"], note=f"{step:.2f} s and {least['plain']:.2f} s", found={"seconds": seconds}),
+    ]  # fmt: skip
+
+
+def _trainer(model: Path, ranks: Ranks, invariant: bool) -> FsdpTrainer:
+    options = {"num_rollout": 100, "train": {"optimizer": {"lr": 1e-5}}, "rollout": {"batch_invariant": invariant}}
+    trainer = FsdpTrainer(RunConfig.model_validate(options), model, ranks)
+    trainer.start_phase("rollout")
+    return trainer
 
 
 if __name__ == "__main__":
-    found = measure()
-    print(f"train step {found['train_step']:.2f} s, bare step {found['bare']:.2f} s: {found['ratio']:.3f}x (at most 1.10x)")
+    show(measure(print))

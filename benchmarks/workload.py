@@ -8,6 +8,9 @@ from pathlib import Path
 import numpy as np
 
 THREADS = 2
+# How long a thread that waits for others burns its core. The default, some milliseconds, makes anything with two threads tens of times slower
+# on a machine that others use too; so both sides get the setting that the roles of a run have (miles/run/component.py).
+SPINS = "1000"
 REQUESTS, SHORTEST, LONGEST = 64, 8, 256
 CALL = 8  # prompts of one /generate call: a worker sends the samples of a group together
 
