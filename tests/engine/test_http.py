@@ -172,7 +172,8 @@ def test_loads(serve):
 def test_memory_goes_only_when_idle(serve):
     async def body(http: httpx.AsyncClient) -> None:
         long = asyncio.create_task(http.post("/generate", json={"input_ids": PROMPT, "sampling_params": {"max_new_tokens": 200, "ignore_eos": True}}))
-        await asyncio.sleep(0.1)
+        while not (await http.get("/get_load")).json()[0]["num_reqs"]:
+            await asyncio.sleep(0.001)
         await http.post("/pause_generation", json={"mode": "in_place"})
         assert (await http.post("/release_memory_occupation", json={})).status_code == 400
         aborted = asyncio.create_task(http.post("/abort_request", json={"abort_all": True}))
