@@ -128,7 +128,7 @@ class Rollout(Section):
     sampling: Sampling = Field(default_factory=lambda: Sampling(), description="sampling of responses")
     max_concurrency: int = Field(64, ge=1, description="requests in flight at one engine")
     batch_invariant: bool = Field(True, description="log-probs have the same bits whatever else is in the batch, as the trainer recomputes them")
-    max_running_requests: int = Field(64, ge=1, description="sequences that one engine decodes together")
+    max_running_requests: int = Field(32, ge=1, description="sequences that one engine decodes together")
     kv_cache_tokens: int = Field(65536, ge=1, description="size of the embedded engine's key-value cache [tokens]")
     return_routed_experts: bool = Field(False, description="record the experts of every token")
     generate_path: str | None = Field(None, description="import path of a generate function, in place of the single-turn one")

@@ -83,7 +83,7 @@ FILES = [  # text of recipe.yaml, and parts of the line
     ("rollout: {sglang: {page_size: big}}\n", ['rollout.sglang.page_size: expected a whole number, got "big"']),
     ("rollout: {sglang: {tp_size: 2}}\n", ["rollout.sglang.tp_size: miles sets it; set rollout.num_gpus_per_engine"]),
     ("rollout: {sglang: {dtype: bfloat16}}\n", ['recipe.yaml:1: rollout.sglang.dtype: miles sets it to "float32"; set model.dtype']),
-    ("rollout: {sglang: {max_running_requests: 8}}\n", ["rollout.sglang.max_running_requests: miles sets it to 64; set rollout.max_running_requests"]),
+    ("rollout: {sglang: {max_running_requests: 8}}\n", ["rollout.sglang.max_running_requests: miles sets it to 32; set rollout.max_running_requests"]),
     ("rollout: {sglang: {skip_tokenizer_init: false}}\n", ["rollout.sglang.skip_tokenizer_init: miles sets it to true; leave it out", "rollout.sampling.stop"]),
     ("rollout: {sglang: {enable_return_routed_experts: true}}\n", ["miles sets it to false; set rollout.return_routed_experts"]),
     ("rollout: {sglang: {enable_metrics: null}}\n", ["rollout.sglang.enable_metrics: miles sets it to true; leave it out"]),

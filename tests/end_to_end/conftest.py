@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import runs
+import whole_runs as runs
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ import json
 import signal
 from pathlib import Path
 
-import runs
+import whole_runs as runs
 
 VICTIMS = {3: "worker", 4: "trainer", 5: "engine", 7: "service"}
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import runs
+import whole_runs as runs
 
 from miles.data.store.manifest import read_manifest
 from miles.data.store.run_dir import RunDir, steps_in
