@@ -21,12 +21,12 @@ MOST_ROWS = 256  # of a program: it keeps logits of so many rows
 
 
 class DecodeProgram:
-    """For a fused exact model and its cache, up to `rows` sequences at a time. Not for training: it keeps addresses of the weights."""
+    """For a fused model and its cache, up to `rows` sequences at a time. Not for training: it keeps addresses of the weights."""
 
     @staticmethod
     def serves(model: Any, cache: KVCache) -> bool:
-        """Whether this model can be run so: fused, in exact mode, with serial matrix products from the BLAS."""
-        return bool(model.__dict__.get("miles_exact") and cache.transposed and SGEMM and SERIAL and YIELD)
+        """Whether this model can be run so: fused (fp32 on a CPU), with serial matrix products from the BLAS. Plain mode is served too: this is its fastest way."""
+        return bool("miles_exact" in model.__dict__ and cache.transposed and SGEMM and SERIAL and YIELD)
 
     def __init__(self, model: Any, cache: KVCache, rows: int):
         self.rows = min(rows, MOST_ROWS)

@@ -91,6 +91,11 @@ def test_program_follows_weights_that_moved():
     del old
 
 
-def test_plain_models_are_not_run_by_it():
-    model = build_model(CONFIGS["llama"](), batch_invariant=False)
-    assert not DecodeProgram.serves(model, cache_of())
+def test_plain_models_are_served_too():
+    torch.manual_seed(3)
+    model, cache = build_model(CONFIGS["qwen3_moe"](), batch_invariant=False), cache_of()
+    token, position, slot = np.array([5, 6]), np.array([0, 0]), np.array([1, 2])
+    assert DecodeProgram.serves(model, cache)
+    with torch.inference_mode():
+        found = DecodeProgram(model, cache, ROWS).run(token, position, slot)[0]
+    torch.testing.assert_close(found, ordinary(model, cache_of(), token, position, slot)[0], rtol=1e-5, atol=1e-5)
