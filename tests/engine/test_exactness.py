@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from conftest import drain, submit
+from stepping import drain, submit
 from tiny_models import write_tiny
 from transformers import AutoModelForCausalLM
 

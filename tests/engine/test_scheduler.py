@@ -7,7 +7,7 @@ import resource
 
 import numpy as np
 import pytest
-from conftest import drain, submit
+from stepping import drain, submit
 
 from miles.engine.cache import Rows
 

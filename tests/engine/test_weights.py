@@ -8,8 +8,8 @@ import shutil
 
 import pytest
 import torch
-from conftest import drain, submit
 from safetensors.torch import load_file, save, save_file
+from stepping import drain, submit
 from tiny_models import write_tiny
 
 from miles.models.hf_folder import weight_checksum
