@@ -21,8 +21,8 @@ def configuration(words: list[str]) -> RunConfig:
 
 
 def existing_run(words: list[str]) -> Path | None:
-    """The run directory, if that is what was typed."""
-    if len(words) == 1 and (Path(words[0]) / "run.yaml").is_file():
+    """The run directory, if that is what was typed (key=value overrides may follow)."""
+    if words and (Path(words[0]) / "run.yaml").is_file() and all("=" in word for word in words[1:]):
         return Path(words[0])
     return None
 

@@ -34,7 +34,7 @@ def run(words: list[str], run_dir: Path | None) -> int:
     """Start or resume a run; returns the exit code."""
     console = Console(stderr=True, soft_wrap=True, markup=False, highlight=False)
     resumed = existing_run(words) if run_dir is None else None
-    config = load_config([resumed / "run.yaml"]) if resumed else with_absolute_paths(configuration(words))
+    config = load_config([resumed / "run.yaml"], words[1:]) if resumed else with_absolute_paths(configuration(words))
     folder = RunDir((resumed or run_dir or Path("runs") / config.name).absolute())
     refuse_errors(config, console)
     resuming = folder.run_yaml.exists()

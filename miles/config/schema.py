@@ -90,7 +90,7 @@ class Source(Section):
 class Data(Source):
     """Prompts of reinforcement learning."""
 
-    shuffle_seed: int = Field(42, description="seed of the order of prompts")
+    shuffle_seed: int = Field(42, ge=0, lt=2**63, description="seed of the order of prompts")
 
 
 class Reward(Section):
@@ -234,7 +234,7 @@ class RunConfig(Section):
     """One run."""
 
     name: str = Field("run", description="name of the run, shown in the report")
-    seed: int = Field(1234, description="seed of everything that is drawn: weights made on the spot, order, sampling")
+    seed: int = Field(1234, ge=0, lt=2**63, description="seed of everything that is drawn: weights made on the spot, order, sampling")
     num_rollout: int = Field(1, ge=0, description="rollouts (steps of reinforcement learning)")
     cluster: Cluster = Field(default_factory=lambda: Cluster())
     model: Model = Field(default_factory=lambda: Model())

@@ -146,6 +146,8 @@ def supervise(run_dir: str, component: str, epoch: int) -> dict[str, Any]:
     Returns {code, role, rank, reason}; code as in docs/formats.md.
     """
     signal.signal(signal.SIGTERM, _on_terminate)
+    if os.getpgrp() != os.getpid():
+        os.setsid()  # away from the terminal: its Ctrl-C is for the launcher, which asks the run to stop
     root = Path(run_dir)
     config = load_run(root)
     roles: list[RoleProcess] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 from pathlib import Path
 
@@ -47,8 +48,9 @@ def test_two_ranks_survive_a_killed_rank_a_killed_sync_and_a_stop_in_evaluation(
 def test_interrupt_saves_and_resumes(undisturbed: Path, tmp_path: Path) -> None:
     launched = runs.Launched(tmp_path / "run")
     launched.until(lambda: runs.trained(tmp_path / "run") >= 4, "step 4")
-    launched.process.send_signal(signal.SIGINT)
+    os.killpg(launched.process.pid, signal.SIGINT)  # as a terminal does: to the whole foreground group
     assert launched.wait() == 130
+    assert (tmp_path / f"run/checkpoints/step_{runs.trained(tmp_path / 'run'):06d}/COMPLETE").exists()
     assert f"resume with: miles-submit run {tmp_path / 'run'}" in launched.text()
     assert 4 <= runs.trained(tmp_path / "run") < 8
     runs.run(tmp_path / "run")
