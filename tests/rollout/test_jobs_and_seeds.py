@@ -143,7 +143,7 @@ def test_signatures_of_user_functions_are_frozen() -> None:
         assert str(inspect.signature(function)) == "(group: 'list[Sample]') -> 'bool | str'"
     public = [field.name for field in dataclasses.fields(generate.GenerateContext) if not field.name.startswith("_")]
     assert public == ["config", "kind", "sampling", "tokenizer", "engines", "weight_version", "route_shape", "route_dtype"]
-    assert [field.name for field in dataclasses.fields(builtin_rewards.RewardContext)] == ["draw", "options", "config", "http"]
+    assert [field.name for field in dataclasses.fields(builtin_rewards.RewardContext)] == ["draw", "options", "config", "http", "calls"]
     for name, parameters in {"prompt": ["draw"], "seed": ["draw", "sample", "turn"], "sampling_params": ["seed", "length"]}.items():
         assert list(inspect.signature(getattr(generate.GenerateContext, name)).parameters)[1:] == parameters
 
