@@ -116,10 +116,11 @@ def newest_good(checkpoints: Path) -> tuple[Path | None, list[str]]:
     return None, said
 
 
-def retain(checkpoints: Path, keep: int) -> list[Path]:
+def retain(checkpoints: Path, keep: int, written: Path | None = None) -> list[Path]:
     """Delete complete checkpoints but the newest `keep`; returns what was deleted. Called by one rank.
 
-    Nothing is deleted unless a good one stays: the newest is verified first, and while it is damaged all others are kept.
+    Nothing is deleted unless a good one stays: the newest is verified first, and while it is damaged all others are kept. written: one
+    that this process has just sealed; it is not read again.
     Unfinished and set-aside folders are not touched.
     """
     assert keep >= 1, "at least one checkpoint is kept"
@@ -127,8 +128,10 @@ def retain(checkpoints: Path, keep: int) -> list[Path]:
     old = complete[:-keep]
     if not old:
         return []
+    newest = checkpoints / step_name(complete[-1])
     try:
-        verify_checkpoint(checkpoints / step_name(complete[-1]))
+        if newest != written:
+            verify_checkpoint(newest)
     except Damaged:
         return []
     deleted = []

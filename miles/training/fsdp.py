@@ -241,7 +241,7 @@ class FsdpTrainer:
             "config_hash": config_hash(self.config),
             "world_size": self.ranks.world_size,
             "threads": torch.get_num_threads(),
-            "reference": None if self.reference_folder is None else str(self.reference_folder),
+            "reference": None if self.reference_folder is None else _inside(self.reference_folder, checkpoints.parent),
         }
 
         def write(folder: Path) -> None:
@@ -254,24 +254,32 @@ class FsdpTrainer:
         path = checkpoint.write_checkpoint(checkpoints, step, self.ranks, write, state, fence)
         self.parent = path.name
         if self.ranks.rank == 0:
-            checkpoint.retain(checkpoints, self.config.checkpoint.retain)
+            checkpoint.retain(checkpoints, self.config.checkpoint.retain, written=path)
         return path
 
     def load(self, folder: Path) -> dict[str, Any]:
-        """Load a checkpoint that newest_good found (it is not verified again); returns the progress saved with it.
+        """Load a checkpoint that newest_good found (its files are not read again); returns the progress saved with it.
+
+        Raises UserError when the weights that are now in the model are not those that were saved.
 
         Any number of ranks may have written it. Generators of ranks that were not there are seeded anew.
         """
         folder = Path(folder)
         state = checkpoint.read_state(folder)
         dcp.load_tensors(folder / "model", {name: parameter.detach() for name, parameter in self.model.named_parameters()})
+        found = self.weight_checksum()
+        if found != state["weight_checksum"]:
+            raise UserError(
+                f"{folder}: its weights have checksum {found}, its state.json says {state['weight_checksum']}; "
+                "restore the folder, or remove it to go on from the checkpoint before"
+            )
         self.phase, self.optimizer = None, None
         if state["phase"] is not None:
             self.start_phase(state["phase"])
             dcp.load_tensors(folder / "optimizer", self._optimizer_tensors())
         self.phase_steps = int(state["phase_steps"])
         if state["reference"] is not None:
-            self.load_reference(Path(state["reference"]))
+            self.load_reference(folder.parents[1] / state["reference"])
         rng = _rng_file(folder, self.ranks.rank)
         if rng.exists():
             load_rng(rng)
@@ -339,6 +347,12 @@ def _seen(packed: PackedBatch, values: dict[str, Tensor]) -> Seen:
 
 def _rng_file(folder: Path, rank: int) -> Path:
     return folder / "rng" / f"rank_{rank:05d}.safetensors"
+
+
+def _inside(folder: Path, run_dir: Path) -> str:
+    """A folder relative to the run directory that holds it, so that the run can be moved; absolute elsewhere."""
+    folder, run_dir = folder.absolute(), run_dir.absolute()
+    return str(folder.relative_to(run_dir) if folder.is_relative_to(run_dir) else folder)
 
 
 def _drain(iterator: Iterator[Any]) -> None:

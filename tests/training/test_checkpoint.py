@@ -10,6 +10,7 @@ import pytest
 import tiny
 import torch
 
+from miles.config.exits import UserError
 from miles.data.store.epoch import Fence, Fenced, new_epoch
 from miles.data.store.files import Damaged, checksum
 from miles.data.store.run_dir import RunDir
@@ -109,6 +110,17 @@ def test_retention_keeps_the_newest_and_never_deletes_the_only_good_one(ranks, t
     damage_byte(folders[3])
     assert retain(tmp_path, 1) == []
     assert verify_checkpoint(folders[2])["step"] == 3
+
+
+def test_retention_does_not_read_again_what_was_just_written(ranks, tmp_path, monkeypatch):
+    folders = [write_one(tmp_path, step, ranks) for step in (1, 2, 3)]
+    damage_byte(folders[2])
+    assert retain(tmp_path, 2, written=folders[1]) == [], "the newest is another one: it is read"
+    write_one(tmp_path, 3, ranks)
+    read = []
+    monkeypatch.setattr("miles.training.checkpoint.verify", lambda path, *rest: read.append(path))
+    assert retain(tmp_path, 2, written=folders[2]) == [folders[0]]
+    assert not read
 
 
 def test_same_step_again_replaces_the_folder(ranks, tmp_path):
@@ -248,3 +260,28 @@ def test_state_of_a_real_checkpoint(ranks, tmp_path):
     third = FsdpTrainer(tiny.make_config(), tiny.make_model(tmp_path / "hf3", "qwen3_moe"), ranks)
     with pytest.raises(Damaged, match=r"is missing|not part|this model's"):
         third.load(first)
+
+
+def test_weights_that_are_not_those_of_the_state_are_refused(ranks, tmp_path):
+    trainer = FsdpTrainer(tiny.make_config(), tiny.make_model(tmp_path / "hf", "llama"), ranks)
+    folder = trainer.save(tmp_path / "c", 1, {})
+    state = json.loads((folder / "state.json").read_text())
+    found = state["weight_checksum"]
+    (folder / "state.json").write_text(json.dumps(state | {"weight_checksum": "0" * 32}))
+    with pytest.raises(UserError, match=rf"{folder}: its weights have checksum {found}, its state.json says 0{{32}}; restore the folder"):
+        trainer.load(folder)
+
+
+def test_reference_moves_with_its_run(ranks, tmp_path):
+    """Inside the run directory its path is kept relative, elsewhere as it is."""
+    model = tiny.make_model(tmp_path / "here" / "reference", "llama")
+    trainer = FsdpTrainer(tiny.make_config(), model, ranks)
+    trainer.load_reference(model)
+    folder = trainer.save(tmp_path / "here" / "checkpoints", 1, {})
+    (tmp_path / "here").rename(tmp_path / "there")
+    moved = FsdpTrainer(tiny.make_config(), tmp_path / "there" / "reference", ranks)
+    moved.load(tmp_path / "there" / "checkpoints" / folder.name)
+    assert moved.reference_folder == tmp_path / "there" / "reference"
+    elsewhere = moved.save(tmp_path / "another" / "checkpoints", 1, {})
+    assert verify_checkpoint(elsewhere)["reference"] == str(tmp_path / "there" / "reference")
+    moved.load(elsewhere)
