@@ -117,7 +117,7 @@ class Engine:
             return False, "requests are unfinished, so the cache can't be flushed; pass flush_cache false, or pause with mode abort"
         try:
             message = load()
-        except ValueError as error:
+        except UserError as error:  # anything else is a bug, and ends the process
             return False, str(error)
         # Keys and values of older weights are never matched again, whether or not they may be dropped.
         self.scheduler.flush()

@@ -56,11 +56,6 @@ class Generate:
             if call.left == 0 and not call.result.done():
                 call.result.set_result(None)
 
-    @property
-    def live(self) -> list[str]:
-        """Ids of the requests in the engine."""
-        return list(self._live)
-
     def abort(self, rid: str | None) -> None:
         """Aborts one live request, or all; others are ignored, as in SGLang."""
         if rid is None or rid in self._live:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 
+from miles.config.exits import UserError
 from miles.engine.runner import Runner
 from miles.models.hf_folder import load_state, named_tensors, weight_checksum
 from miles.models.hf_names import to_hf_names
@@ -34,12 +34,14 @@ class Weights:
         return dict(to_hf_names(named_tensors(self._runner.model)))
 
     def from_disk(self, path: str) -> str:
-        """Loads a Hugging Face folder of the same architecture. Raises ValueError, with the old weights in place."""
+        """Loads a Hugging Face folder of the same architecture. Raises UserError, with the old weights in place."""
         try:
             self._check_config(Path(path))
             tensors = dict(load_state(path))
-        except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
-            raise ValueError(f"can't read weights from {path}: {error}") from error
+        except UserError:
+            raise
+        except (OSError, SafetensorError, KeyError, ValueError) as error:  # ValueError: what is no JSON, or no text
+            raise UserError(f"can't read weights from {path}: {error}") from error
         self._replace(tensors.items(), complete=True, where=path)
         self.path = path
         return "Succeeded to update model weights."
@@ -47,17 +49,17 @@ class Weights:
     def _check_config(self, folder: Path) -> None:
         file = folder / "config.json"
         if not file.is_file():
-            raise ValueError(f"{folder} is no Hugging Face folder: config.json is missing")
+            raise UserError(f"{folder} is no Hugging Face folder: config.json is missing")
         kind = json.loads(file.read_text()).get("model_type")
         if kind != self._runner.model_type:
-            raise ValueError(f"{folder} holds a {kind} model; this engine serves {self._runner.model_type}")
+            raise UserError(f"{folder} holds a {kind} model; this engine serves {self._runner.model_type}")
 
     def from_bucket(self, payload: str) -> str:
-        """Loads some tensors: base64 of a safetensors file. Raises ValueError, with the old weights in place."""
+        """Loads some tensors: base64 of a safetensors file. Raises UserError, with the old weights in place."""
         try:
             tensors = load_safetensors(base64.b64decode(payload, validate=True))
-        except (binascii.Error, SafetensorError) as error:
-            raise ValueError(f"serialized_named_tensors is not base64 of a safetensors file: {error}") from error
+        except (ValueError, SafetensorError) as error:
+            raise UserError(f"serialized_named_tensors is not base64 of a safetensors file: {error}") from error
         self._replace(tensors.items(), complete=False, where="the bucket")
         return "Success"
 
@@ -66,15 +68,15 @@ class Weights:
         own, given = self._own(), dict(to_hf_names(tensors))
         foreign = sorted(set(given) - set(own))
         if foreign:
-            raise ValueError(f"{where} has a tensor that the model lacks: {foreign[0]} ({len(foreign)} such)")
+            raise UserError(f"{where} has a tensor that the model lacks: {foreign[0]} ({len(foreign)} such)")
         for name, tensor in given.items():
             if tensor.shape != own[name].shape:
-                raise ValueError(f"{name} of {where} has shape {list(tensor.shape)}; the model's is {list(own[name].shape)}")
+                raise UserError(f"{name} of {where} has shape {list(tensor.shape)}; the model's is {list(own[name].shape)}")
             if not tensor.is_floating_point():
-                raise ValueError(f"{name} of {where} has dtype {tensor.dtype}; the model's is {own[name].dtype}")
+                raise UserError(f"{name} of {where} has dtype {tensor.dtype}; the model's is {own[name].dtype}")
         lacking = sorted(set(own) - set(given))
         if complete and lacking:
-            raise ValueError(f"{where} lacks a tensor of the model: {lacking[0]} ({len(lacking)} such)")
+            raise UserError(f"{where} lacks a tensor of the model: {lacking[0]} ({len(lacking)} such)")
         for name, tensor in given.items():
             own[name].copy_(tensor)
         self.missing -= set(given)

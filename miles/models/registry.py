@@ -13,17 +13,16 @@ class Family:
     """What tells one decoder family from another."""
 
     model_type: str
-    head_norm: bool  # RMS norm on each head's query and key
     experts: bool
 
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
-        Family("llama", head_norm=False, experts=False),
-        Family("qwen2", head_norm=False, experts=False),
-        Family("qwen3", head_norm=True, experts=False),
-        Family("qwen3_moe", head_norm=True, experts=True),
+        Family("llama", experts=False),
+        Family("qwen2", experts=False),
+        Family("qwen3", experts=False),
+        Family("qwen3_moe", experts=True),
     )
 }
 

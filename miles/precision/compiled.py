@@ -65,8 +65,3 @@ def f32(address, n):
 @njit(inline="always")
 def i64(address, n):
     return carray(as_pointer(address), (n,), np.int64)
-
-
-@njit(inline="always")
-def i32(address, n):
-    return carray(as_pointer(address), (n,), np.int32)

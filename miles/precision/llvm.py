@@ -237,19 +237,6 @@ def max_of(typingctx, address, n):
 
 
 @intrinsic
-def sum_of(typingctx, address, n):
-    """Sum of n fp32: 16 lanes, then the fixed tree."""
-
-    def codegen(context, builder, signature, args):
-        def step(index, cells):
-            return [builder.fadd(cells[0], load_part(builder, args[0], index, args[1], 0.0))]
-
-        return reduce(builder, _lane_loop(builder, args[1], [const(VEC, 0.0)], step)[0], _add)
-
-    return types.float32(types.int64, types.int64), codegen
-
-
-@intrinsic
 def dot(typingctx, a, b, n):
     """Sum of a[i] * b[i], i < n, by fma in 16 lanes, then the fixed tree."""
 

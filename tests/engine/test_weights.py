@@ -116,10 +116,23 @@ def test_transformers_names_of_experts_are_understood(make_engine, other):
     assert engine.checksums() == reference.checksums()
 
 
-@pytest.mark.parametrize("payload", ["not base64!", base64.b64encode(b"no safetensors").decode(), base64.b64encode(b"\x80\x04K\x01.").decode(), ""])
+@pytest.mark.parametrize("payload", ["not base64!", base64.b64encode(b"no safetensors").decode(), base64.b64encode(b"\x80\x04K\x01.").decode(), "", "é"])
 def test_what_is_no_bucket_is_refused(make_engine, payload):
     with pytest.raises(ValueError, match="not base64 of a safetensors file"):
         make_engine().weights.from_bucket(payload)
+
+
+def test_only_a_mistake_is_answered(make_engine):
+    """A bug in loading ends the engine; it is not told to the caller as a refusal of the weights."""
+    engine = make_engine()
+
+    def bug():
+        return str(torch.zeros(2).view(3))
+
+    with pytest.raises(RuntimeError):
+        engine.update(bug, True, "9")
+    with pytest.raises(ValueError, match="invalid literal"):
+        engine.update(lambda: str(int("bug")), True, "9")
 
 
 def test_tied_heads_stay_tied(make_engine, tmp_path):
