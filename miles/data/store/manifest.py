@@ -60,8 +60,7 @@ class Manifest(Entry):
     epoch: int = Field(ge=0, description="attempt that sealed it")
     step: int = Field(ge=0)
     kind: Kind
-    policy: Policy = Field(description="weights at the beginning of the batch")
-    policies: list[Policy] = Field(default_factory=list, description="others that generated parts of it (/runs/weight_version says which)")
+    policy: Policy = Field(description="weights that generated the batch")
     parent_checkpoint: str | None = Field(None, description="checkpoint that the attempt started from; null: none")
     tokenizer_hash: str = ""
     sampling: dict[str, Any] = Field(default_factory=dict, description="sampling parameters")
