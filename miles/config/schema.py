@@ -31,7 +31,7 @@ class Cluster(Section):
     threads: int = Field(1, ge=1, description="threads of every process; pinned and recorded, since bits depend on it")
     host: str = Field("127.0.0.1", description="address that servers bind to; loopback unless told otherwise")
     port: int = Field(0, ge=0, le=65535, description="TCP port of the rollout service; 0 picks a free one")
-    restarts: int = Field(3, ge=0, description="new attempts after a crash (exit 78 never restarts)")
+    restarts: int = Field(3, ge=0, description="new attempts after a process was killed or lost (exit code 75); other failures end the run")
     stop_seconds: float = Field(60.0, gt=0, description="seconds between a stop request and the kill")
 
 
@@ -175,6 +175,9 @@ class Train(Section):
     use_dynamic_batch_size: bool = Field(True, description="pack sequences into micro-batches of at most max_tokens_per_gpu")
     max_tokens_per_gpu: int = Field(8192, ge=1, description="token budget of one micro-batch [tokens]")
     balance_data: bool = Field(True, description="even out the tokens of the ranks (off: round robin)")
+    update_weight_transport: Literal["disk", "tensor"] = Field(
+        "disk", description="how new weights reach the engines: a folder that both see, or tensors over the engine's socket (embedded engine)"
+    )
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
     optimizer: Optimizer = Field(default_factory=lambda: Optimizer(), description="optimizer")
     enable_mtp_training: bool = Field(False, description="train the multi-token-prediction layers on the run's own tokens")

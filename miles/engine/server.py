@@ -19,6 +19,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from miles.config.address import family_of, url_of
 from miles.config.exits import UserError
 from miles.engine.control import Control, reply
 from miles.engine.engine import Engine, EngineThread
@@ -99,8 +100,7 @@ def build_app(thread: EngineThread) -> ASGIApp:
 
 def bind(host: str, port: int) -> socket.socket:
     """A bound socket, not listening yet. Raises UserError when the port is taken or the address is not this machine's."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    sock = socket.socket(family, socket.SOCK_STREAM)
+    sock = socket.socket(family_of(host), socket.SOCK_STREAM)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         sock.bind((host, port))
@@ -148,7 +148,6 @@ async def _serve(thread: EngineThread, sock: socket.socket, options: EngineOptio
     while not server.started and not task.done():
         await asyncio.sleep(0.01)
     if ready is not None and server.started:
-        host = f"[{options.host}]" if ":" in options.host else options.host
-        await loop.run_in_executor(None, ready, f"http://{host}:{sock.getsockname()[1]}", thread.engine)
+        await loop.run_in_executor(None, ready, url_of(options.host, sock.getsockname()[1]), thread.engine)
     await task
     thread.stop()

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+import threading
 import time
+from pathlib import Path
 
 import httpx
 
 from miles.config.exits import TryAgain, UserError
 from miles.config.schema import RunConfig
 from miles.config.sglang import followed
+from miles.engine.child import die_with_parent, relay, write_private
 
 START_SECONDS = 1200.0
 
 
-def arguments(config: RunConfig, folder: str, host: str, port: int, token: str) -> list[str]:
-    """Arguments of sglang.launch_server. What the run needs comes first; rollout.sglang adds to it.
+def arguments(config: RunConfig, folder: str, host: str, port: int) -> list[str]:
+    """Arguments of sglang.launch_server but the token. What the run needs comes first; rollout.sglang adds to it.
 
     Names in rollout.sglang are SGLang's own (checked by miles.config.options): true is a bare switch, false and null leave it out.
     """
@@ -25,7 +29,6 @@ def arguments(config: RunConfig, folder: str, host: str, port: int, token: str) 
         "model_path": folder,
         "host": host,
         "port": port,
-        "api_key": token,
         "tp_size": config.rollout.num_gpus_per_engine,
         "random_seed": config.seed,
         **{name: entry.value for name, entry in followed(config).items()},
@@ -43,11 +46,21 @@ def arguments(config: RunConfig, folder: str, host: str, port: int, token: str) 
     return words
 
 
-def start(config: RunConfig, folder: str, host: str, port: int, token: str) -> subprocess.Popen[bytes]:
-    """Start the server as a child whose output goes to this role's log."""
-    command = [sys.executable, "-m", "sglang.launch_server", *arguments(config, folder, host, port, token)]
+def start(config: RunConfig, folder: str, host: str, port: int, token: str, private: Path) -> subprocess.Popen[bytes]:
+    """Start the server as a child that dies with us and whose output goes to this role's log.
+
+    Command lines are public on a machine, so the token goes by SGLang's --config file, made at `private` (.yaml) for the owner alone. SGLang
+    logs its arguments, so the token is taken out of what it prints.
+    """
+    write_private(private, json.dumps({"api-key": token}) + "\n")  # JSON is YAML
+    command = [sys.executable, "-m", "sglang.launch_server", "--config", str(private), *arguments(config, folder, host, port)]
     # Not a tokenizer's worth of threads each, and no proxies on the way to loopback.
-    return subprocess.Popen(command, stdin=subprocess.DEVNULL, env={**os.environ, "NO_PROXY": host})
+    server = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, "NO_PROXY": host}, preexec_fn=die_with_parent
+    )  # fmt: skip
+    assert server.stdout is not None, "a pipe"
+    threading.Thread(target=relay, args=(server.stdout, token), name="sglang-output", daemon=True).start()
+    return server
 
 
 def wait_ready(server: subprocess.Popen[bytes], url: str, seconds: float = START_SECONDS) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Literal
 
+from miles.config.address import is_loopback
 from miles.config.schema import Algorithm, Optimizer, Rollout, RunConfig, Section, Train
 
 Level = Literal["error", "warning", "note"]
@@ -69,8 +70,11 @@ def _engine(config: RunConfig) -> Iterator[Entry]:
                 "set rollout.batch_invariant=false",
             )
         yield from _cache(config)
-    elif rollout.batch_invariant:
+        return
+    if rollout.batch_invariant:
         yield "error", "rollout.batch_invariant", "batch invariance with SGLang is not there yet", "set rollout.batch_invariant=false"
+    if config.train.update_weight_transport == "tensor":
+        yield "error", "train.update_weight_transport", "SGLang takes tensors as pickles, which are not sent", "set train.update_weight_transport=disk"
 
 
 def _cache(config: RunConfig) -> Iterator[Entry]:
@@ -162,7 +166,7 @@ def suspicious(config: RunConfig) -> Iterator[Entry]:
     yield from _unread(config)
     if rollout.engine == "sglang" and any(name.startswith("speculative_") for name in rollout.sglang):
         yield "warning", "rollout.sglang", "speculative decoding goes to SGLang as given; its draft model is not updated by training", ""
-    if config.cluster.host not in ("127.0.0.1", "localhost", "::1"):
+    if not is_loopback(config.cluster.host):
         yield "note", "cluster.host", f"servers listen on {config.cluster.host}; control endpoints need the run's token", ""
     if config.cluster.device == "cpu" and train.num_gpus_per_node >= 8:
         yield (

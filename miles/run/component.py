@@ -6,8 +6,6 @@ The first role that fails stops the others; when the primary role (trainer, work
 
 from __future__ import annotations
 
-import ctypes
-import ipaddress
 import json
 import os
 import signal
@@ -18,12 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from miles.config.address import is_loopback
 from miles.config.exits import AGAIN, OK, WRONG, first_cause
 from miles.config.schema import RunConfig
+from miles.engine.child import die_with_parent
 from miles.run.role import load_run
 
 PRIMARY = {"train": "trainer", "rollout": "worker"}
-PR_SET_PDEATHSIG = 1
 GRACE_SECONDS = 10.0
 
 
@@ -51,11 +50,6 @@ def roles_of(component: str, config: RunConfig) -> list[tuple[str, int, int]]:
     return [*(("engine", rank, engines) for rank in range(engines)), ("worker", 0, 1)]
 
 
-def _die_with_parent() -> None:
-    """Runs in the child before exec: the kernel kills a role whose supervisor is gone."""
-    ctypes.CDLL("libc.so.6", use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
 def environment(config: RunConfig, run_dir: Path, epoch: int, name: str, rank: int, world_size: int) -> dict[str, str]:
     """Environment of a role: its identity, and pinned threads, since bits depend on their number."""
     rendezvous = json.loads((run_dir / "attempts" / f"{epoch:06d}" / "service.json").read_text())
@@ -81,11 +75,6 @@ def environment(config: RunConfig, run_dir: Path, epoch: int, name: str, rank: i
     }
 
 
-def is_loopback(host: str) -> bool:
-    """Whether nothing outside this machine can reach a server on host."""
-    return host == "localhost" or (host.replace(".", "").isdigit() and ipaddress.ip_address(host).is_loopback) or host == "::1"
-
-
 def start(config: RunConfig, run_dir: Path, epoch: int, name: str, rank: int, world_size: int) -> RoleProcess:
     """Start one role with its own log."""
     log = (run_dir / "attempts" / f"{epoch:06d}" / "logs" / f"{name}.{rank}.log").open("ab")
@@ -95,7 +84,7 @@ def start(config: RunConfig, run_dir: Path, epoch: int, name: str, rank: int, wo
         stdin=subprocess.DEVNULL,
         stdout=log,
         stderr=subprocess.STDOUT,
-        preexec_fn=_die_with_parent,
+        preexec_fn=die_with_parent,
     )
     return RoleProcess(name, rank, process, log)
 

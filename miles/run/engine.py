@@ -7,8 +7,10 @@ import socket
 import sys
 import traceback
 
+from miles.config.address import family_of, url_of
 from miles.config.exits import OK, WRONG, TryAgain
 from miles.config.schema import RunConfig
+from miles.data.store.run_dir import RunDir
 from miles.engine import sglang
 from miles.engine.engine import Engine
 from miles.engine.options import EngineOptions, options_from
@@ -70,10 +72,10 @@ def run(role: Role) -> None:
 def run_sglang(role: Role, config: RunConfig, service: Coordinator, folder: str) -> None:
     """SGLang in a child of this process: registered when it serves; its end is ours."""
     host = config.cluster.host
-    with socket.create_server((host, 0)) as probe:
+    with socket.create_server((host, 0), family=family_of(host)) as probe:
         port = int(probe.getsockname()[1])
-    server = sglang.start(config, folder, host, port, role.token)
-    url = f"http://{host}:{port}"
+    server = sglang.start(config, folder, host, port, role.token, RunDir(role.run_dir).attempt(role.epoch) / f"sglang.{role.rank}.yaml")
+    url = url_of(host, port)
     sglang.wait_ready(server, url)
     print(f"engine: SGLang serves {folder} at {url}", flush=True)
     service.register(url=url, pid=server.pid)

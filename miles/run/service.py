@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 
 import uvicorn
 
+from miles.config.address import family_of
 from miles.config.exits import AGAIN, OK, WRONG, TryAgain, UserError
 from miles.data.prompts import load_prompts
 from miles.data.store.epoch import Fenced
@@ -25,9 +26,8 @@ LINGER_SECONDS = 2.0  # after the end, for those who have not asked yet
 
 def listen(host: str, port: int) -> socket.socket:
     """A listening socket. Raises UserError when the port is in use or the address is not ours."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family, backlog=1024)
+        return socket.create_server((host, port), family=family_of(host), backlog=1024)
     except OSError as error:
         raise UserError(f"cluster.port: can't serve at {host}:{port} ({error.strerror}); choose another, or 0 for a free one") from error
 

@@ -27,6 +27,7 @@ from miles.run.coordinator import Coordinator, StopRequested
 from miles.run.role import Role, load_run
 from miles.run.schedule import Step, total_steps
 from miles.sync.disk import DiskTransport
+from miles.sync.tensor import TensorTransport
 from miles.training.checkpoint import newest_good
 from miles.training.distributed import Ranks, open_store, start_ranks, stop_ranks
 from miles.training.fsdp import FsdpTrainer
@@ -168,9 +169,14 @@ class Run:
         """Give the engines the present weights, and make sure that they hold them."""
         began = time.perf_counter()
         with self.phase("sync", self.trained):
-            transport = DiskTransport(self.folder.attempt(self.role.epoch) / "sync", self.engines, self.role.token)
-            self.checksum = transport.push(self.trainer, version=self.trained)
+            self.checksum = self.transport().push(self.trainer, version=self.trained)
         self.metrics["perf/update_weights_time"] = time.perf_counter() - began
+
+    def transport(self) -> DiskTransport | TensorTransport:
+        """How weights reach this attempt's engines."""
+        if self.config.train.update_weight_transport == "tensor":
+            return TensorTransport(self.engines, self.role.token)
+        return DiskTransport(self.folder.attempt(self.role.epoch) / "sync", self.engines, self.role.token)
 
     def evaluate(self) -> None:
         """Evaluate the present weights; rank 0 writes the metrics once a step, also when a resumed run evaluates again."""

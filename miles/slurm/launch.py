@@ -18,6 +18,7 @@ from typing import Any
 
 import httpx
 
+from miles.config.address import family_of, url_of
 from miles.config.exits import AGAIN, OK, WRONG, UserError, disk_full, first_cause, full
 from miles.config.schema import RunConfig
 from miles.data.store.epoch import new_epoch
@@ -37,7 +38,7 @@ Watcher = Callable[[dict[str, Any]], None]
 
 def free_port(host: str, wanted: int) -> int:
     """A TCP port to bind on host: the wanted one if it is free, any free one for 0."""
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+    with socket.socket(family_of(host), socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, wanted))
@@ -55,8 +56,8 @@ class Attempt:
         self.noticed: list[str] = []
         self.epoch = new_epoch(run)
         self.folder = run.attempt(self.epoch)
-        self.token = secrets.token_urlsafe(24)
-        self.url = f"http://{config.cluster.host}:{port}"
+        self.token = secrets.token_hex(24)  # no "-" in front, which would make it an option on a command line
+        self.url = url_of(config.cluster.host, port)
         (self.folder / "logs").mkdir()
         handle = os.open(self.folder / "token", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(handle, "w") as file:

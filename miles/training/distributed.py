@@ -19,6 +19,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from miles.config.address import family_of
+
 # Ranks wait for rank 0 as long as a rollout takes. A rank that dies is seen by its supervisor, a lost service by the heartbeat.
 TIMEOUT = datetime.timedelta(days=7)
 
@@ -123,7 +125,7 @@ def open_store(host: str, port: int, world_size: int, master: bool) -> dist.TCPS
     if not master:
         return dist.TCPStore(host, port, world_size, is_master=False, timeout=TIMEOUT, wait_for_workers=False)
     # Left to itself the store would listen on every interface.
-    listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=1024)
+    listener = socket.create_server((host, port), family=family_of(host), backlog=1024)
     port = listener.getsockname()[1]
     return dist.TCPStore(
         host, port, world_size, is_master=True, timeout=TIMEOUT, wait_for_workers=False, master_listen_fd=listener.detach(), use_libuv=True

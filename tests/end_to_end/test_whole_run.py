@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -59,9 +60,34 @@ def test_mismatch_is_exactly_zero(undisturbed: Path) -> None:
     assert all(line["train/train_rollout_logprob_abs_diff"] == 0.0 for line in runs.metrics(undisturbed) if line["kind"] == "rollout")
 
 
+def loopback6() -> list[str]:
+    """IPv6's loopback as the host of all servers, where this machine has it."""
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        return []
+    return ["cluster.host=::1"]
+
+
 def test_a_second_run_has_the_same_bits(undisturbed: Path, tmp_path: Path) -> None:
-    runs.run(tmp_path / "run")
+    """Also with weights that go over sockets in place of files."""
+    host = loopback6()
+    runs.run(tmp_path / "run", *runs.STEPS, "train.update_weight_transport=tensor", *host)
     runs.same_run(undisturbed, tmp_path / "run")
+    logs = tmp_path / "run/attempts/000001/logs"
+    served = (logs / "engine.0.log").read_text()
+    assert ("at http://[::1]:" if host else "at http://127.0.0.1:") in served
+
+
+def test_a_run_goes_on_in_another_place(tmp_path: Path) -> None:
+    """The reference of the KL loss lies in the run directory: it is found again there."""
+    words = ["recipes/tiny", "warm_start.steps=1", "algorithm.use_kl_loss=true", "algorithm.kl_loss_coef=0.1", "eval.interval=null"]
+    runs.run(tmp_path / "here", *words, "num_rollout=1")
+    (tmp_path / "here").rename(tmp_path / "there")
+    runs.run(tmp_path / "there", *words, "num_rollout=2")
+    assert [line["step"] for line in runs.metrics(tmp_path / "there")] == [1, 2, 3]
+    assert runs.metrics(tmp_path / "there")[-1]["train/kl_loss"] > 0
+    assert not (tmp_path / "here").exists()
 
 
 def test_transformers_loads_the_export(undisturbed: Path) -> None:
