@@ -1,13 +1,15 @@
-"""A sealed batch as a trainer rank sees it: small arrays of all sequences, advantages, and its own micro-batches, read one at a time."""
+"""A sealed batch as a trainer rank sees it: small arrays of all sequences, advantages, and its own micro-batches, read a few at a time."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from miles.algorithms.advantages import grpo_advantages
 from miles.config.exits import UserError
@@ -18,8 +20,10 @@ from miles.data.store.shard import open_shard
 from miles.training.distributed import Ranks
 from miles.training.loss import Denominators
 from miles.training.packing import PackedBatch, Part, pack
+from miles.training.reader import Reader, share
 
 GROUP_ESTIMATORS = ("grpo",)
+SMALL = ("offset", "draw", "sample", "reward", "prompt_length", "status", "trained_tokens")
 
 
 @dataclass(frozen=True)
@@ -34,10 +38,11 @@ class Seen:
 
 @dataclass
 class Batch:
-    """One batch, opened. `kept` holds what this rank's optimizer steps found, [step][micro-batch], until the record is written."""
+    """One batch, opened. `small` holds one number a sequence of all its shards. `kept` holds what this rank's optimizer steps found, [step][micro-batch], until the record is written."""
 
     manifest: Manifest
     ranks: Ranks
+    reader: Reader
     parts: list[Part]
     small: dict[str, np.ndarray]
     temperature: float
@@ -55,9 +60,11 @@ class Batch:
         return len(self.manifest.assignment[step][self.ranks.rank])
 
     def packed(self, step: int) -> Iterator[PackedBatch]:
-        """This rank's micro-batches of an optimizer step, each read when it is asked for."""
-        for rows in self.manifest.assignment[step][self.ranks.rank]:
-            yield pack(self.parts, rows, self.ranks.device)
+        """This rank's micro-batches of an optimizer step; the next ones are read while one is in use."""
+        rows = self.manifest.assignment[step][self.ranks.rank]
+        with closing(self.reader.micro_batches(rows)) as read:
+            for each, tokens in zip(rows, read, strict=True):
+                yield pack(self.parts, each, tokens, self.ranks.device)
 
     def whole(self, step: int) -> Denominators:
         """Samples and unmasked predicted tokens of an optimizer step over all ranks. The first call is collective."""
@@ -73,15 +80,9 @@ class Batch:
 
     def _own_tokens(self, step: int) -> int:
         """Unmasked tokens of this rank that something predicts: all but a sequence's first."""
-        count = 0
-        for rows in self.manifest.assignment[step][self.ranks.rank]:
-            for shard, first, last in rows:
-                part = self.parts[shard]
-                mask = part.shard.tokens(first, last, ["loss_mask"])["loss_mask"] != 0
-                starts = (part.offset[first : last + 1] - part.offset[first]).astype(np.int64)
-                starts = starts[:-1][np.diff(starts) > 0]
-                count += int(mask.sum()) - int(mask[starts].sum())
-        return count
+        rows = self.manifest.assignment[step][self.ranks.rank]
+        trained = sum(int(self.parts[shard].trained_tokens[first:last].sum()) for each in rows for shard, first, last in each)
+        return trained - int(np.count_nonzero(self.reader.first_tokens(rows)["loss_mask"]))
 
     def metrics(self) -> dict[str, float]:
         """Metrics of the batch itself, from the small arrays: rewards, lengths, truncation, groups without signal."""
@@ -107,8 +108,7 @@ class Batch:
 
     def close(self) -> None:
         """Close the shards."""
-        for part in self.parts:
-            part.shard.close()
+        self.reader.close()
 
 
 def open_batch(manifest: Manifest, folder: Path, algorithm: Algorithm, ranks: Ranks) -> Batch:
@@ -124,20 +124,32 @@ def open_batch(manifest: Manifest, folder: Path, algorithm: Algorithm, ranks: Ra
                 "run with as many ranks as before, or set the batch aside"
             )
         assert len({len(rows) for rows in ranks_rows}) == 1, f"optimizer step {step}: ranks have equally many micro-batches"
-    shards = [open_shard(folder / entry.name) for entry in manifest.shards]
-    tables = [shard.sequences() for shard in shards]
-    names = ("draw", "sample", "reward", "prompt_length", "status")
+    paths = [folder / entry.name for entry in manifest.shards]
+    tables = _tables(paths, ranks)
+    names = [name for name in SMALL if name != "offset"]
     small = {name: np.concatenate([table[name] for table in tables]) if tables else np.zeros(0) for name in names}
     small["length"] = np.concatenate([np.diff(table["offset"].astype(np.int64)) for table in tables]) if tables else np.zeros(0, np.int64)
     advantage = _advantages(small, algorithm, folder) if manifest.kind == "rollout" else np.zeros(len(small["reward"]), np.float32)
     cuts = np.cumsum([len(table["reward"]) for table in tables])[:-1]
-    parts = [
-        Part(shard, table["offset"], own)
-        for shard, table, own in zip(shards, tables, np.split(advantage, cuts) if tables else [], strict=True)
-    ]
+    owns = np.split(advantage, cuts) if tables else []
+    parts = [Part(table["offset"], own, table["trained_tokens"]) for table, own in zip(tables, owns, strict=True)]
     temperature = float(manifest.sampling.get("temperature", 1.0)) if manifest.kind == "rollout" else 1.0
     # The engine's log-prob of a greedy token is that of temperature 1.
-    return Batch(manifest, ranks, parts, small, temperature if temperature > 0 else 1.0, kept=[[] for _ in manifest.assignment])
+    return Batch(manifest, ranks, Reader(paths), parts, small, temperature if temperature > 0 else 1.0, kept=[[] for _ in manifest.assignment])
+
+
+def _tables(paths: list[Path], ranks: Ranks) -> list[dict[str, np.ndarray]]:
+    """Small arrays of each shard's sequences, on every rank. Rank 0 alone opens all the files: ranks × shards is a load on a file system."""
+
+    def read() -> dict[str, np.ndarray]:
+        found: dict[str, np.ndarray] = {}
+        for index, path in enumerate(paths):
+            with open_shard(path) as shard:
+                found |= {f"{index}.{name}": array for name, array in shard.sequences().items() if name in SMALL}
+        return found
+
+    told = share(read if ranks.rank == 0 else None, dist.group.WORLD if ranks.world_size > 1 else None)
+    return [{name: told[f"{index}.{name}"] for name in SMALL} for index in range(len(paths))]
 
 
 def _advantages(small: dict[str, np.ndarray], algorithm: Algorithm, folder: Path) -> np.ndarray:

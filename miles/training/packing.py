@@ -1,4 +1,4 @@
-"""From slices of shards to packed micro-batches: sequences end to end, without padding.
+"""From the tokens of a micro-batch to packed micro-batches: sequences end to end, without padding.
 
 Alignment: the logits of row t-1 predict token t. A packed batch therefore lists its predictions: `row` (where the logits are)
 and `target` (the token). Row and target always lie in one sequence; a sequence's first token is predicted by nothing.
@@ -15,7 +15,6 @@ from torch import Tensor
 
 from miles.data.sample import Flag
 from miles.data.store.manifest import MicroBatch
-from miles.data.store.shard import Shard
 
 
 @dataclass
@@ -59,50 +58,47 @@ class PackedBatch:
 
 @dataclass(frozen=True)
 class Part:
-    """An opened shard of the batch with what packing needs of its sequences: offset u64 [S+1], advantage f32 [S]."""
+    """What is needed of each of a shard's sequences: offset u64 [S+1], advantage f32 [S], trained_tokens u32 [S]."""
 
-    shard: Shard
     offset: np.ndarray
     advantage: np.ndarray
+    trained_tokens: np.ndarray
 
 
-def pack(parts: Sequence[Part], micro_batch: MicroBatch, device: torch.device) -> PackedBatch:
-    """Read the slices of a micro-batch and pack them. Only these rows are read.
+def pack(parts: Sequence[Part], micro_batch: MicroBatch, tokens: dict[str, np.ndarray], device: torch.device) -> PackedBatch:
+    """Pack a micro-batch.
 
-    parts: the batch's shards in the manifest's order; micro_batch: [shard, first row, last row) triples.
+    parts: the batch's shards in the manifest's order; micro_batch: [shard, first row, last row) triples; tokens: its arrays, as the
+    reader gives them.
     Predicted are all generated tokens and all that the loss counts.
     """
-    tokens: dict[str, list[np.ndarray]] = {"token_id": [], "rollout_logprob": [], "loss_mask": [], "flags": []}
     lengths: list[np.ndarray] = []
     origin, rows, weights = [], [], []
     for shard, first, last in micro_batch:
-        for name, array in parts[shard].shard.tokens(first, last, list(tokens)).items():
-            tokens[name].append(array)
         lengths.append(np.diff(parts[shard].offset[first : last + 1].astype(np.int64)))
         origin.append(np.full(last - first, shard, np.int64))
         rows.append(np.arange(first, last, dtype=np.int64))
         weights.append(parts[shard].advantage[first:last])
     if not micro_batch:
         return _nothing(device)
-    joined = {name: np.concatenate(arrays) for name, arrays in tokens.items()}
     length, shard_index, shard_row = np.concatenate(lengths).astype(np.int64), np.concatenate(origin), np.concatenate(rows)
     bounds = np.zeros(len(length) + 1, np.int64)
     np.cumsum(length, out=bounds[1:])
     total = int(bounds[-1])
-    assert total == len(joined["token_id"]), "offsets and tokens of a shard agree"
+    assert total == len(tokens["token_id"]), "offsets and tokens of a shard agree"
     if total == 0:
         return _nothing(device, shard_index, shard_row, np.concatenate(weights))
 
     sequence = np.repeat(np.arange(len(length)), length)
     position = np.arange(total) - bounds[sequence]
-    counts = joined["loss_mask"] != 0
-    predicted = (counts | ((joined["flags"] & Flag.GENERATED) != 0)) & (position > 0)
+    counts = tokens["loss_mask"] != 0
+    predicted = (counts | ((tokens["flags"] & Flag.GENERATED) != 0)) & (position > 0)
     place = np.flatnonzero(predicted)
     mask = counts[place]
     loss_tokens = np.bincount(sequence[place], weights=mask, minlength=len(length)).astype(np.int64)
     empty = len(place) == 0
-    target = joined["token_id"][place]
-    rollout = joined["rollout_logprob"][place]
+    target = tokens["token_id"][place]
+    rollout = tokens["rollout_logprob"][place]
     row, belongs = place - 1, sequence[place]
     if empty:
         row, target, mask, belongs = np.zeros(1, np.int64), np.zeros(1, np.int64), np.zeros(1, bool), np.zeros(1, np.int64)
@@ -114,7 +110,7 @@ def pack(parts: Sequence[Part], micro_batch: MicroBatch, device: torch.device) -
     # cu_seqlens lists no empty sequences: kernels need not know about them.
     edges = np.concatenate([[0], bounds[1:][length > 0]])
     return PackedBatch(
-        token_id=on_device(joined["token_id"], torch.int64),
+        token_id=on_device(tokens["token_id"], torch.int64),
         position_id=on_device(position, torch.int64),
         cu_seqlens=on_device(edges, torch.int32),
         row=on_device(row, torch.int64),

@@ -20,7 +20,7 @@ def run(world: int, function: str, folder: Path, **arguments: Any) -> list[Any]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parents[1]}"}
     processes = []
     for rank in range(world):
         command = [sys.executable, __file__, str(rank), str(world), str(port), function, json.dumps(arguments), str(folder)]

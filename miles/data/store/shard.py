@@ -107,6 +107,14 @@ class Shard:
         start, stop = int(self._offset[first]), int(self._offset[last])
         return {name: self._file["tokens"][name][start:stop] for name in names}
 
+    def first_of(self, name: str, first: int, last: int) -> np.ndarray:
+        """A token dataset's value at the first token of each sequence first to last (exclusive); 0 for one without tokens."""
+        data = self._file["tokens"][name]
+        found = np.zeros(last - first, data.dtype)
+        for row in np.flatnonzero(np.diff(self._offset[first : last + 1])):
+            found[row] = data[int(self._offset[first + row])]
+        return found
+
     def texts(self, name: str, first: int, last: int) -> list[str | None]:
         """prompt, response or label of sequences first to last; None where it was not given."""
         group = self._file["sequences"]
