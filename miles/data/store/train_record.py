@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import msgpack
 import numpy as np
 from numpy.typing import NDArray
 
 from miles.data.store.epoch import Fence
 from miles.data.store.files import Sealed
 from miles.data.store.hdf5 import attributes, open_hdf5, put_blocks, seal_hdf5
-from miles.data.store.journal import decode_array, encode_array
 
 SCHEMA = "miles.train/1"
 TOKENS = {
@@ -59,22 +57,37 @@ class TrainPart:
             array = getattr(self, name)
             assert array is None or len(array) == self.offset[-1], f"{name}: {self.offset[-1]} tokens"
 
-    def to_bytes(self) -> bytes:
-        """For the way from a rank to the one that writes its node's file; no pickle."""
-        return bytes(msgpack.packb({name: value if name == "rank" else encode_array(value) for name, value in vars(self).items()}))
+    @property
+    def names(self) -> list[str]:
+        """Token arrays that are there."""
+        return [name for name in TOKENS if getattr(self, name) is not None]
 
-    @classmethod
-    def from_bytes(cls, content: bytes) -> TrainPart:
-        """Inverse of to_bytes; arrays are read-only."""
-        values: dict[str, Any] = msgpack.unpackb(content)
-        fields: dict[str, Any] = {name: value if name == "rank" else decode_array(value) for name, value in values.items()}
-        return cls(**fields)
+    def blocks(self, name: str) -> Iterator[np.ndarray]:
+        """A token array, in pieces."""
+        yield np.asarray(getattr(self, name), TOKENS[name])
 
 
-def write_train_record(path: Path, parts: Sequence[TrainPart], attrs: dict[str, Any] | None = None, fence: Fence | None = None) -> Sealed:
+class RecordPart(Protocol):
+    """What writing needs of one rank's part: TrainPart, or one whose blocks come from elsewhere.
+
+    Blocks are asked for once: all of a name before the next, names in the order of TOKENS, for each name all parts by rank.
+    """
+
+    rank: int
+    shard: NDArray[np.uint16]
+    row: NDArray[np.uint32]
+    offset: NDArray[np.uint64]
+
+    @property
+    def names(self) -> list[str]: ...
+
+    def blocks(self, name: str) -> Iterator[np.ndarray]: ...
+
+
+def write_train_record(path: Path, parts: Sequence[RecordPart], attrs: dict[str, Any] | None = None, fence: Fence | None = None) -> Sealed:
     """Seal a node's record of one step, ranks in ascending order. attrs: parallel layout, dtypes, kernels, versions.
 
-    A token array that only some parts have is filled with NaN (0 for u8) elsewhere.
+    A token array that only some parts have is filled with NaN (0 for u8) elsewhere. Of the token arrays, some megabytes are in memory.
     """
     parts = sorted(parts, key=lambda part: part.rank)
     counts = [len(part.row) for part in parts]
@@ -90,10 +103,10 @@ def write_train_record(path: Path, parts: Sequence[TrainPart], attrs: dict[str, 
         group["rank"] = np.repeat(np.array([part.rank for part in parts], np.uint32), counts)
         tokens = file.create_group("tokens")
         for name, dtype in TOKENS.items():
-            if name not in ALWAYS and all(getattr(part, name) is None for part in parts):
+            if name not in ALWAYS and not any(name in part.names for part in parts):
                 continue
             data = tokens.create_dataset(name, (int(offset[-1]),), dtype)
-            put_blocks(data, (_column(part, name, dtype) for part in parts))
+            put_blocks(data, (block for part in parts for block in _column(part, name, dtype)))
 
     return seal_hdf5(path, SCHEMA, attrs or {}, fill, fence)
 
@@ -138,8 +151,10 @@ def open_train_record(path: Path) -> TrainRecord:
     return TrainRecord(path)
 
 
-def _column(part: TrainPart, name: str, dtype: type) -> np.ndarray:
-    array = getattr(part, name)
-    if array is not None:
-        return np.asarray(array, dtype)
-    return np.full(int(part.offset[-1]), np.nan if dtype is np.float32 else 0, dtype)
+def _column(part: RecordPart, name: str, dtype: type) -> Iterator[np.ndarray]:
+    if name in part.names:
+        yield from part.blocks(name)
+        return
+    total, most = int(part.offset[-1]), 1 << 20
+    for start in range(0, total, most):
+        yield np.full(min(most, total - start), np.nan if dtype is np.float32 else 0, dtype)

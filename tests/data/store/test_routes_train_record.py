@@ -49,7 +49,7 @@ def part(rank, lengths, **more):
 
 def test_record_of_a_node(tmp_path):
     parts = [part(1, [2, 0, 3], names=("ref_logprob",)), part(0, [4]), part(2, [])]
-    write_train_record(tmp_path / "node.h5", [TrainPart.from_bytes(each.to_bytes()) for each in parts], {"layout": {"dp": 3}})
+    write_train_record(tmp_path / "node.h5", parts, {"layout": {"dp": 3}})
     with open_train_record(tmp_path / "node.h5") as record:
         assert record.attrs["schema"] == "miles.train/1"
         sequences = record.sequences()
