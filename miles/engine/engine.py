@@ -39,6 +39,7 @@ class Engine:
     def __init__(self, options: EngineOptions):
         self.options = options
         self.metrics = Metrics()
+        self.updated: Callable[[float, str], None] | None = None  # told of every update: when it began [unix s], version
         try:
             self.runner = Runner(options)
             self.tokenizer = None if options.skip_tokenizer_init else load_tokenizer(options.folder)
@@ -115,6 +116,7 @@ class Engine:
             return False, "the weights are released; resume memory occupation (tag weights) before an update"
         if flush_cache and self.scheduler.busy:
             return False, "requests are unfinished, so the cache can't be flushed; pass flush_cache false, or pause with mode abort"
+        began = time.time()
         try:
             message = load()
         except UserError as error:  # anything else is a bug, and ends the process
@@ -124,6 +126,8 @@ class Engine:
         self.metrics.weight_updates += 1
         if version is not None:
             self.weights.version = version
+        if self.updated is not None:
+            self.updated(began, self.weights.version)
         return True, message
 
     def checksums(self) -> tuple[dict[str, str], str] | None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, overload
 
 from miles.data.sample import Sample
+from miles.data.store.epoch import Fence
 from miles.data.store.journal import Journal, journal_paths, read_group, read_journal, scan_journal
 from miles.data.store.run_dir import RunDir
 
@@ -68,7 +69,7 @@ class Held:
     def __init__(self, run_dir: RunDir, worker: int, epoch: int, samples: dict[str, int], budget: int = BUDGET_BYTES) -> None:
         """samples: of a whole group, by kind. budget: bytes of arrays held in memory."""
         self.samples, self.budget = samples, budget
-        self._journal = Journal(run_dir.journal_file(worker, epoch))
+        self._journal = Journal(run_dir.journal_file(worker, epoch), fence=Fence(run_dir, epoch))
         self._groups: dict[Name, dict[int, list[Sample] | Place]] = {}
         self._bytes: dict[Name, int] = {}
         self._sealed: set[Name] = set()

@@ -16,6 +16,7 @@ from miles.config.exits import AGAIN, OK, WRONG, TryAgain, UserError
 from miles.config.schema import RunConfig
 from miles.data.prompts import PromptSet
 from miles.data.store.epoch import Fence, Fenced
+from miles.data.store.events import Events
 from miles.data.store.manifest import NAME as MANIFEST
 from miles.data.store.manifest import Manifest, find_batch, read_manifest, seal_manifest, set_aside
 from miles.data.store.run_dir import RunDir, newest_complete_checkpoint, step_name
@@ -46,6 +47,7 @@ class RolloutService:
         """silence: seconds without a word from a role that has a heartbeat, after which the attempt is given up."""
         self.config, self.run_dir, self.epoch, self.prompts, self.silence = config, run_dir, epoch, prompts, silence
         self.fence = Fence(run_dir, epoch)
+        self.events = Events(run_dir, "service", 0, epoch)
         complete = newest_complete_checkpoint(run_dir)
         self.parent_checkpoint = None if complete is None else step_name(complete)
         self.jobs: dict[tuple[str, int], BatchJob] = {}
@@ -203,8 +205,10 @@ class RolloutService:
 
     def _seal(self, key: tuple[str, int]) -> None:
         batch = self.jobs.pop(key)
-        manifest = compose(batch, self.config, self.run_dir.run_id(), self.epoch, self.parent_checkpoint)
-        seal_manifest(self.run_dir.batch_of(*key), manifest, self.fence)
+        with self.events.phase("compose", batch.job.step, kind=batch.job.kind) as facts:
+            manifest = compose(batch, self.config, self.run_dir.run_id(), self.epoch, self.parent_checkpoint)
+            seal_manifest(self.run_dir.batch_of(*key), manifest, self.fence)
+            facts.update(sequences=manifest.sequences, tokens=manifest.tokens)
         self.sealed = {k: v for k, v in self.sealed.items() if k[1] >= key[1] - 2}
         self.sealed[key] = batch.job, manifest
 

@@ -22,7 +22,6 @@ from miles.data.store.epoch import Fence, Fenced
 from miles.data.store.events import Events
 from miles.data.store.files import Sealed
 from miles.data.store.journal import read_group
-from miles.data.store.metrics import append_line
 from miles.data.store.run_dir import RunDir
 from miles.data.store.shard import write_routes, write_shard
 from miles.rollout.engines import Engines
@@ -260,9 +259,8 @@ class Worker:
         self._contexts.pop(name_of(job), None)
         self._recalled.pop(name_of(job), None)
         start, tokens = self._began.pop(name_of(job)), self._tokens.pop(name_of(job))
-        facts = {"step": job["step"], "kind": job["kind"]}
-        append_line(self.events.path, {"phase": "generate", "start": start, "end": began, **facts, "tokens": tokens})
-        append_line(self.events.path, {"phase": "seal", "start": began, "end": time.time(), **facts, "bytes": shard.bytes})
+        self.events.append("generate", job["step"], start, began, kind=job["kind"], tokens=tokens)
+        self.events.append("seal", job["step"], began, time.time(), kind=job["kind"], bytes=shard.bytes)
 
     def _write(self, job: Lineage, samples: HeldSamples) -> tuple[Sealed, Sealed | None, list[tuple[int, int, int]]]:
         """(shard, routes if there are any, (draw, sample, length [tokens]) of each row)."""

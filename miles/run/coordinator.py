@@ -6,7 +6,7 @@ import os
 import sys
 import threading
 import time
-from typing import Any
+from typing import Any, NoReturn
 
 import httpx
 
@@ -99,12 +99,13 @@ class Coordinator:
             try:
                 beat.call("POST", "/heartbeat", {"role": self.role.name, "rank": self.role.rank, "epoch": self.role.epoch})
             except TryAgain as error:
-                _end(self.role, str(error))
+                end(self.role, str(error))
             except (UserError, RuntimeError) as error:  # the attempt is over; the role's own next call says so in full
                 print(f"{self.role.name}: heartbeat: {error}", file=sys.stderr, flush=True)
                 return
 
 
-def _end(role: Role, why: str) -> None:
+def end(role: Role, why: str) -> NoReturn:
+    """End this process at once with 75: from a thread whose exception nobody would see."""
     print(f"{role.name}: {why}", file=sys.stderr, flush=True)
     os._exit(AGAIN)

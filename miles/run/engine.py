@@ -5,17 +5,20 @@ from __future__ import annotations
 import os
 import socket
 import sys
+import time
 import traceback
 
 from miles.config.address import family_of, url_of
 from miles.config.exits import OK, WRONG, TryAgain
 from miles.config.schema import RunConfig
+from miles.data.store.epoch import Fenced
+from miles.data.store.events import Events
 from miles.data.store.run_dir import RunDir
 from miles.engine import sglang
 from miles.engine.engine import Engine
 from miles.engine.options import EngineOptions, options_from
 from miles.engine.server import serve
-from miles.run.coordinator import Coordinator
+from miles.run.coordinator import Coordinator, end
 from miles.run.role import Role, load_run, main, user_fault
 
 
@@ -53,30 +56,41 @@ def options_of(role: Role, config: RunConfig, folder: str) -> EngineOptions:
 
 def run(role: Role) -> None:
     """Body of the role: serves until it is stopped."""
+    began = time.time()
+    events = Events(RunDir(role.run_dir), "engine", role.rank, role.epoch)
     service = Coordinator(role)
     service.keep_alive()
     config = load_run(role.run_dir)
     folder = str(service.lookup("model"))
     if config.rollout.engine == "sglang":
-        run_sglang(role, config, service, folder)
+        run_sglang(role, config, service, folder, events)
         return
     options = options_of(role, config, folder)
 
+    def updated(start: float, version: str) -> None:
+        try:
+            events.append("update_weights", int(version) if version.isdecimal() else 0, start, time.time(), weight_version=version)
+        except Fenced as error:  # in the engine's thread
+            end(role, str(error))
+
     def ready(url: str, engine: Engine) -> None:
         print(f"engine: serving {options.folder} at {url}", flush=True)
+        engine.updated = updated
+        events.append("start", 0, began, time.time())
         service.register(url=url, pid=os.getpid())
 
     serve(options, ready)
 
 
-def run_sglang(role: Role, config: RunConfig, service: Coordinator, folder: str) -> None:
+def run_sglang(role: Role, config: RunConfig, service: Coordinator, folder: str, events: Events) -> None:
     """SGLang in a child of this process: registered when it serves; its end is ours."""
     host = config.cluster.host
     with socket.create_server((host, 0), family=family_of(host)) as probe:
         port = int(probe.getsockname()[1])
-    server = sglang.start(config, folder, host, port, role.token, RunDir(role.run_dir).attempt(role.epoch) / f"sglang.{role.rank}.yaml")
     url = url_of(host, port)
-    sglang.wait_ready(server, url)
+    with events.phase("start", 0):
+        server = sglang.start(config, folder, host, port, role.token, RunDir(role.run_dir).attempt(role.epoch) / f"sglang.{role.rank}.yaml")
+        sglang.wait_ready(server, url)
     print(f"engine: SGLang serves {folder} at {url}", flush=True)
     service.register(url=url, pid=server.pid)
     raise TryAgain(f"SGLang ended with exit code {server.wait()}")

@@ -14,6 +14,7 @@ from miles.config.address import family_of
 from miles.config.exits import AGAIN, OK, WRONG, TryAgain, UserError
 from miles.data.prompts import load_prompts
 from miles.data.store.epoch import Fenced
+from miles.data.store.events import Events
 from miles.data.store.run_dir import RunDir
 from miles.rollout.demonstrations import with_responses
 from miles.rollout.service import RolloutService
@@ -42,9 +43,11 @@ def serve(role: Role) -> None:
     assert address.port is not None, "a URL with a port"
     listener = listen(address.hostname, address.port)
     config = load_run(role.run_dir)
-    prompts = load_prompts(config)
-    if "warm_start" in prompts:
-        prompts["warm_start"] = with_responses(prompts["warm_start"], config.warm_start)
+    with Events(RunDir(role.run_dir), role.name, role.rank, role.epoch).phase("prompts", 0) as facts:
+        prompts = load_prompts(config)
+        if "warm_start" in prompts:
+            prompts["warm_start"] = with_responses(prompts["warm_start"], config.warm_start)
+        facts.update({name: len(found) for name, found in prompts.items()})
     for name, found in prompts.items():
         print(f"service: {name}: {len(found)} prompts", flush=True)
     silence = float(os.environ.get("MILES_SILENCE_SECONDS", "60"))

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from miles.data.sample import Sample
+from miles.data.store.epoch import new_epoch
 from miles.data.store.journal import read_group, read_journal
 from miles.data.store.run_dir import RunDir
 from miles.data.store.shard import write_shard
@@ -45,7 +46,7 @@ def test_memory_or_journal(tmp_path: Path, budget: int) -> None:
 
 def test_a_long_journal_is_shortened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(held, "SHORTEN_BYTES", 10)
-    made = Held(RunDir(tmp_path), 0, 1, SAMPLES, budget=0)
+    made = Held(RunDir(tmp_path), 0, new_epoch(RunDir(tmp_path)), SAMPLES, budget=0)
     for draw in range(50):
         made.add(JOB, group(draw), journal=True, hold=True)
     made.add(NEXT, group(90), journal=True, hold=True)
@@ -78,7 +79,7 @@ def test_a_death_between_shard_and_manifest_loses_no_group(tmp_path: Path, monke
 
 def test_groups_of_several_sealed_steps_go_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A journal that becomes long later forgets all steps that have passed."""
-    made = Held(RunDir(tmp_path), 0, 1, SAMPLES)
+    made = Held(RunDir(tmp_path), 0, new_epoch(RunDir(tmp_path)), SAMPLES)
     for step in (3, 4, 5):
         made.begin(JOB | {"step": step})
         made.add(JOB | {"step": step}, group(step), journal=True, hold=True)

@@ -13,7 +13,7 @@ import os
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import msgpack
 import numpy as np
@@ -21,6 +21,9 @@ import xxhash
 
 from miles.data.sample import Sample, Status
 from miles.data.store.files import Damaged, make_folder, metadata_text, plain, schema_kind, seal, sync_folder
+
+if TYPE_CHECKING:
+    from miles.data.store.epoch import Fence
 
 log = logging.getLogger(__name__)
 
@@ -35,10 +38,15 @@ Group = list[Sample]
 class Journal:
     """Appends finished groups to one worker's file of one attempt. One writer a file; a torn tail is cut off on opening."""
 
-    def __init__(self, path: Path, fsync: bool = False) -> None:
-        """fsync: survive a power cut, not only a kill, with every group (slower; a killed process loses nothing either way)."""
+    def __init__(self, path: Path, fsync: bool = False, fence: Fence | None = None) -> None:
+        """fsync: survive a power cut, not only a kill, with every group (slower; a killed process loses nothing either way).
+
+        With a fence, everything that writes (opening too) raises Fenced once a newer attempt exists.
+        """
         self.path = path
         self.fsync = fsync
+        self.fence = fence
+        self._check()
         make_folder(path.parent)
         self._open()
 
@@ -50,6 +58,10 @@ class Journal:
         self._end = last_good_end(self.path)
         os.ftruncate(self._handle, self._end)
 
+    def _check(self) -> None:
+        if self.fence is not None:
+            self.fence.check()
+
     @property
     def bytes(self) -> int:
         """Size of the good part of the file."""
@@ -57,6 +69,7 @@ class Journal:
 
     def append(self, group: Group, context: Context) -> int:
         """Append one finished group; returns its position for read_group(). Disk full: the file stays as it was, and the OSError passes."""
+        self._check()
         payload = encode_group(group, context)
         if len(payload) >= 1 << 32:
             raise ValueError(f"{self.path}: a group of {len(payload)} bytes; a journal record holds less than 4 GiB: record fewer samples a prompt, or no routes")
@@ -87,7 +100,7 @@ class Journal:
                         file.write(HEADER.pack(len(payload), xxhash.xxh3_64_intdigest(payload)))
                         file.write(payload)
 
-        seal(self.path, write)
+        seal(self.path, write, self.fence)
         os.close(self._handle)
         self._open()
         return moved

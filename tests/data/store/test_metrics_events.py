@@ -75,3 +75,19 @@ def test_phases_are_written_when_they_end(run_dir):
     assert train["start"] <= train["end"] <= save["start"] <= save["end"]
     assert (save["component"], save["error"]) == ("engine.0", "KeyError")
     assert (run_dir.events / "trainer.1.3.jsonl").is_file()
+
+
+def test_events_of_a_killed_writer_and_of_others_are_passed_over(run_dir):
+    events = Events(run_dir, "trainer", 0, 1)
+    events.append("train", 1, 10.0, 11.0)
+    events.append("train", 2, 11.0, 12.0)
+    whole = events.path.read_bytes()
+    first = whole.index(b"\n") + 1
+    for cut in range(first, len(whole) - 1):
+        events.path.write_bytes(whole[:cut])
+        assert [event["step"] for event in read_events(run_dir)] == [1]
+    events.append("sync", 2, 12.0, 13.0)  # begins a line of its own
+    (run_dir.events / "notes.jsonl").write_text('{"start": 1}\n')
+    (run_dir.events / "a.b.c.jsonl").write_text('{"start": 1}\n')
+    (run_dir.events / "worker.0.1.jsonl").write_text('{"phase": "generate"}\n[1]\n')
+    assert [event["phase"] for event in read_events(run_dir)] == ["train", "sync"]
