@@ -26,7 +26,8 @@ S = TypeVar("S", bound=Section)
 # What may differ when a run goes on: how far, and how it is looked after; never what it computes.
 MAY_CHANGE = {
     "num_rollout", "cluster.port", "cluster.restarts", "cluster.stop_seconds",
-    "checkpoint.save_interval", "checkpoint.retain", "checkpoint.retain_batches", "checkpoint.save_hf",
+    "checkpoint.save_interval", "checkpoint.retain", "checkpoint.save_hf",
+    "checkpoint.retain_batches", "checkpoint.retain_batches_days", "checkpoint.retain_batches_bytes",
 }  # fmt: skip
 
 

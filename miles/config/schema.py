@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from miles.config.units import bytes_of
 
 Device = Literal["cpu", "cuda"]
 Placement = Literal["colocate", "split", "het", "jobs"]
@@ -231,6 +233,13 @@ class Checkpoint(Section):
     ref_load: str | None = Field(None, description="Hugging Face folder of the reference model; default: the weights before the first rollout")
     save_hf: bool = Field(True, description="export the final weights as a Hugging Face folder")
     retain_batches: int | None = Field(None, ge=1, description="batches kept on disk (the newest ones); default: all")
+    retain_batches_days: float | None = Field(None, gt=0, description="age up to which batches and evaluations are kept [days]; default: any")
+    retain_batches_bytes: int | None = Field(None, ge=1, description="room for batches, train records and evaluations together [bytes], or text such as 200GB or 1.5TiB; routes go first; default: no limit")
+
+    @field_validator("retain_batches_bytes", mode="before")
+    @classmethod
+    def _bytes(cls, value: Any) -> Any:
+        return bytes_of(value) if isinstance(value, str) else value
 
 
 class RunConfig(Section):

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 
 from miles.config.exits import UserError, disk_full
-from miles.config.schema import RunConfig
+from miles.config.schema import Checkpoint, RunConfig
 from miles.data.store.epoch import Fence
 from miles.data.store.events import Events
 from miles.data.store.manifest import read_manifest
 from miles.data.store.metrics import append_metrics, cut_back, read_metrics
-from miles.data.store.retention import retire_batches
+from miles.data.store.retention import Bounds, retire_batches
 from miles.data.store.run_dir import RunDir
 from miles.data.store.shard import open_shard
 from miles.rollout.evaluate import summarise_sequences
@@ -214,7 +214,7 @@ class Run:
             self.trainer.save(self.folder.checkpoints, self.trained, progress, self.fence)
             self.saved = self.trained
             if self.role.rank == 0:
-                retire_batches(self.folder, self.config.checkpoint.retain_batches, self.fence)
+                retire_batches(self.folder, retention(self.config.checkpoint), self.fence)
 
     def finish(self) -> None:
         """Export the final weights and let the others go."""
@@ -250,6 +250,12 @@ def model_folder(config: RunConfig, run_dir: Path) -> Path:
         raise UserError(f"model.build: {config.model.build} made no folder {temporary}; it is called with (folder, seed)")
     temporary.rename(folder)
     return folder
+
+
+def retention(checkpoint: Checkpoint) -> Bounds:
+    """How much of what was recorded is kept."""
+    days = checkpoint.retain_batches_days
+    return Bounds(checkpoint.retain_batches, None if days is None else days * 86400, checkpoint.retain_batches_bytes)
 
 
 def combine(name: str, values: list[float]) -> float:

@@ -31,6 +31,10 @@ class Damaged(UserError):
     """A file is not what was sealed. The message names the file, what was expected and what was found."""
 
 
+class OtherSchema(UserError):
+    """A file of another kind or another major number of its format."""
+
+
 @dataclass(frozen=True)
 class Sealed:
     """What a manifest says of a sealed file: its name, its size [bytes] and its xxh3_64 (16 hex digits)."""
@@ -134,13 +138,13 @@ def read_json(path: Path) -> Any:
 
 
 def schema_kind(found: Any, expected: str, path: Path | str) -> None:
-    """Refuse another kind or another major number by name. Raises ValueError in one line."""
+    """Refuse another kind or another major number by name: OtherSchema."""
     if not isinstance(found, str) or "/" not in found:
-        raise ValueError(f"{path}: carries no schema; expected {expected}")
+        raise OtherSchema(f"{path}: carries no schema; expected {expected}")
     if found.split("/")[0] != expected.split("/")[0]:
-        raise ValueError(f"{path}: is a {found} file; expected {expected}")
+        raise OtherSchema(f"{path}: is a {found} file; expected {expected}")
     if found.split("/")[1].split(".")[0] != expected.split("/")[1]:
-        raise ValueError(f"{path}: is {found}, and this miles reads {expected}; use the miles version that wrote it")
+        raise OtherSchema(f"{path}: is {found}, and this miles reads {expected}; use the miles version that wrote it")
 
 
 def plain(value: Any) -> Any:
