@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 RUN ?= runs/quickstart
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install quickstart test lint bench smollm2 chromium clean
+.PHONY: help install quickstart test test-faults lint bench smollm2 chromium clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,6 +35,11 @@ chromium:
 
 test: $(VENV)/.dev chromium lint  ## install, then lint and run every test, with coverage
 	$(BIN)/pytest --cov=miles --cov-report=term --cov-fail-under=85
+
+SEED ?= 1
+COUNT ?= 100
+test-faults: $(VENV)/.dev  ## long: COUNT kills at random moments, attempts that overlap, full disks; SEED chooses them
+	SEED=$(SEED) COUNT=$(COUNT) $(BIN)/pytest tests/faults
 
 SMOLLM2 ?= runs/models/smollm2-135m
 $(SMOLLM2): $(VENV)/.dev

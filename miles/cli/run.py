@@ -11,8 +11,9 @@ from miles.cli.check import summary
 from miles.cli.inputs import configuration, existing_run, findings
 from miles.cli.progress import Progress
 from miles.config.compose import dump_config, load_config
-from miles.config.exits import OK, UserError, disk_full
+from miles.config.exits import AGAIN, OK, UserError, disk_full
 from miles.config.schema import RunConfig, Section
+from miles.data.store.epoch import Fenced
 from miles.data.store.files import Damaged, read_json, seal_bytes
 from miles.data.store.metrics import read_metrics
 from miles.data.store.run_dir import RunDir, write_plan
@@ -23,10 +24,9 @@ from miles.slurm.launch import free_port, launch, only_launcher
 
 S = TypeVar("S", bound=Section)
 
-# What may differ when a run goes on: how far, and how it is looked after; never what it computes (threads: the same to the last bits,
-# so the guarantee falls, and the launcher says so).
+# What may differ when a run goes on: how far, and how it is looked after; never what it computes.
 MAY_CHANGE = {
-    "num_rollout", "cluster.threads", "cluster.port", "cluster.restarts", "cluster.stop_seconds",
+    "num_rollout", "cluster.port", "cluster.restarts", "cluster.stop_seconds",
     "checkpoint.save_interval", "checkpoint.retain", "checkpoint.save_hf",
     "checkpoint.retain_batches", "checkpoint.retain_batches_days", "checkpoint.retain_batches_bytes",
 }  # fmt: skip
@@ -59,6 +59,9 @@ def run(words: list[str], run_dir: Path | None) -> int:
             seal_bytes(folder.run_yaml, dump_config(config).encode())
             write_plan(folder, {"summary": dict(summary(config)), "guarantee": guarantee(config).name})
             return follow(folder, config, console)
+        except Fenced as error:
+            console.print(f"{error}, which goes on with the run; this one has stopped")
+            return AGAIN
         except OSError as error:
             if (line := disk_full(error, folder.path)) is None:
                 raise

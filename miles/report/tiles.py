@@ -92,8 +92,7 @@ def _speed(record: RunRecord) -> Tile:
 def _tier(summary: Summary) -> Tile:
     if summary.tier is None:
         return Tile("Guarantee", "–", "no tier recorded")
-    since = f"; since attempt {summary.tier_since}: {summary.tier_why}" if summary.tier_since is not None else ""
-    return Tile("Guarantee", summary.tier, TIERS.get(summary.tier, "not a tier that this version knows") + since)
+    return Tile("Guarantee", summary.tier, TIERS.get(summary.tier, "not a tier that this version knows"))
 
 
 def _attempts(record: RunRecord, summary: Summary) -> Tile:

@@ -96,9 +96,10 @@ class Held:
             log.warning("step %d: %d %s groups of an earlier attempt are in the journal; they are not generated again", name[1], len(found), name[0])
         return found
 
-    def add(self, lineage: Lineage, group: list[Sample], *, journal: bool, hold: bool) -> None:
-        """Journal a finished group, and hold it until it is sealed (a filtered one is not held)."""
-        place = (self._journal.path, self._journal.append(group, lineage)) if journal else None
+    def add(self, lineage: Lineage, group: list[Sample], place: Place | None = None, *, hold: bool) -> None:
+        """Journal a finished group, unless an older journal has it at `place`, and hold it until it is sealed (a filtered one is not held)."""
+        if place is None and lineage["kind"] != "sft":
+            place = self._journal.path, self._journal.append(group, lineage)
         if not hold:
             return
         name, size = name_of(lineage), size_of(group)
@@ -129,7 +130,7 @@ class Held:
         moved = self._journal.compact(lambda context, group: name_of(context) not in done)
         for groups in self._groups.values():
             for draw, group in groups.items():
-                if isinstance(group, tuple):
+                if isinstance(group, tuple) and group[0] == self._journal.path:
                     groups[draw] = group[0], moved[group[1]]
 
     def close(self) -> None:

@@ -150,7 +150,7 @@ class Worker:
 
     async def _supervise(self, job: Lineage, draws: list[Draw]) -> None:
         for draw in draws:
-            self._done(job, [supervised(draw, self.config, self.tokenizer)], journal=False)
+            self._done(job, [supervised(draw, self.config, self.tokenizer)])
 
     async def _group(self, job: Lineage, draw: Draw) -> None:
         """Generate (or recall), score, filter, journal."""
@@ -162,7 +162,7 @@ class Worker:
             else:
                 group = await self._make(draw, self._contexts[name_of(job)])
                 await self._scorer(kind).score(draw, group)
-            self._done(job, group, journal=True)
+            self._done(job, group, place)
         finally:
             self._in_flight -= self.samples[kind]
 
@@ -193,9 +193,10 @@ class Worker:
             raise UserError(f"{where}: returned {str(sample)[:60]!r}; a Sample with this draw and sample {index} is expected")
         return sample
 
-    def _done(self, job: Lineage, group: list[Sample], journal: bool) -> None:
+    def _done(self, job: Lineage, group: list[Sample], place: Place | None = None) -> None:
+        """place: where an earlier attempt's journal has the group already."""
         dropped = self._verdict(group) if job["kind"] == "rollout" else None
-        self.held.add(job, group, journal=journal, hold=dropped is None)
+        self.held.add(job, group, place, hold=dropped is None)
         rewards = [sample.reward for sample in group]
         tokens = sum(sample.response_length for sample in group)
         name = name_of(job)

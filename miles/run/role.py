@@ -18,6 +18,8 @@ from pathlib import Path
 from miles.config.compose import load_config
 from miles.config.exits import AGAIN, OK, WRONG, TryAgain, UserError, disk_full, file_fault
 from miles.config.schema import RunConfig
+from miles.data.store.epoch import Fence, Fenced
+from miles.data.store.run_dir import RunDir
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,10 @@ def main(name: str, body: Callable[[Role], None]) -> None:
         code = AGAIN
     except Exception as error:
         line = user_fault(error, role.run_dir)
-        if line is None:
+        if superseded := superseding(role):  # whatever went wrong then, a newer attempt's taking over is the reason
+            print(f"{name}: {superseded} ({type(error).__name__}: {error})", file=sys.stderr, flush=True)
+            code = AGAIN
+        elif line is None:
             traceback.print_exc()
             code = 1
         else:
@@ -83,6 +88,15 @@ def main(name: str, body: Callable[[Role], None]) -> None:
     sys.stderr.flush()
     # Straight out: threads of servers and process groups must not hold a dead role back.
     os._exit(code)
+
+
+def superseding(role: Role) -> str | None:
+    """What is said when a newer attempt exists; None while this one is the newest."""
+    try:
+        Fence(RunDir(role.run_dir), role.epoch).check()
+    except Fenced as error:
+        return str(error)
+    return None
 
 
 def leave_fault(role: Role, line: str) -> None:

@@ -25,11 +25,13 @@ POLL_SECONDS = 0.1
 LINGER_SECONDS = 2.0  # after the end, for those who have not asked yet
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A listening socket. Raises UserError when the port is in use or the address is not ours."""
+def listen(host: str, port: int, chosen: bool = True) -> socket.socket:
+    """A listening socket. Raises UserError when the port is in use or the address is not ours; TryAgain for a port that nobody chose."""
     try:
         return socket.create_server((host, port), family=family_of(host), backlog=1024)
     except OSError as error:
+        if not chosen:
+            raise TryAgain(f"the free port {port} was taken by another program meanwhile; the next attempt takes another") from error
         raise UserError(f"cluster.port: can't serve at {host}:{port} ({error.strerror}); choose another, or 0 for a free one") from error
 
 
@@ -41,8 +43,8 @@ def serve(role: Role) -> None:
     address = urlsplit(role.service)
     assert address.hostname is not None, "a URL with a host"
     assert address.port is not None, "a URL with a port"
-    listener = listen(address.hostname, address.port)
     config = load_run(role.run_dir)
+    listener = listen(address.hostname, address.port, chosen=config.cluster.port != 0)
     with Events(RunDir(role.run_dir), role.name, role.rank, role.epoch).phase("prompts", 0) as facts:
         prompts = load_prompts(config)
         if "warm_start" in prompts:

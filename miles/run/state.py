@@ -17,7 +17,7 @@ from miles.config.schema import Checkpoint, RunConfig
 from miles.data.store.epoch import Fence
 from miles.data.store.events import Events
 from miles.data.store.manifest import read_manifest
-from miles.data.store.metrics import append_metrics, cut_back, read_metrics
+from miles.data.store.metrics import Metrics, read_metrics
 from miles.data.store.retention import Bounds, retire_batches
 from miles.data.store.run_dir import RunDir
 from miles.data.store.shard import open_shard
@@ -40,6 +40,7 @@ class Run:
         self.role, self.config, self.service, self.ranks, self.trainer = role, config, service, ranks, trainer
         self.folder = RunDir(role.run_dir)
         self.fence = Fence(self.folder, role.epoch)
+        self.told = Metrics(self.folder.metrics, self.fence)
         self.events = Events(self.folder, "trainer", role.rank, role.epoch)
         self.trained = 0
         self.next_draw = 0
@@ -68,7 +69,7 @@ class Run:
             store=store, threads=config.cluster.threads, seed=config.seed,
         )  # fmt: skip
         if role.rank == 0:
-            service.publish("model", str(model_folder(config, role.run_dir)))
+            service.publish("model", str(model_folder(config, Fence(RunDir(role.run_dir), role.epoch))))
         model = Path(service.lookup("model"))
         run = cls(role, config, service, ranks, FsdpTrainer(config, model, ranks))
         run.resume()
@@ -89,13 +90,13 @@ class Run:
         folder = self.ranks.broadcast_json(str(found) if found else None)
         if folder is None:
             if self.role.rank == 0:
-                cut_back(self.folder.metrics, -1, self.fence)
+                self.told.cut_back(-1)
             return
         progress = self.trainer.load(Path(folder))
         self.trained, self.next_draw, self.checksum = progress["trained"], progress["next_draw"], progress["checksum"]
         self.saved = self.trained
         if self.role.rank == 0:
-            cut_back(self.folder.metrics, self.trained, self.fence)
+            self.told.cut_back(self.trained)
             print(f"trainer: resumed after step {self.trained} from {folder}", flush=True)
 
     def phase(self, name: str, number: int | None = None) -> AbstractContextManager[dict[str, Any]]:
@@ -121,9 +122,8 @@ class Run:
             return
         named = self.config.checkpoint.ref_load
         folder = Path(named) if named else self.folder.path / "reference"
-        self.fence.check()
         if not named:  # also when an earlier attempt came this far: the weights are the same, or it was another run
-            self.trainer.export_hf(folder)
+            self.trainer.export_hf(folder, self.fence)
         self.trainer.load_reference(folder)
 
     def batch(self, step: Step) -> Path:
@@ -194,7 +194,7 @@ class Run:
                         rows.setdefault(name, []).append(values)
         found = summarise_sequences(join_sequences(rows))
         if not any(line["kind"] == "eval" and line["step"] == number for line in read_metrics(self.folder.metrics)):
-            append_metrics(self.folder.metrics, {"step": number, "kind": "eval", "time": time.time(), **found}, self.fence)
+            self.told.append({"step": number, "kind": "eval", "time": time.time(), **found})
         self.service.announce(phase="eval", kind="eval", step=number, total_steps=total_steps(self.config), accuracy=found["eval/accuracy"])
 
     def record(self, step: Step) -> None:
@@ -202,7 +202,7 @@ class Run:
         if self.role.rank != 0:
             return
         line = {"step": step.number, "kind": step.kind, "time": time.time(), **self.metrics}
-        append_metrics(self.folder.metrics, line, self.fence)
+        self.told.append(line)
         self.service.announce(phase=step.kind, kind=step.kind, step=step.number, total_steps=total_steps(self.config), metrics=self.metrics)
 
     def save(self) -> None:
@@ -218,9 +218,8 @@ class Run:
 
     def finish(self) -> None:
         """Export the final weights and let the others go."""
-        self.fence.check()
         if self.config.checkpoint.save_hf:
-            self.trainer.export_hf(self.folder.hf)
+            self.trainer.export_hf(self.folder.hf, self.fence)
         shutil.rmtree(self.folder.attempt(self.role.epoch) / "sync", ignore_errors=True)
         if self.role.rank == 0:
             self.service.finish()
@@ -230,16 +229,17 @@ class Run:
         stop_ranks()
 
 
-def model_folder(config: RunConfig, run_dir: Path) -> Path:
+def model_folder(config: RunConfig, fence: Fence) -> Path:
     """Folder of the initial model; made by `model.build` where the configuration names no folder that exists."""
-    named = config.model.hf_checkpoint
+    named, run_dir = config.model.hf_checkpoint, fence.run_dir.path
     folder = Path(named) if named else run_dir / "model"
     if folder.exists():
         return folder
     if config.model.build is None:
         raise UserError(f"model.hf_checkpoint: no folder {folder}; give a Hugging Face folder, or model.build to make one")
     build = load_function(config.model.build, "model.build")
-    temporary = folder.with_name(folder.name + ".making")
+    # One of our own is made where a newer attempt takes it away; a named one may lie on another disk.
+    temporary = folder.with_name(folder.name + ".making") if named else fence.staging / folder.name
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         build(temporary, config.seed)
@@ -248,7 +248,10 @@ def model_folder(config: RunConfig, run_dir: Path) -> Path:
         raise UserError(line) from error
     if not temporary.is_dir():
         raise UserError(f"model.build: {config.model.build} made no folder {temporary}; it is called with (folder, seed)")
-    temporary.rename(folder)
+    if named:
+        temporary.rename(folder)
+    else:
+        fence.replace_folder(temporary, folder)
     return folder
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import os
 import secrets
 import signal
@@ -21,10 +20,10 @@ import httpx
 from miles.config.address import family_of, url_of
 from miles.config.exits import AGAIN, OK, WRONG, UserError, disk_full, first_cause, full
 from miles.config.schema import RunConfig
-from miles.data.store.epoch import new_epoch
-from miles.data.store.files import seal_json
-from miles.data.store.run_dir import RunDir, environment, has_results, read_provenance, record_attempt
-from miles.plan.tier import facts, promise
+from miles.data.store.epoch import Fence, new_epoch
+from miles.data.store.files import Damaged, read_json, seal_json
+from miles.data.store.run_dir import RunDir, record_attempt
+from miles.plan.tier import guarantee
 from miles.slurm.local import LocalComponent, LocalRunner
 
 SUPERVISE = "miles.run.component.supervise"
@@ -58,26 +57,16 @@ class Attempt:
         self.folder = run.attempt(self.epoch)
         self.token = secrets.token_hex(24)  # no "-" in front, which would make it an option on a command line
         self.url = url_of(config.cluster.host, port)
+        self.fence = Fence(run, self.epoch)
         (self.folder / "logs").mkdir()
         handle = os.open(self.folder / "token", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(handle, "w") as file:
             file.write(self.token)
-        (self.folder / "service.json").write_text(json.dumps({"url": self.url, "host": config.cluster.host, "port": port}))
+        seal_json(self.folder / "service.json", {"url": self.url, "host": config.cluster.host, "port": port})
         self.components: list[LocalComponent] = []
         self.stop_asked = 0.0
         self.stop_told = False
-        self.promise()
-
-    def promise(self) -> None:
-        """Record what this attempt can promise and why; say it when that is less than the attempt before it could."""
-        earlier = [entry for entry in read_provenance(self.run)["attempts"] if entry["epoch"] < self.epoch]
-        before = earlier[-1] if earlier and has_results(self.run) else None
-        here = {**environment(), **facts(self.config)}
-        tier, changed = promise(self.config, before, here)
-        told: dict[str, Any] = {"tier": tier.name, "promise": tier.promise, "why": tier.why, "changed": changed}
-        record_attempt(self.run, self.epoch, **here, **told, executor=self.config.cluster.executor)
-        if before is not None and before.get("tier") != tier.name:
-            self.say(f"guarantee: {tier.name} from attempt {self.epoch} on (before: {before.get('tier')}): {', '.join(changed) or tier.why}")
+        record_attempt(run, self.epoch, self.fence, tier=guarantee(config).name, executor=config.cluster.executor, threads=config.cluster.threads)
 
     def submit(self) -> None:
         """Start both components."""
@@ -137,12 +126,17 @@ class Attempt:
         ended = [component for component in self.components if not component.running()]
         for component in self.components:
             component.terminate()
+        silent = []
         for component in self.components:
             self.wait_for(component, 15.0)
-            component.kill()
+            if component.running():
+                silent.append(component)
+                component.kill()
         if train.outcome()["code"] == OK:
             return train.outcome()
-        return first_cause([component.outcome() for component in ended or self.components])
+        # One that was slow to stop its roles may be the one that knows why; one that had to be killed knows nothing.
+        spoke = [*ended, *(component for component in self.components if component not in ended and component not in silent)]
+        return first_cause([component.outcome() for component in spoke or self.components])
 
     @staticmethod
     def wait_for(component: LocalComponent, seconds: float) -> None:
@@ -188,9 +182,12 @@ def only_launcher(run: RunDir) -> Iterator[None]:
 def refuse_if_running(run: RunDir) -> None:
     """A launcher that was killed leaves a run that goes on."""
     latest = run.latest.resolve()
-    if (latest / "exit.json").exists() or not (latest / "token").exists():
+    if (latest / "exit.json").exists():
         return
-    url = json.loads((latest / "service.json").read_text())["url"]
+    try:
+        url = read_json(latest / "service.json")["url"]
+    except (FileNotFoundError, Damaged):  # the launcher was killed before it started anything
+        return
     headers = {"Authorization": f"Bearer {(latest / 'token').read_text()}"}
     try:
         reply = httpx.get(url + "/status", headers=headers, timeout=2.0, trust_env=False)
@@ -201,7 +198,10 @@ def refuse_if_running(run: RunDir) -> None:
 
 
 def launch(config: RunConfig, run: RunDir, update: Watcher, say: Callable[[str], None]) -> int:
-    """Run to the end, restarting after crashes; returns the exit code (docs/formats.md), 130 after Ctrl-C."""
+    """Run to the end, restarting after crashes; returns the exit code (docs/formats.md), 130 after Ctrl-C.
+
+    Raises Fenced when somebody else began a newer attempt.
+    """
     outcome: dict[str, Any] = {}
     for again in range(config.cluster.restarts + 1):
         attempt = Attempt(run, config, say)
@@ -215,6 +215,8 @@ def launch(config: RunConfig, run: RunDir, update: Watcher, say: Callable[[str],
         if attempt.stop_asked and outcome["code"] != OK:
             say(f"stopped; resume with: miles-submit run {run.path}")
             return 130
+        if outcome["code"] != OK:
+            attempt.fence.check()  # another attempt of ours would only fence the newer one off
         if outcome["code"] != AGAIN:
             break
         say(f"attempt {attempt.epoch}: {outcome['reason']}" + ("; trying again" if again < config.cluster.restarts else ""))

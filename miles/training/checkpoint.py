@@ -25,7 +25,6 @@ from miles.training.distributed import Ranks
 
 SCHEMA = "miles.checkpoint/1"
 STATE = "state.json"
-ASIDE = ".aside"
 
 
 def write_checkpoint(
@@ -34,7 +33,7 @@ def write_checkpoint(
     """Write one checkpoint; returns its folder. Collective.
 
     write(folder): every rank writes its files there, in any subfolders, and has synced them. state: content of state.json.
-    An older folder of the same step is replaced at the end, in one rename after another.
+    An older folder of the same step is replaced at the end.
     """
     target = checkpoints / step_name(step)
     if fence is not None:
@@ -58,15 +57,12 @@ def write_checkpoint(
             sync_folder(folder)
         seal_json(draft / COMPLETE, {"schema": SCHEMA, "step": step, "files": entries})
         if fence is not None:
-            fence.check()
-        old = None
-        if target.exists():
-            old = _free_name(target)
-            os.rename(target, old)
-        os.rename(draft, target)
-        sync_folder(checkpoints)
-        if old is not None:
-            shutil.rmtree(old)
+            fence.replace_folder(draft, target)
+        else:
+            if target.exists():
+                shutil.rmtree(target)
+            os.rename(draft, target)
+            sync_folder(checkpoints)
     ranks.barrier()
     return target
 
@@ -153,12 +149,3 @@ def _files(folder: Path) -> list[str]:
 def _entry(folder: Path, name: str) -> dict[str, Any]:
     path = folder / name
     return {"name": name, "bytes": path.stat().st_size, "xxh3": checksum(path)}
-
-
-def _free_name(target: Path) -> Path:
-    aside = target.with_name(f"{target.name}{ASIDE}")
-    count = 1
-    while aside.exists():
-        count += 1
-        aside = target.with_name(f"{target.name}{ASIDE}.{count}")
-    return aside

@@ -61,7 +61,7 @@ class Trainer(Protocol):
         """Checksum of the exported weights, equal on all ranks; engines that hold them have the same."""
         ...
 
-    def export_hf(self, folder: Path) -> None:
+    def export_hf(self, folder: Path, fence: Fence | None = None) -> None:
         """Write a Hugging Face folder that transformers and SGLang load. Rank 0 writes."""
         ...
 

@@ -209,15 +209,18 @@ class FsdpTrainer:
             _drain(self.named_weights())
         return str(self.ranks.broadcast_json(found))
 
-    def export_hf(self, folder: Path) -> None:
-        """Write a Hugging Face folder with the present weights: whole or not at all."""
+    def export_hf(self, folder: Path, fence: Fence | None = None) -> None:
+        """Write a Hugging Face folder with the present weights: whole or not at all. Raises Fenced when a newer attempt exists."""
         if self.ranks.rank == 0:
-            draft = make_folder(folder.parent) / f".{folder.name}.tmp"
+            draft = (make_folder(folder.parent) if fence is None else fence.staging) / f".{folder.name}.tmp"
             shutil.rmtree(draft, ignore_errors=True)
             self.write_hf(draft, self.named_weights())
-            shutil.rmtree(folder, ignore_errors=True)
-            draft.rename(folder)
-            sync_folder(folder.parent)
+            if fence is not None:
+                fence.replace_folder(draft, folder)
+            else:
+                shutil.rmtree(folder, ignore_errors=True)
+                draft.rename(folder)
+                sync_folder(folder.parent)
         else:
             _drain(self.named_weights())
         self.ranks.barrier()

@@ -17,7 +17,7 @@ from miles.data.store.epoch import new_epoch
 from miles.data.store.events import Events
 from miles.data.store.files import seal_bytes
 from miles.data.store.manifest import Manifest, Policy, ShardEntry, seal_manifest
-from miles.data.store.metrics import append_line, append_metrics
+from miles.data.store.metrics import Metrics, append_line
 from miles.data.store.run_dir import RunDir, record_attempt
 from miles.data.store.shard import write_shard
 from miles.data.store.train_record import TrainPart, write_train_record
@@ -159,7 +159,7 @@ def write_train(run: RunDir, step: int, shards: list[list[Sample]], rng: np.rand
 
 
 def record_step(run: RunDir, epoch: int, step: int, kind: str, at: float, **metrics: float) -> None:
-    append_metrics(run.metrics, {"step": step, "kind": kind, "time": at, **metrics})
+    Metrics(run.metrics).append({"step": step, "kind": kind, "time": at, **metrics})
 
 
 def record_phases(run: RunDir, epoch: int, step: int, start: float, phases: dict[str, float]) -> None:

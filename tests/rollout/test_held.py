@@ -35,8 +35,8 @@ def names(samples: list[Sample]) -> list[tuple[int, int, bytes]]:
 def test_memory_or_journal(tmp_path: Path, budget: int) -> None:
     made = Held(RunDir(tmp_path), 0, 1, SAMPLES, budget)
     for draw in (5, 3, 4, 8):
-        made.add(JOB, group(draw), journal=True, hold=draw != 8)
-    made.add(NEXT, group(9), journal=True, hold=True)
+        made.add(JOB, group(draw), hold=draw != 8)
+    made.add(NEXT, group(9), hold=True)
     taken = made.take(JOB, [3, 5])
     assert len(taken) == 4
     assert names(list(taken)) == names([*group(3), *group(5)])
@@ -48,9 +48,9 @@ def test_a_long_journal_is_shortened(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(held, "SHORTEN_BYTES", 10)
     made = Held(RunDir(tmp_path), 0, new_epoch(RunDir(tmp_path)), SAMPLES, budget=0)
     for draw in range(50):
-        made.add(JOB, group(draw), journal=True, hold=True)
-    made.add(NEXT, group(90), journal=True, hold=True)
-    made.add(NEXT, group(91), journal=True, hold=True)
+        made.add(JOB, group(draw), hold=True)
+    made.add(NEXT, group(90), hold=True)
+    made.add(NEXT, group(91), hold=True)
     path = RunDir(tmp_path).journal_file(0, 1)
     before = path.stat().st_size
     list(made.take(JOB, list(range(50))))
@@ -67,7 +67,7 @@ def test_a_death_between_shard_and_manifest_loses_no_group(tmp_path: Path, monke
     first = Held(RunDir(tmp_path), 0, 1, SAMPLES)
     first.begin(JOB)
     for draw in range(4):
-        first.add(JOB, group(draw), journal=True, hold=draw != 1)  # a filter dropped draw 1
+        first.add(JOB, group(draw), hold=draw != 1)  # a filter dropped draw 1
     write_shard(tmp_path / "rollout.0.h5", first.take(JOB, [0, 2]))
     first.close()
     second = Held(RunDir(tmp_path), 0, 2, SAMPLES)
@@ -82,21 +82,21 @@ def test_groups_of_several_sealed_steps_go_together(tmp_path: Path, monkeypatch:
     made = Held(RunDir(tmp_path), 0, new_epoch(RunDir(tmp_path)), SAMPLES)
     for step in (3, 4, 5):
         made.begin(JOB | {"step": step})
-        made.add(JOB | {"step": step}, group(step), journal=True, hold=True)
+        made.add(JOB | {"step": step}, group(step), hold=True)
         if step < 5:
             made.take(JOB | {"step": step}, [step])
     monkeypatch.setattr(held, "SHORTEN_BYTES", 10)
     made.take(JOB | {"step": 5}, [5])
     made.begin(JOB | {"step": 6})
-    made.add(JOB | {"step": 6}, group(6), journal=True, hold=True)
+    made.add(JOB | {"step": 6}, group(6), hold=True)
     assert [context["step"] for context, _ in read_journal(RunDir(tmp_path).journal_file(0, 1))] == [6]
 
 
 def test_recall_is_for_the_same_job_only(tmp_path: Path) -> None:
     first = Held(RunDir(tmp_path), 0, 1, SAMPLES)
-    first.add(JOB, group(1), journal=True, hold=True)
-    first.add(JOB, group(2)[:1], journal=True, hold=True)  # of a run with one sample a prompt
-    first.add(JOB | {"weight_checksum": "bb"}, group(3), journal=True, hold=True)
+    first.add(JOB, group(1), hold=True)
+    first.add(JOB, group(2)[:1], hold=True)  # of a run with one sample a prompt
+    first.add(JOB | {"weight_checksum": "bb"}, group(3), hold=True)
     first.close()
     with RunDir(tmp_path).journal_file(0, 1).open("ab") as file:
         file.write(b"torn")
@@ -106,3 +106,18 @@ def test_recall_is_for_the_same_job_only(tmp_path: Path) -> None:
     assert names(read_group(*found[1])) == names(group(1))
     assert second.recall(NEXT) == {}
     assert list(second.recall(JOB | {"weight_checksum": "bb"})) == [3]
+
+
+def test_a_recalled_group_is_not_journalled_again(tmp_path: Path) -> None:
+    """In memory or, beyond the budget, where the older journal has it."""
+    first = Held(RunDir(tmp_path), 0, 1, SAMPLES)
+    first.add(JOB, group(1), hold=True)
+    first.close()
+    for epoch, budget in ((2, 1 << 20), (3, 0)):
+        later = Held(RunDir(tmp_path), 0, epoch, SAMPLES, budget)
+        place = later.recall(JOB)[1]
+        later.add(JOB, read_group(*place), place, hold=True)
+        later.add(JOB, group(epoch), hold=True)
+        assert names(list(later.take(JOB, [1, epoch]))) == names([*group(1), *group(epoch)])
+        assert [context_group[1][0].draw for context_group in read_journal(RunDir(tmp_path).journal_file(0, epoch))] == [epoch]
+        later.close()

@@ -10,8 +10,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from miles.config.exits import UserError
-from miles.slurm.launch import free_port
+from miles.config.exits import TryAgain, UserError
+from miles.data.store.epoch import new_epoch
+from miles.data.store.run_dir import RunDir
+from miles.run.service import listen
+from miles.slurm.launch import free_port, refuse_if_running
 from miles.slurm.local import LocalComponent, LocalRunner
 
 
@@ -83,3 +86,23 @@ def test_port_in_use_is_one_line() -> None:
         with pytest.raises(UserError, match=rf"cluster.port: 127.0.0.1:{port} can't be used .*; choose another, or 0"):
             free_port("127.0.0.1", port)
     assert free_port("127.0.0.1", 0) > 0
+
+
+def test_a_free_port_that_is_lost_is_no_mistake_of_the_users() -> None:
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=r"cluster.port: can't serve at"):
+            listen("127.0.0.1", port)
+        with pytest.raises(TryAgain, match="the next attempt takes another"):
+            listen("127.0.0.1", port, chosen=False)
+
+
+@pytest.mark.parametrize("left", [{}, {"token": "secret"}, {"token": "secret", "service.json": ""}, {"token": "secret", "service.json": '{"url": "http://127.0.0.1:9"}'}])
+def test_a_launcher_killed_while_it_made_an_attempt_holds_nobody_up(tmp_path: Path, left: dict[str, str]) -> None:
+    run = RunDir(tmp_path)
+    epoch = new_epoch(run)
+    for name, content in left.items():
+        (run.attempt(epoch) / name).write_text(content)
+    refuse_if_running(run)

@@ -11,6 +11,7 @@ import contextlib
 import os
 import secrets
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from miles.config.exits import AGAIN, TryAgain
@@ -50,15 +51,16 @@ def new_epoch(run_dir: RunDir) -> int:
     sync_folder(run_dir.attempts)
     Fence(run_dir, epoch).check()  # a newer one may have looked for our staging folder before we made it
     _take_staging(run_dir, epoch)
-    point_latest(run_dir, epoch)
+    point_latest(run_dir, Fence(run_dir, epoch))
     return epoch
 
 
-def point_latest(run_dir: RunDir, epoch: int) -> None:
-    """Replace the symbolic link `latest` atomically."""
-    temporary = run_dir.path / f".latest.{secrets.token_hex(4)}.tmp"
-    os.symlink(Path("attempts") / run_dir.attempt(epoch).name, temporary)
-    os.replace(temporary, run_dir.latest)
+def point_latest(run_dir: RunDir, fence: Fence) -> None:
+    """Replace the symbolic link `latest` atomically. Raises Fenced when a newer attempt exists."""
+    with fence.staged():
+        temporary = fence.temporary("latest")
+        os.symlink(Path("attempts") / run_dir.attempt(fence.epoch).name, temporary)
+        os.replace(temporary, run_dir.latest)
     sync_folder(run_dir.path)
 
 
@@ -80,6 +82,40 @@ class Fence:
         """Raise Fenced when a newer attempt exists."""
         if os.path.exists(self._next):
             raise Fenced(f"attempt {self.epoch} of {self.run_dir.path} was superseded by attempt {newest_epoch(self.run_dir)}")
+
+    def temporary(self, name: str) -> Path:
+        """A path in staging that nobody uses yet, for something that will be called `name`."""
+        return self.staging / f".{name}.{secrets.token_hex(4)}.tmp"
+
+    @contextlib.contextmanager
+    def staged(self) -> Iterator[None]:
+        """Around renames out of staging and into it: check(), and Fenced where one fails since a newer attempt took the folder."""
+        self.check()
+        try:
+            yield
+        except FileNotFoundError:
+            self.check()
+            raise
+
+    def replace_folder(self, draft: Path, folder: Path) -> None:
+        """Give a folder in staging its name; an older one of that name goes. Raises Fenced when a newer attempt exists."""
+        older = self.temporary(folder.name)
+        with self.staged():
+            if folder.exists():
+                os.rename(folder, older)
+            os.rename(draft, folder)
+        sync_folder(folder.parent)
+        shutil.rmtree(older, ignore_errors=True)  # what is left goes with the staging folder
+
+    def discard(self, path: Path) -> None:
+        """Delete a file or folder by way of staging: a kill never leaves half of it under its name. Raises Fenced when a newer attempt exists."""
+        with self.staged():
+            place = self.temporary(path.name)
+            os.rename(path, place)
+        if place.is_dir():
+            shutil.rmtree(place, ignore_errors=True)  # what is left goes with the staging folder
+        else:
+            place.unlink(missing_ok=True)
 
 
 def _take_staging(run_dir: RunDir, epoch: int) -> None:

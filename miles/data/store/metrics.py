@@ -17,19 +17,9 @@ def append_line(path: Path, record: dict[str, Any]) -> None:
 
     NaN and infinities become null: JSON has none. Disk full: the file stays as it was, and the OSError passes.
     """
-    make_folder(path.parent)
-    handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    handle = _open(path)
     try:
-        end = os.fstat(handle).st_size
-        line = json.dumps(_finite(record), ensure_ascii=False, default=plain).encode("utf-8", "replace") + b"\n"
-        if end and os.pread(handle, 1, end - 1) != b"\n":
-            line = b"\n" + line
-        try:
-            while line:
-                line = line[os.write(handle, line) :]
-        except OSError:
-            os.ftruncate(handle, end)
-            raise
+        _append(handle, record)
     finally:
         os.close(handle)
 
@@ -46,12 +36,54 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return found
 
 
-def append_metrics(path: Path, record: dict[str, Any], fence: Fence | None = None) -> None:
-    """Append the metrics of a step: {"step": int, "kind": "sft"|"rollout"|"eval", "time": unix seconds, "<name>": number...}."""
-    assert {"step", "kind"} <= set(record), "a line of metrics has a step and a kind"
-    if fence is not None:
-        fence.check()
-    append_line(path, record)
+class Metrics:
+    """metrics.jsonl in the hands of one attempt; rank 0 alone writes it.
+
+    An attempt puts a copy of the file in its place when it begins, and holds it open. So an older one that was stopped just before
+    a write goes on writing to a file that has no name any more.
+    """
+
+    def __init__(self, path: Path, fence: Fence | None = None) -> None:
+        self.path, self.fence = path, fence
+        self._handle: int | None = None
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Append the metrics of a step: {"step": int, "kind": "sft"|"rollout"|"eval", "time": unix seconds, "<name>": number...}.
+
+        Raises Fenced when a newer attempt exists.
+        """
+        assert {"step", "kind"} <= set(record), "a line of metrics has a step and a kind"
+        self._check()
+        if self._handle is None:
+            self._take()
+        assert self._handle is not None, "taken"
+        _append(self._handle, record)
+
+    def cut_back(self, step: int) -> int:
+        """Drop the lines after this step (evaluations too) and torn ones, atomically; returns how many lines went."""
+        if not self.path.exists():
+            return 0
+        lines = [line for line in self.path.read_bytes().split(b"\n") if line]
+        kept = [line for line in lines if (record := _parse(line)) is not None and int(record.get("step", 0)) <= step]
+        seal_bytes(self.path, b"".join(line + b"\n" for line in kept), self.fence)
+        self.close()
+        self._take()
+        return len(lines) - len(kept)
+
+    def close(self) -> None:
+        if self._handle is not None:
+            os.close(self._handle)
+            self._handle = None
+
+    def _take(self) -> None:
+        if self.fence is not None and not self.path.exists():
+            seal_bytes(self.path, b"", self.fence)
+        self._handle = _open(self.path)
+        self._check()  # what was opened is no newer attempt's: one that begins from here on replaces it
+
+    def _check(self) -> None:
+        if self.fence is not None:
+            self.fence.check()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -59,15 +91,22 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return read_lines(path)
 
 
-def cut_back(path: Path, step: int, fence: Fence | None = None) -> int:
-    """Drop the lines after this step (evaluations too) and torn ones, atomically; returns how many lines went."""
-    if not path.exists():
-        return 0
-    lines = [line for line in path.read_bytes().split(b"\n") if line]
-    kept = [line for line in lines if (record := _parse(line)) is not None and int(record.get("step", 0)) <= step]
-    if len(kept) < len(lines):
-        seal_bytes(path, b"".join(line + b"\n" for line in kept), fence)
-    return len(lines) - len(kept)
+def _open(path: Path) -> int:
+    make_folder(path.parent)
+    return os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+
+
+def _append(handle: int, record: dict[str, Any]) -> None:
+    end = os.fstat(handle).st_size
+    line = json.dumps(_finite(record), ensure_ascii=False, default=plain).encode("utf-8", "replace") + b"\n"
+    if end and os.pread(handle, 1, end - 1) != b"\n":
+        line = b"\n" + line
+    try:
+        while line:
+            line = line[os.write(handle, line) :]
+    except OSError:
+        os.ftruncate(handle, end)
+        raise
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

@@ -7,7 +7,7 @@ import pytest
 from miles.data.store.epoch import Fence, Fenced, new_epoch
 from miles.data.store.events import Events
 from miles.data.store.journal import Journal
-from miles.data.store.metrics import append_metrics, cut_back
+from miles.data.store.metrics import Metrics
 
 
 def everything(run_dir):
@@ -18,6 +18,7 @@ def everything(run_dir):
 def writers(run_dir, make_sample):
     """The growing files of attempt 1, each with something in it, and what would add to them."""
     fence = Fence(run_dir, new_epoch(run_dir))
+    metrics = Metrics(run_dir.metrics, fence)
     journal, events = Journal(run_dir.journal_file(0, 1), fence=fence), Events(run_dir, "worker", 0, 1)
 
     def phase():
@@ -32,14 +33,14 @@ def writers(run_dir, make_sample):
         "journal compaction": lambda: journal.compact(lambda *_: True),
         "events": lambda: events.append("seal", 1, 0.0, 1.0),
         "phase": phase,
-        "metrics": lambda: append_metrics(run_dir.metrics, {"step": 1, "kind": "rollout"}, fence),
-        "metrics cut back": lambda: cut_back(run_dir.metrics, 0, fence),
+        "metrics": lambda: metrics.append({"step": 1, "kind": "rollout"}),
+        "metrics cut back": lambda: metrics.cut_back(0),
         "another journal": new_journal,
     }
     for name, write in found.items():
         if name != "another journal":
             write()
-    append_metrics(run_dir.metrics, {"step": 1, "kind": "rollout"}, fence)
+    metrics.append({"step": 1, "kind": "rollout"})
     yield found
     journal.close()
 

@@ -83,18 +83,18 @@ sys.path.insert(0, {str(__file__).rsplit("/", 1)[0]!r})
 from conftest import _make
 from miles.data.store.files import seal_bytes
 from miles.data.store.journal import Journal, read_journal
-from miles.data.store.metrics import append_metrics, read_metrics
+from miles.data.store.metrics import Metrics, read_metrics
 from miles.data.store.shard import write_shard
 folder = Path({str(tmp_path)!r})
 big = [_make(0, 0, 1, 200_000)]
 journal = Journal(folder / "w.1.log")
 journal.append([_make(1, 0)], {{}})
-append_metrics(folder / "metrics.jsonl", {{"step": 0, "kind": "sft"}})
+Metrics(folder / "metrics.jsonl").append({{"step": 0, "kind": "sft"}})
 tries = [
     lambda: seal_bytes(folder / "file", bytes(200_000)),
     lambda: write_shard(folder / "file", big),
     lambda: journal.append(big, {{}}),
-    lambda: append_metrics(folder / "metrics.jsonl", {{"step": 1, "kind": "sft", "text": "x" * 200_000}}),
+    lambda: Metrics(folder / "metrics.jsonl").append({{"step": 1, "kind": "sft", "text": "x" * 200_000}}),
 ]
 for attempt in tries:
     try:
@@ -103,7 +103,7 @@ for attempt in tries:
     except OSError as error:
         print(error.errno)
 journal.append([_make(2, 0)], {{}})
-append_metrics(folder / "metrics.jsonl", {{"step": 2, "kind": "sft"}})
+Metrics(folder / "metrics.jsonl").append({{"step": 2, "kind": "sft"}})
 print([group[0].draw for _, group in read_journal(folder / "w.1.log")], [line["step"] for line in read_metrics(folder / "metrics.jsonl")])
 """
 

@@ -6,7 +6,7 @@ import pytest
 
 from miles.data.store.epoch import Fence, Fenced, new_epoch
 from miles.data.store.events import Events, read_events
-from miles.data.store.metrics import append_metrics, cut_back, read_metrics
+from miles.data.store.metrics import Metrics, read_metrics
 
 
 def line(step, kind="rollout", **more):
@@ -15,7 +15,7 @@ def line(step, kind="rollout", **more):
 
 def test_lines_come_back_with_the_same_bits(run_dir):
     values = {"train/loss": 0.1 + 0.2, "train/grad_norm": np.float32(1 / 3), "n": np.int64(2), "bad": float("nan"), "worse": float("-inf")}
-    append_metrics(run_dir.metrics, line(0, **values))
+    Metrics(run_dir.metrics).append(line(0, **values))
     (found,) = read_metrics(run_dir.metrics)
     assert found["train/loss"] == 0.1 + 0.2
     assert np.float32(found["train/grad_norm"]) == np.float32(1 / 3)
@@ -25,39 +25,39 @@ def test_lines_come_back_with_the_same_bits(run_dir):
 
 
 def test_torn_last_line_is_passed_over_and_written_past(run_dir):
-    append_metrics(run_dir.metrics, line(0))
-    append_metrics(run_dir.metrics, line(1, value=123456))
+    Metrics(run_dir.metrics).append(line(0))
+    Metrics(run_dir.metrics).append(line(1, value=123456))
     whole = run_dir.metrics.read_bytes()
     first = whole.index(b"\n") + 1
     for cut in range(first, len(whole) - 1):
         run_dir.metrics.write_bytes(whole[:cut])
         assert [each["step"] for each in read_metrics(run_dir.metrics)] == [0]
-        append_metrics(run_dir.metrics, line(2))
+        Metrics(run_dir.metrics).append(line(2))
         assert [each["step"] for each in read_metrics(run_dir.metrics)] == [0, 2]
 
 
 def test_cut_back_keeps_steps_up_to_the_checkpoint(run_dir):
-    assert cut_back(run_dir.metrics, 3) == 0
+    assert Metrics(run_dir.metrics).cut_back(3) == 0
     for step, kind in ((0, "sft"), (1, "sft"), (1, "eval"), (2, "rollout"), (3, "rollout"), (3, "eval")):
-        append_metrics(run_dir.metrics, line(step, kind))
+        Metrics(run_dir.metrics).append(line(step, kind))
     with open(run_dir.metrics, "ab") as file:
         file.write(b'{"step": 4, "ki')
     kept = run_dir.metrics.read_bytes().split(b"\n")[:4]
-    assert cut_back(run_dir.metrics, 2) == 3
+    assert Metrics(run_dir.metrics).cut_back(2) == 3
     assert run_dir.metrics.read_bytes() == b"\n".join(kept) + b"\n"
-    assert cut_back(run_dir.metrics, 2) == 0
-    assert cut_back(run_dir.metrics, -1) == 4
+    assert Metrics(run_dir.metrics).cut_back(2) == 0
+    assert Metrics(run_dir.metrics).cut_back(-1) == 4
     assert read_metrics(run_dir.metrics) == []
 
 
 def test_old_attempt_writes_no_metrics(run_dir):
     old = Fence(run_dir, new_epoch(run_dir))
-    append_metrics(run_dir.metrics, line(0), old)
+    Metrics(run_dir.metrics, old).append(line(0))
     new_epoch(run_dir)
     with pytest.raises(Fenced):
-        append_metrics(run_dir.metrics, line(1), old)
+        Metrics(run_dir.metrics, old).append(line(1))
     with pytest.raises(Fenced):
-        cut_back(run_dir.metrics, -1, old)
+        Metrics(run_dir.metrics, old).cut_back(-1)
     assert [each["step"] for each in read_metrics(run_dir.metrics)] == [0]
 
 
