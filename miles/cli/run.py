@@ -24,9 +24,10 @@ from miles.slurm.launch import free_port, launch, only_launcher
 
 S = TypeVar("S", bound=Section)
 
-# What may differ when a run goes on: how far, and how it is looked after; never what it computes.
+# What may differ when a run goes on: how far, and how it is looked after; never what it computes (threads: the same to the last bits,
+# so the guarantee falls, and the launcher says so).
 MAY_CHANGE = {
-    "num_rollout", "cluster.port", "cluster.restarts", "cluster.stop_seconds",
+    "num_rollout", "cluster.threads", "cluster.port", "cluster.restarts", "cluster.stop_seconds",
     "checkpoint.save_interval", "checkpoint.retain", "checkpoint.save_hf",
     "checkpoint.retain_batches", "checkpoint.retain_batches_days", "checkpoint.retain_batches_bytes",
 }  # fmt: skip

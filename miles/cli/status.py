@@ -81,11 +81,19 @@ def rows(summary: Summary) -> list[tuple[str, str]]:
         ("seconds/step", number(summary.seconds_per_step) if summary.seconds_per_step is not None else None),
         ("time left", duration(summary.seconds_left) if summary.seconds_left is not None else None),
         ("attempt", f"{summary.epoch}" + (f" ({summary.restarts} restart{'s' if summary.restarts > 1 else ''})" if summary.restarts else "") if summary.epoch is not None else None),
-        ("guarantee", summary.tier),
+        ("guarantee", guarantee(summary)),
         ("checkpoint", f"step {summary.checkpoint}" if summary.checkpoint is not None else "none yet"),
         ("message", summary.message or None),
     ]
     return [(name, value) for name, value in found if value is not None]
+
+
+def guarantee(summary: Summary) -> str | None:
+    """The tier, since when it is that weak, and why."""
+    if summary.tier is None:
+        return None
+    since = f" since attempt {summary.tier_since}" if summary.tier_since is not None else ""
+    return summary.tier + since + (f": {summary.tier_why}" if summary.tier_why else "")
 
 
 def _accuracy(summary: Summary) -> str | None:

@@ -41,6 +41,8 @@ class Summary:
     seconds_per_step: float | None = None
     seconds_left: float | None = None
     tier: str | None = None
+    tier_why: str = ""
+    tier_since: int | None = None  # attempt from which on it is weaker than it was at first
     checkpoint: int | None = None
     message: str = ""
 
@@ -56,7 +58,7 @@ def summarise(record: RunRecord, now: float | None = None) -> Summary:
     summary.restarts = max(summary.attempts - 1, 0)
     summary.total_steps = record.total_steps
     summary.checkpoint = record.checkpoint
-    summary.tier = guarantee_tier(record)
+    summary.tier, summary.tier_since, summary.tier_why = guarantee_tier(record)
     trained = sorted({int(line["step"]) for line in record.metrics if line.get("kind") in ("sft", "rollout")})
     if trained:
         summary.step = trained[-1]
@@ -132,12 +134,16 @@ def steps_behind(status: dict[str, Any]) -> int | None:
     return max(status["step"] - 1, 0) if at_work else int(status["step"])
 
 
-def guarantee_tier(record: RunRecord) -> str | None:
-    """exact, replayed or accounted: the weakest that any attempt recorded; None when none did."""
+def guarantee_tier(record: RunRecord) -> tuple[str | None, int | None, str]:
+    """(exact, replayed or accounted: the weakest that any attempt recorded; the attempt since which, if another was stronger; why)."""
     order = ("exact", "replayed", "accounted")
-    entries = [record.provenance, *record.provenance.get("attempts", [])]
-    tiers = [str(entry[key]) for entry in entries for key in ("tier", "guarantee_tier") if entry.get(key)]
-    return max(tiers, key=lambda tier: order.index(tier) if tier in order else len(order), default=None)
+    entries = [entry for entry in record.provenance.get("attempts", []) if entry.get("tier")]
+    if not entries:
+        return None, None, ""
+    weakest = max(entries, key=lambda entry: order.index(entry["tier"]) if entry["tier"] in order else len(order))  # the first of equals
+    fell = any(entry["tier"] != weakest["tier"] for entry in entries if entry["epoch"] < weakest["epoch"])
+    why = ", ".join(weakest.get("changed") or []) if fell else ""
+    return str(weakest["tier"]), int(weakest["epoch"]) if fell else None, why or str(weakest.get("why") or "")
 
 
 def step_seconds(record: RunRecord) -> float | None:

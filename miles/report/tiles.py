@@ -92,7 +92,8 @@ def _speed(record: RunRecord) -> Tile:
 def _tier(summary: Summary) -> Tile:
     if summary.tier is None:
         return Tile("Guarantee", "–", "no tier recorded")
-    return Tile("Guarantee", summary.tier, TIERS.get(summary.tier, "not a tier that this version knows"))
+    since = f"; since attempt {summary.tier_since}: {summary.tier_why}" if summary.tier_since is not None else ""
+    return Tile("Guarantee", summary.tier, TIERS.get(summary.tier, "not a tier that this version knows") + since)
 
 
 def _attempts(record: RunRecord, summary: Summary) -> Tile:

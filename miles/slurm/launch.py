@@ -22,8 +22,8 @@ from miles.config.exits import AGAIN, OK, WRONG, UserError, disk_full, first_cau
 from miles.config.schema import RunConfig
 from miles.data.store.epoch import Fence, new_epoch
 from miles.data.store.files import Damaged, read_json, seal_json
-from miles.data.store.run_dir import RunDir, record_attempt
-from miles.plan.tier import guarantee
+from miles.data.store.run_dir import RunDir, environment, has_results, read_provenance, record_attempt
+from miles.plan.tier import facts, promise
 from miles.slurm.local import LocalComponent, LocalRunner
 
 SUPERVISE = "miles.run.component.supervise"
@@ -66,7 +66,18 @@ class Attempt:
         self.components: list[LocalComponent] = []
         self.stop_asked = 0.0
         self.stop_told = False
-        record_attempt(run, self.epoch, self.fence, tier=guarantee(config).name, executor=config.cluster.executor, threads=config.cluster.threads)
+        self.promise()
+
+    def promise(self) -> None:
+        """Record what this attempt can promise and why; say it when that is less than the attempt before it could."""
+        earlier = [entry for entry in read_provenance(self.run)["attempts"] if entry["epoch"] < self.epoch]
+        before = earlier[-1] if earlier and has_results(self.run) else None
+        here = {**environment(), **facts(self.config)}
+        tier, changed = promise(self.config, before, here)
+        told: dict[str, Any] = {"tier": tier.name, "promise": tier.promise, "why": tier.why, "changed": changed}
+        record_attempt(self.run, self.epoch, self.fence, **here, **told, executor=self.config.cluster.executor)
+        if before is not None and before.get("tier") != tier.name:
+            self.say(f"guarantee: {tier.name} from attempt {self.epoch} on (before: {before.get('tier')}): {', '.join(changed) or tier.why}")
 
     def submit(self) -> None:
         """Start both components."""

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 PLAN_SCHEMA = "miles.plan/1"
 PROVENANCE_SCHEMA = "miles.provenance/1"
 COMPLETE = "COMPLETE"
-PACKAGES = ("miles", "torch", "transformers", "numpy", "h5py", "numba", "safetensors", "sglang", "megatron-core", "submitit", "pydantic")
+PACKAGES = ("miles", "torch", "transformers", "tokenizers", "numpy", "h5py", "numba", "llvmlite", "safetensors", "sglang", "megatron-core", "submitit", "pydantic")
 STEP = re.compile(r"step_(\d{6,})")
 
 
@@ -146,6 +146,11 @@ def newest_complete_checkpoint(run_dir: RunDir) -> int | None:
     return complete[-1] if complete else None
 
 
+def has_results(run_dir: RunDir) -> bool:
+    """Whether an earlier attempt left anything that the next one goes on from: a complete checkpoint, a batch, finished groups."""
+    return newest_complete_checkpoint(run_dir) is not None or any(path.is_file() and path.stat().st_size for path in run_dir.batches.rglob("*"))
+
+
 def read_run_yaml(run_dir: RunDir) -> dict[str, Any]:
     """The resolved configuration as plain values. Damaged when it is not a YAML mapping."""
     try:
@@ -186,7 +191,7 @@ def record_attempt(run_dir: RunDir, epoch: int, fence: Fence | None = None, **fa
 
 
 def environment() -> dict[str, Any]:
-    """Host, machine, Python and the versions of installed packages that bits may depend on."""
+    """Host, machine, models of CPU and GPUs, Python and the versions of installed packages that bits may depend on."""
     versions = {}
     for name in PACKAGES:
         try:
@@ -198,6 +203,17 @@ def environment() -> dict[str, Any]:
         "machine": platform.machine(),
         "system": platform.platform(),
         "cpus": os.cpu_count(),
+        "cpu": _first(Path("/proc/cpuinfo"), "model name") or platform.processor() or None,
+        "gpus": [model for path in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information")) if (model := _first(path, "Model"))],
         "python": platform.python_version(),
         "versions": versions,
     }
+
+
+def _first(path: Path, key: str) -> str | None:
+    """Value of the first `key : value` line of a file of the kernel's; None without it."""
+    try:
+        lines = path.read_text(errors="replace").splitlines()
+    except OSError:
+        return None
+    return next((value.strip() for name, colon, value in (line.partition(":") for line in lines) if colon and name.strip() == key), None)
