@@ -53,7 +53,8 @@ def first_missing(module: str) -> str | None:
         name = ".".join(parts[:length])
         if length > 1:
             folders = spec.submodule_search_locations if spec else None
-            spec = finder.find_spec(name, folders) if folders is not None else None
+            # By its own name alone: below a folder without __init__.py the full name asks for the parent, which isn't imported.
+            spec = finder.find_spec(parts[length - 1], list(folders)) if folders is not None else None
         if spec is None:
             return name
     return None
