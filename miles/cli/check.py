@@ -45,7 +45,7 @@ def summary(config: RunConfig) -> list[tuple[str, str]]:
     rows = [
         ("run", f"{config.name}, seed {config.seed}"),
         ("where", f"{cluster.executor}, {cluster.placement}, {cluster.device}, threads {cluster.threads}"),
-        ("model", f"{config.model.name or config.model.hf_checkpoint or '?'}, {config.model.dtype}"),
+        ("model", f"{_model(config)}, {config.model.dtype}"),
         ("prompts", _source(config.data)),
     ]
     if warm.steps:
@@ -85,6 +85,11 @@ def show(config: RunConfig, findings: list[Finding]) -> None:
 
 def _count(number: int, what: str) -> str:
     return f"{number} {what}" + ("" if number == 1 else "s")
+
+
+def _model(config: RunConfig) -> str:
+    model = config.model
+    return model.name or model.hf_checkpoint or (f"made at the start by {model.build}" if model.build else "?")
 
 
 def _source(source: Source) -> str:

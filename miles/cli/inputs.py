@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from miles.config.compose import load_config
@@ -27,13 +28,16 @@ def existing_run(words: list[str]) -> Path | None:
     return None
 
 
-def findings(config: RunConfig) -> list[Finding]:
-    """What is wrong with a run before it starts, errors first: the settings, then what the files that they name hold."""
+def findings(config: RunConfig, roots: Sequence[str] = ()) -> list[Finding]:
+    """What is wrong with a run before it starts, errors first: the settings, then what the files that they name hold.
+
+    roots: folders of the run's functions, besides those of this command.
+    """
     from miles.data.prompts import check_files  # numpy: nothing that a mere reader of configurations waits for
 
     found = judge(config)
     if not any(finding.level == "error" for finding in found):
-        opened = [Finding(*entry) for entry in unusable(config)]
+        opened = [Finding(*entry) for entry in unusable(config, roots)]
         try:
             check_files(config)
         except UserError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -11,19 +12,31 @@ from rich.console import Console
 
 from miles.config.exits import WRONG, UserError, disk_full, file_fault
 
+HELP = {"help_option_names": ["-h", "--help"]}
 app = typer.Typer(
     name="miles-submit",
-    help="Reinforcement-learning post-training of large language models under Slurm, or on this machine: one YAML, one command.",
     epilog="Example: miles-submit run recipes/quickstart --run-dir runs/first train.optimizer.lr=3e-4",
     no_args_is_help=True,
+    context_settings=HELP,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-FLAGS = {"allow_extra_args": True, "ignore_unknown_options": True}
+FLAGS = {"allow_extra_args": True, "ignore_unknown_options": True, **HELP}
 Json = Annotated[bool, typer.Option("--json", help="print JSON, for scripts")]
 INTERRUPTED = 130  # as shells count a Ctrl-C
 RunPath = Annotated[Path, typer.Argument(help="run directory, such as runs/quickstart", metavar="RUN_DIR")]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"miles {importlib.metadata.version('miles')}")
+        raise typer.Exit
+
+
+@app.callback()
+def miles(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version and end")] = False) -> None:
+    """Reinforcement-learning post-training of large language models under Slurm, or on this machine: one YAML, one command."""
 
 
 @app.command(context_settings=FLAGS, epilog="Example: miles-submit check recipes/quickstart --n-samples-per-prompt 16")
@@ -54,7 +67,7 @@ def run(
         return _complain("stopped", INTERRUPTED)
 
 
-@app.command(epilog="Example: miles-submit status runs/quickstart --json")
+@app.command(context_settings=HELP, epilog="Example: miles-submit status runs/quickstart --json")
 def status(run_dir: RunPath, as_json: Json = False) -> int:
     """What a run is doing: step, phase, reward, speed, time left; or how it ended."""
     from miles.cli.status import status as show
@@ -62,7 +75,7 @@ def status(run_dir: RunPath, as_json: Json = False) -> int:
     return show(run_dir, as_json)
 
 
-@app.command(epilog="Example: miles-submit logs -f runs/quickstart trainer")
+@app.command(context_settings=HELP, epilog="Example: miles-submit logs -f runs/quickstart trainer")
 def logs(
     run_dir: RunPath,
     component: Annotated[str | None, typer.Argument(help="service, trainer, engine or worker; default all")] = None,
@@ -75,7 +88,7 @@ def logs(
     return show(run_dir, component, follow, lines)
 
 
-@app.command(epilog="Example: miles-submit report runs/quickstart")
+@app.command(context_settings=HELP, epilog="Example: miles-submit report runs/quickstart")
 def report(run_dir: RunPath, as_json: Json = False) -> int:
     """Make the report of a run, finished or not: one HTML page."""
     from miles.cli.report import report as make

@@ -21,15 +21,16 @@ LINE_SECONDS = 5.0  # between plain lines when nothing but time has passed
 EVENTS = 4  # last events shown under the bar
 NARROW = 70  # columns under which the display has one fact a line
 RECENT = 6  # steps that the time of a step is taken from
+ENDS = ("finished", "failed", "stopped")
 KINDS = {"sft": "warm start", "rollout": "rollout", "eval": "evaluation"}
 
 
 class Progress:
     """update(status) with the service's GET /status, at any rate; say(line) for an event; close() at the end.
 
-    status: {"run", "epoch", "phase", "step", "total_steps", "kind", "groups_done", "groups_total", "tokens_per_second",
-    "reward_mean", "accuracy", "metrics", "seconds_per_step", "message"}; any key may be missing or null. Everything goes to
-    stderr; NO_COLOR and narrow terminals are honoured.
+    status: {"run", "epoch", "phase", "waiting", "step", "total_steps", "kind", "groups_done", "groups_total",
+    "tokens_per_second", "reward_mean", "accuracy", "metrics", "seconds_per_step", "message"}; any key may be missing or null.
+    Everything goes to stderr; NO_COLOR and narrow terminals are honoured.
     """
 
     def __init__(self, console: Console | None = None, line_seconds: float = LINE_SECONDS, clock: Callable[[], float] = time.monotonic) -> None:
@@ -42,6 +43,7 @@ class Progress:
         self._marks: deque[tuple[float, int]] = deque(maxlen=RECENT)  # when how many steps were behind us, in this phase of the run
         self._said_at = -math.inf
         self._said: tuple[Any, ...] = ()
+        self._last_line = ""
         self._live: Live | None = None
         if self.console.is_terminal and not self.console.is_dumb_terminal:
             self._live = Live(get_renderable=self.display, console=self.console, refresh_per_second=4, transient=True)
@@ -57,8 +59,13 @@ class Progress:
         if known.get("step") != self.status.get("step") or known.get("phase") != self.status.get("phase"):
             for key in ("groups_done", "groups_total"):
                 self.status.pop(key, None)
+        if known.get("kind", self.status.get("kind")) != self.status.get("kind"):
+            for key in ("reward_mean", "tokens_per_second"):  # of an evaluation they tell nothing about a rollout
+                self.status.pop(key, None)
         if known.get("kind", self.status.get("kind")) != self.status.get("kind") and "eval" not in (known.get("kind"), self.status.get("kind")):
             self._marks.clear()  # a warm-start step tells nothing about the time of a rollout
+        if "waiting" not in known:
+            self.status.pop("waiting", None)
         message = known.get("message")
         if message and message != self.status.get("message"):
             self.say(str(message))
@@ -79,14 +86,20 @@ class Progress:
         else:
             self.console.print(Text(line), soft_wrap=True)
 
-    def close(self) -> None:
-        """Take the display down; the last events and the last state stay as plain lines."""
+    def close(self, final: Mapping[str, Any] | None = None) -> None:
+        """Take the display down; the last events stay as plain lines, and one line of the last state.
+
+        final: what the run's files say once it has ended (keys as in status): the service is asked now and then, so its last
+        word is older than the last step.
+        """
         if self._live is not None:
             self._live.stop()
             self._live = None
             for event in self.events:
                 self.console.print(Text(event), soft_wrap=True)
-        if self.status and self._key() != self._said:
+        if final is not None:
+            self.status = {key: value for key, value in final.items() if value is not None}
+        if self.status:
             self._print_line()
 
     # What is shown
@@ -97,6 +110,8 @@ class Progress:
         status = dict(self.status)
         if not status:
             return Group(Text(f"starting ({duration(self.clock() - self.started)})", style="dim"), *self._event_lines(width))
+        if status.get("waiting") and "step" not in status:
+            return Group(_cut(Text(f"waiting for {status['waiting']} ({duration(self.clock() - self.started)})"), width), *self._event_lines(width))
         head = Text.assemble((str(status.get("run") or "run"), "bold"), (f"  attempt {status['epoch']}" if "epoch" in status else "", "dim"))
         parts: list[Any] = [_cut(head, width)]
         if status.get("total_steps"):
@@ -112,7 +127,7 @@ class Progress:
             facts.append((KINDS.get(str(status.get("kind") or status.get("phase")), "at"), f"step {status['step']}"))
         facts.append(("phase", self._phase()))
         reward = status.get("reward_mean", (status.get("metrics") or {}).get("rollout/raw_reward"))
-        for name, value in (("reward", reward), ("accuracy", status.get("accuracy")), ("tokens/s", status.get("tokens_per_second"))):
+        for name, value in (("reward", reward), ("accuracy", status.get("accuracy")), ("tokens/s", self._speed())):
             if value is not None and not (name == "tokens/s" and value == 0):  # 0: nothing has come in yet
                 facts.append((name, number(float(value)) if isinstance(value, int | float) else str(value)))
         left = self.seconds_left()
@@ -127,11 +142,19 @@ class Progress:
         if each is None and len(self._marks) > 1:
             (first, before), (last, after) = self._marks[0], self._marks[-1]
             each = (last - first) / (after - before)
-        if not each or not total or behind is None or self.status.get("phase") in ("finished", "failed"):
+        if not each or not total or behind is None or behind >= int(total) or self.status.get("phase") in ENDS:
             return None
-        return max(int(total) - behind, 0) * float(each)
+        return (int(total) - behind) * float(each)
+
+    def _speed(self) -> Any:
+        """tokens/s of generation; in the warm start, where nothing is generated, those of training."""
+        if self.status.get("kind") == "sft":
+            return (self.status.get("metrics") or {}).get("perf/actor_train_tok_per_s")
+        return self.status.get("tokens_per_second")
 
     def _phase(self) -> str:
+        if self.status.get("waiting"):
+            return f"waiting for {self.status['waiting']}"
         phase = str(self.status.get("phase") or "starting")
         phase = {"sft": "trained", "rollout": "trained"}.get(phase, phase)
         if self.status.get("groups_total"):
@@ -144,23 +167,35 @@ class Progress:
     # Plain lines
 
     def _key(self) -> tuple[Any, ...]:
-        """A line is due when this changes: a step was done, an evaluation came in, an attempt or the end."""
-        ended = self.status.get("phase") in ("finished", "failed")
-        return self.status.get("epoch"), steps_behind(self.status), self.status.get("accuracy"), ended
+        """A line is due when this changes: a step was done, an evaluation came in, an attempt began, it waits for something."""
+        status = self.status
+        return status.get("epoch"), steps_behind(status), status.get("accuracy"), status.get("waiting")
 
     def _line(self) -> None:
-        """One line for every step done, and every few seconds within one."""
-        if self._key() != self._said or self.clock() - self._said_at >= self.line_seconds:
+        """One line for every step done, and every few seconds within one if it says something new."""
+        if self.status.get("phase") in ENDS:
+            return  # close() tells the end, by the run's files
+        if self._key() != self._said or (self.clock() - self._said_at >= self.line_seconds and self._state() != self._last_line):
             self._print_line()
 
     def _print_line(self) -> None:
-        self._said_at, self._said = self.clock(), self._key()
+        self._said_at, self._said, line = self.clock(), self._key(), self._state()
+        if line != self._last_line:
+            self.console.print(Text(line), soft_wrap=True)
+        self._last_line = line
+
+    def _state(self) -> str:
+        """The last state in one line."""
         status = self.status
+        if "step" not in status:
+            return self._phase()
         total = f"/{status['total_steps']}" if status.get("total_steps") else ""
         kind = KINDS.get(str(status.get("kind") or status.get("phase")))
-        start = f"step {status.get('step', 0)}{total}" + (f" ({kind})" if kind else "")
-        rest = [f"{name} {value}" for name, value in self.facts() if not value.startswith("step ")]
-        self.console.print(Text(", ".join([start, *rest])), soft_wrap=True)
+        start = f"step {status['step']}{total}" + (f" ({kind})" if kind else "")
+        facts = [(name, value) for name, value in self.facts() if not value.startswith("step ")]
+        if status.get("phase") in ENDS:  # what a phase is of a run that has ended
+            return ", ".join([str(status["phase"]), start, *(f"{name} {value}" for name, value in facts if name != "phase")])
+        return ", ".join([start, *(value if status.get("waiting") and name == "phase" else f"{name} {value}" for name, value in facts)])
 
 
 def _bar(behind: int, total: int, width: int) -> Table:

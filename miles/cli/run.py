@@ -15,11 +15,14 @@ from miles.config.exits import AGAIN, OK, UserError, disk_full
 from miles.config.schema import RunConfig, Section
 from miles.data.store.epoch import Fenced
 from miles.data.store.files import Damaged, read_json, seal_bytes
+from miles.data.store.import_roots import recorded_roots
 from miles.data.store.metrics import read_metrics
 from miles.data.store.run_dir import RunDir, write_plan
 from miles.plan.tier import guarantee
 from miles.report.build import build_report
+from miles.report.records import read_run
 from miles.report.refresh import Refresher
+from miles.report.summary import summarise
 from miles.slurm.launch import free_port, launch, only_launcher
 
 S = TypeVar("S", bound=Section)
@@ -39,7 +42,7 @@ def run(words: list[str], run_dir: Path | None) -> int:
     resumed = existing_run(words) if run_dir is None else None
     config = load_config([resumed / "run.yaml"], words[1:]) if resumed else with_absolute_paths(configuration(words))
     folder = RunDir((resumed or run_dir or Path("runs") / config.name).absolute())
-    refuse_errors(config, console)
+    refuse_errors(config, console, folder)
     resuming = folder.run_yaml.exists()
     if resuming:
         refuse_differences(load_config([folder.run_yaml]), config, folder)
@@ -78,11 +81,13 @@ def follow(folder: RunDir, config: RunConfig, console: Console) -> int:
         progress.update(status)
         refresher.poke()
 
+    final = None
     try:
         code = launch(config, folder, update, lambda line: progress.say(line))
+        final = last_state(folder)
     finally:
         refresher.close()
-        progress.close()
+        progress.close(final)
     try:
         console.print(f"report: {build_report(folder.path)}")
     except OSError as error:
@@ -91,6 +96,15 @@ def follow(folder: RunDir, config: RunConfig, console: Console) -> int:
     if code == OK:
         console.print(f"finished: {folder.path}")
     return code
+
+
+def last_state(folder: RunDir) -> dict[str, Any] | None:
+    """What a run's files say at its end, as Progress shows it; None where no step is recorded."""
+    summary = summarise(read_run(folder.path))
+    if summary.step is None:
+        return None
+    names = ("run", "epoch", "step", "total_steps", "reward_mean", "accuracy", "tokens_per_second")
+    return {name: getattr(summary, name) for name in names} | {"phase": summary.state}
 
 
 def with_absolute_paths(config: RunConfig) -> RunConfig:
@@ -123,9 +137,9 @@ def code_of(end: Path) -> int | None:
         return None
 
 
-def refuse_errors(config: RunConfig, console: Console) -> None:
+def refuse_errors(config: RunConfig, console: Console, folder: RunDir) -> None:
     """Warnings are printed; the first error ends it."""
-    found = findings(config)
+    found = findings(config, recorded_roots(folder))
     for finding in found:
         if finding.level == "warning":
             console.print(f"warning: {finding}")

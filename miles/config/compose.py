@@ -88,13 +88,25 @@ def _find(path: Path, beside: Path | None, problem: str) -> Path:
         for name in names:
             if (folder / name).is_file():
                 return folder / name
+    directory = next((folder / path for folder in folders if (folder / path).is_dir()), None)
+    if directory is not None:
+        raise ConfigError(f"{path}: is a folder, not a recipe; {_inside(path, directory)}")
     known = [found.relative_to(folder).with_suffix("").as_posix() for folder in folders[1:] for found in sorted(folder.rglob("*.yaml"))]
     beside_it = sorted((folders[0] / path).parent.glob("*.yaml"))
     known += [name.as_posix() for found in beside_it for name in (found, found.with_suffix(""))]
     wanted = path.with_suffix("").as_posix() if path.suffix in (".yaml", ".yml") else path.as_posix()
     near = difflib.get_close_matches(wanted, known, 1, 0.6) or difflib.get_close_matches(path.as_posix(), known, 1, 0.6)
-    mend = f"did you mean {near[0]}?" if near else f"give a YAML file, or a name below {configs_dir()}"
+    there = "give a YAML file" if beside is None else f"give a YAML file's path from {beside}"
+    mend = f"did you mean {near[0]}?" if near else f"{there}, or a name below {configs_dir()}"
     raise ConfigError(f"{path}: {problem}; {mend}")
+
+
+def _inside(path: Path, directory: Path) -> str:
+    """What to give instead of a folder."""
+    if (directory / "run.yaml").is_file():
+        return f"it holds a run: resume it with `miles-submit run {path}`, or give {path / 'run.yaml'}"
+    names = [(path / found.name).with_suffix("").as_posix() for found in sorted(directory.glob("*.yaml"))]
+    return f"give one of {', '.join(names)}" if names else "give a YAML file"
 
 
 def _merge_file(tree: dict[str, Any], origin: dict[Key, str], path: Path, including: tuple[Path, ...]) -> None:

@@ -114,6 +114,12 @@ def place(key: Key, origin: Mapping[Key, str]) -> str:
     return ""
 
 
+def named(key: Key, origin: Mapping[Key, str]) -> str:
+    """Where a key was written, and the key; once where an override says both."""
+    dotted, at = ".".join(key), place(key, origin)
+    return at if at.startswith(f"{dotted}=") else f"{at}{dotted}: "
+
+
 def _explain_one(detail: ErrorDetails, origin: Mapping[Key, str]) -> str:
     key = tuple(str(part) for part in detail["loc"])
     dotted, at = ".".join(key), place(key, origin)
@@ -136,7 +142,7 @@ def _explain_one(detail: ErrorDetails, origin: Mapping[Key, str]) -> str:
         expected = "one of " + ", ".join(choices)
         near = difflib.get_close_matches(str(given), choices, 1, 0.6)
         mend = f"; did you mean {near[0]}?" if near else ""
-    return f"{at}{dotted}: expected {expected}, got {_shown(given)}{mend}"
+    return f"{named(key, origin)}expected {expected}, got {_shown(given)}{mend}"
 
 
 def _shown(value: Any) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from miles.config.exits import ConfigError
-from miles.config.explain import place
+from miles.config.explain import named
 from miles.config.schema import Optimizer, RunConfig, Sampling, Section
 from miles.config.yaml_file import Key
 
@@ -55,7 +55,7 @@ def volumes(config: RunConfig, origin: Mapping[Key, str]) -> tuple[int, int]:
     made = f"{prompts} prompts × {n} samples = {samples} samples a rollout"
 
     def wrong(name: str, text: str) -> ConfigError:
-        return ConfigError(f"{place(('train', name), origin)}train.{name}: {made}, {text}")
+        return ConfigError(f"{named(('train', name), origin)}{made}, {text}")
 
     if size is None and steps is None:
         return samples, 1
@@ -81,7 +81,7 @@ def check(config: RunConfig, origin: Mapping[Key, str]) -> None:
     """Contradictions between fields."""
 
     def wrong(dotted: str, text: str) -> ConfigError:
-        return ConfigError(f"{place(tuple(dotted.split('.')), origin)}{dotted}: {text}")
+        return ConfigError(f"{named(tuple(dotted.split('.')), origin)}{text}")
 
     rollout, algorithm, train = config.rollout, config.algorithm, config.train
     over = rollout.over_sampling_batch_size
@@ -104,7 +104,7 @@ def check(config: RunConfig, origin: Mapping[Key, str]) -> None:
                 raise wrong(f"{name}.exclude", f"{other!r} is not another source; name {others}")
     for name, reward in (("rollout.reward", rollout.reward), ("eval.reward", config.eval.reward)):
         if reward is not None and reward.type and reward.path:
-            raise wrong(f"{name}.path", f"{name}.type {reward.type!r} is given too; keep one of them")
+            raise wrong(f"{name}.path", f"{name}.type {reward.type!r} is given too; set {name}.type=null to score by the function")
         if reward is not None and (reward.type or "").removeprefix("boxed_") == "remote_rm" and not reward.url:
             raise wrong(f"{name}.url", f"{name}.type remote_rm needs an address to post to; set {name}.url")
     for name, optimizer in (("train.optimizer", train.optimizer), ("warm_start.optimizer", config.warm_start.optimizer)):

@@ -91,7 +91,10 @@ def _family(config: RunConfig, model: Facts | None) -> Iterator[Finding]:
 
 def _memory(config: RunConfig, model: Facts | None, host: int) -> Iterator[Finding]:
     if model is None:
-        yield Finding("note", "model", "dimensions unknown, so memory is not estimated", "set model.name, or hf_checkpoint to a folder that exists")
+        if config.model.build:
+            yield Finding("note", "model.build", "makes the model when the run starts, so its memory is not estimated")
+        else:
+            yield Finding("note", "model", "dimensions unknown, so memory is not estimated", "set model.name, or hf_checkpoint to a folder that exists")
         return
     need = estimate(config, model.shape)
     yield Finding("note", "model", f"weights and optimizer: {need.words} ({model.source}; activations come on top)")

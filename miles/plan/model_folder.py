@@ -6,7 +6,7 @@ import importlib.machinery
 import importlib.util
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,10 @@ RESTORE = "restore it from the checkpoint's origin"
 VOCABULARIES = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
 
-def unusable(config: RunConfig) -> Iterator[Entry]:
-    """Errors: a tokenizer or weights that are missing or cut off, a module that can't be found. No weights are read, nothing is imported."""
+def unusable(config: RunConfig, roots: Sequence[str] = ()) -> Iterator[Entry]:
+    """Errors: a tokenizer or weights that are missing or cut off, a module that can't be found. No weights are read, nothing is imported.
+
+    roots: folders where functions are looked for before the working folder and the path."""
     folder = Path(config.model.hf_checkpoint) if config.model.hf_checkpoint else None
     if folder is not None and (folder / "config.json").is_file():
         yield from _tokenizer("model.hf_checkpoint", folder)
@@ -38,17 +40,17 @@ def unusable(config: RunConfig) -> Iterator[Entry]:
     paths.append(("eval.reward.path", own_eval_reward(config)))
     for where, path in paths:
         module = path.replace(":", ".").rpartition(".")[0] if path else ""
-        missing = first_missing(module) if module else None
+        missing = first_missing(module, roots) if module else None
         if missing:
             yield "error", where, f"no module {missing} ({path})", "mend the path, or put the module's folder on PYTHONPATH"
 
 
-def first_missing(module: str) -> str | None:
+def first_missing(module: str, roots: Sequence[str] = ()) -> str | None:
     """The first part of a dotted module name that can't be found here or on the path; None when all are there. Runs no user code."""
     finder, parts = importlib.machinery.PathFinder, module.split(".")
     if parts[0] == "__main__":
         return parts[0]  # of another process
-    spec = finder.find_spec(parts[0], [os.getcwd()]) or importlib.util.find_spec(parts[0])  # roles are started from this folder
+    spec = finder.find_spec(parts[0], [*roots, os.getcwd()]) or importlib.util.find_spec(parts[0])  # roles are started from this folder
     for length in range(1, len(parts) + 1):
         name = ".".join(parts[:length])
         if length > 1:

@@ -27,7 +27,7 @@ class Summary:
     alive: bool = False
     epoch: int | None = None
     attempts: int = 0
-    restarts: int = 0
+    restarts: int = 0  # attempts that miles began by itself; the others are the user's own commands
     phase: str | None = None
     kind: str | None = None
     step: int | None = None
@@ -55,7 +55,7 @@ def summarise(record: RunRecord, now: float | None = None) -> Summary:
     now = time.time() if now is None else now
     summary = Summary(run=record.name, run_dir=str(record.run_dir.path))
     summary.attempts = len(record.attempts)
-    summary.restarts = max(summary.attempts - 1, 0)
+    summary.restarts = sum(entry.get("restart") is True for entry in record.provenance.get("attempts", []))
     summary.total_steps = record.total_steps
     summary.checkpoint = record.checkpoint
     summary.tier, summary.tier_since, summary.tier_why = guarantee_tier(record)
@@ -91,7 +91,7 @@ def _judge(record: RunRecord, summary: Summary, now: float) -> None:
             summary.state = "running" if record.metrics or record.events else "starting"
         else:
             summary.state = "lost"
-            summary.reason = f"attempt {latest.epoch} ended without a word; resume with `miles-submit run {record.run_dir.path}`"
+            summary.reason = f"attempt {latest.epoch} ended without a word; {_again(record)}"
     else:
         code, why = latest.outcome.get("code"), str(latest.outcome.get("reason") or "")
         cut_short = bool(latest.outcome.get("stopped")) and summary.steps_done < summary.total_steps
@@ -99,12 +99,17 @@ def _judge(record: RunRecord, summary: Summary, now: float) -> None:
             summary.state = "finished"
         elif code in (OK, AGAIN, 130) or latest.outcome.get("stopped"):
             why = "stopped on request" if latest.outcome.get("stopped") else why or "interrupted"
-            summary.state, summary.reason = "stopped", f"{why}; resume with `miles-submit run {record.run_dir.path}`"
+            summary.state, summary.reason = "stopped", f"{why}; {_again(record)}"
         else:
             mend = "" if code == WRONG else f" (exit code {code})"
             summary.state, summary.reason = "failed", (why or "no reason was recorded") + mend
     if summary.state not in ("running", "starting"):
         summary.seconds_left = None
+
+
+def _again(record: RunRecord) -> str:
+    command = f"`miles-submit run {record.run_dir.path}`"
+    return f"resume with {command}" if record.checkpoint is not None else f"no checkpoint yet: {command} begins again"
 
 
 def merge_service(summary: Summary, status: dict[str, Any]) -> Summary:

@@ -99,8 +99,9 @@ def _tier(summary: Summary) -> Tile:
 def _attempts(record: RunRecord, summary: Summary) -> Tile:
     if not record.attempts:
         return Tile("Attempts", "0", "not started")
+    resumes = summary.attempts - 1 - summary.restarts
     if summary.restarts == 0:
-        return Tile("Attempts", "1", "no restart")
+        return Tile("Attempts", str(summary.attempts), "no restart" + (f"; resumed by hand {resumes} time{'s' if resumes > 1 else ''}" if resumes > 0 else ""))
     earlier = [attempt.outcome for attempt in record.attempts[:-1]]
     why = next((str(outcome["reason"]) for outcome in reversed(earlier) if outcome and outcome.get("reason")), "the reason was not recorded")
     return Tile("Attempts", str(summary.attempts), f"{summary.restarts} restart{'s' if summary.restarts > 1 else ''}; last because: {why}")

@@ -269,6 +269,21 @@ class RolloutService:
 
     # What a person sees.
 
+    def waiting_for(self) -> str | None:
+        """What keeps the run from its next step, where processes are still getting ready; None once they are."""
+        here = [peer["role"] for peer in self.peers]
+        engines = self.config.rollout.num_gpus // self.config.rollout.num_gpus_per_engine
+        missing = engines - here.count("engine")
+        starting = ("an engine" if engines == 1 else f"{missing} of {engines} engines") + " to start"
+        if "trainer" not in here:
+            return "the trainer to start (the first start on a machine compiles kernels)"
+        if "model" not in self.values:
+            return "the model to be built" if self.config.model.build else "the trainer to read the model's folder"
+        if "step" not in self.announced:
+            return "the trainer to load the model" + (f", and {starting}" if missing > 0 and not self.config.warm_start.steps else "")
+        warm = self.announced.get("kind") == "sft" and self.announced["step"] >= self.config.warm_start.steps
+        return starting if missing > 0 and warm and self.config.num_rollout and self.announced.get("phase") == "sft" else None
+
     def status(self) -> dict[str, Any]:
         """Everything that the progress display and `miles-submit status` show."""
         total = self.config.warm_start.steps + self.config.num_rollout
@@ -277,7 +292,11 @@ class RolloutService:
         batch = self.jobs.get(self._asked[0]) if self._asked else None
         if self._asked and batch is not None:
             progress = batch.progress()
-            told |= {**progress, "phase": "generate", "tokens_per_second": progress["tokens"] / max(1e-3, time.monotonic() - self._asked[1])}
+            told |= {**progress, "phase": "generate"}
+            if batch.job.kind != "sft":  # demonstrations are read, not generated
+                told["tokens_per_second"] = progress["tokens"] / max(1e-3, time.monotonic() - self._asked[1])
+        elif self.end is None and (waiting := self.waiting_for()):
+            told["waiting"] = waiting
         if self.end is not None:
             told |= {"phase": "finished" if self.end.code == OK else "failed", "message": self.end.message}
         now = time.monotonic()

@@ -70,6 +70,9 @@ def environment(config: RunConfig, run_dir: Path, epoch: int, name: str, rank: i
         "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "1000"),
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
+        # A log is read by lines; a bar that is drawn over itself is none.
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TQDM_DISABLE": os.environ.get("TQDM_DISABLE", "1"),
         "PYTHONUNBUFFERED": "1",
         **({"GLOO_SOCKET_IFNAME": "lo"} if is_loopback(config.cluster.host) else {}),
     }

@@ -19,6 +19,7 @@ from miles.config.compose import load_config
 from miles.config.exits import AGAIN, OK, WRONG, TryAgain, UserError, disk_full, file_fault
 from miles.config.schema import RunConfig
 from miles.data.store.epoch import Fence, Fenced
+from miles.data.store.import_roots import use_import_roots
 from miles.data.store.run_dir import RunDir
 
 
@@ -68,6 +69,7 @@ def main(name: str, body: Callable[[Role], None]) -> None:
     role = Role.from_environment(name)
     code = OK
     try:
+        use_import_roots(RunDir(role.run_dir), role.epoch)
         body(role)
     except TryAgain as error:
         print(f"{name}: {error}", file=sys.stderr, flush=True)

@@ -163,7 +163,8 @@ class Run:
             facts["tokens"] = manifest.tokens
         self.trained = step.number
         self.next_draw = manifest.next_draw if step.kind == "rollout" else self.next_draw
-        self.metrics["perf/train_time"] = time.perf_counter() - began
+        seconds = self.metrics["perf/train_time"] = time.perf_counter() - began
+        self.metrics["perf/actor_train_tok_per_s"] = manifest.tokens / seconds
 
     def sync(self) -> None:
         """Give the engines the present weights, and make sure that they hold them."""
@@ -203,6 +204,7 @@ class Run:
             return
         line = {"step": step.number, "kind": step.kind, "time": time.time(), **self.metrics}
         self.told.append(line)
+        print(f"trainer: {step_line(line, total_steps(self.config))}", flush=True)
         self.service.announce(phase=step.kind, kind=step.kind, step=step.number, total_steps=total_steps(self.config), metrics=self.metrics)
 
     def save(self) -> None:
@@ -259,6 +261,16 @@ def retention(checkpoint: Checkpoint) -> Bounds:
     """How much of what was recorded is kept."""
     days = checkpoint.retain_batches_days
     return Bounds(checkpoint.retain_batches, None if days is None else days * 86400, checkpoint.retain_batches_bytes)
+
+
+def step_line(line: dict[str, Any], total: int) -> str:
+    """A line of metrics as the trainer's log shows it: step, kind, loss, reward, gradient norm, seconds of training and of the weight update."""
+    names = {
+        "train/loss": "loss", "rollout/raw_reward": "reward", "train/grad_norm": "grad norm", "perf/train_time": "train s",
+        "perf/update_weights_time": "sync s",
+    }  # fmt: skip
+    facts = [f"{words} {line[name]:.4g}" for name, words in names.items() if name in line]
+    return ", ".join([f"step {line['step']}/{total} ({line['kind']})", *facts])
 
 
 def combine(name: str, values: list[float]) -> float:

@@ -22,7 +22,8 @@ from miles.config.exits import AGAIN, OK, WRONG, UserError, disk_full, first_cau
 from miles.config.schema import RunConfig
 from miles.data.store.epoch import Fence, new_epoch
 from miles.data.store.files import Damaged, read_json, seal_json
-from miles.data.store.run_dir import RunDir, environment, has_results, read_provenance, record_attempt
+from miles.data.store.import_roots import import_roots
+from miles.data.store.run_dir import RunDir, environment, has_results, newest_complete_checkpoint, read_provenance, record_attempt
 from miles.plan.tier import facts, promise
 from miles.slurm.local import LocalComponent, LocalRunner
 
@@ -49,7 +50,7 @@ def free_port(host: str, wanted: int) -> int:
 class Attempt:
     """One attempt at the run: its epoch, its meeting point, its components."""
 
-    def __init__(self, run: RunDir, config: RunConfig, say: Callable[[str], None]) -> None:
+    def __init__(self, run: RunDir, config: RunConfig, say: Callable[[str], None], restart: bool = False) -> None:
         port = free_port(config.cluster.host, config.cluster.port)
         self.run, self.config, self.say = run, config, say
         self.noticed: list[str] = []
@@ -66,16 +67,16 @@ class Attempt:
         self.components: list[LocalComponent] = []
         self.stop_asked = 0.0
         self.stop_told = False
-        self.promise()
+        self.promise(restart)
 
-    def promise(self) -> None:
+    def promise(self, restart: bool) -> None:
         """Record what this attempt can promise and why; say it when that is less than the attempt before it could."""
         earlier = [entry for entry in read_provenance(self.run)["attempts"] if entry["epoch"] < self.epoch]
         before = earlier[-1] if earlier and has_results(self.run) else None
         here = {**environment(), **facts(self.config)}
         tier, changed = promise(self.config, before, here)
         told: dict[str, Any] = {"tier": tier.name, "promise": tier.promise, "why": tier.why, "changed": changed}
-        record_attempt(self.run, self.epoch, self.fence, **here, **told, executor=self.config.cluster.executor)
+        record_attempt(self.run, self.epoch, self.fence, **here, **told, executor=self.config.cluster.executor, restart=restart, import_roots=import_roots(self.run))
         if before is not None and before.get("tier") != tier.name:
             self.say(f"guarantee: {tier.name} from attempt {self.epoch} on (before: {before.get('tier')}): {', '.join(changed) or tier.why}")
 
@@ -104,6 +105,7 @@ class Attempt:
     def watch(self, update: Watcher) -> dict[str, Any]:
         """Follow the attempt to its end; returns {code, role, rank, reason}."""
         shown = 0.0
+        update({"run": self.config.name, "epoch": self.epoch, "waiting": "the rollout service to start and read the prompts"})
         while all(component.running() for component in self.components):
             if time.monotonic() - shown > STATUS_SECONDS:
                 status = self.ask("GET", "/status")
@@ -215,7 +217,7 @@ def launch(config: RunConfig, run: RunDir, update: Watcher, say: Callable[[str],
     """
     outcome: dict[str, Any] = {}
     for again in range(config.cluster.restarts + 1):
-        attempt = Attempt(run, config, say)
+        attempt = Attempt(run, config, say, restart=again > 0)
         interrupted = _stop_on_interrupt(attempt, say)
         attempt.submit()
         try:
@@ -224,7 +226,7 @@ def launch(config: RunConfig, run: RunDir, update: Watcher, say: Callable[[str],
             signal.signal(signal.SIGINT, interrupted)
         attempt.close({**outcome, "stopped": bool(attempt.stop_asked)})
         if attempt.stop_asked and outcome["code"] != OK:
-            say(f"stopped; resume with: miles-submit run {run.path}")
+            say(f"stopped; {again_with(run)}")
             return 130
         if outcome["code"] != OK:
             attempt.fence.check()  # another attempt of ours would only fence the newer one off
@@ -236,13 +238,20 @@ def launch(config: RunConfig, run: RunDir, update: Watcher, say: Callable[[str],
     elif outcome["code"] not in (OK, AGAIN):
         say(f"failed: {outcome['reason']}")
     elif outcome["code"] == AGAIN:
-        say(f"gave up after {config.cluster.restarts + 1} attempts (cluster.restarts); resume with: miles-submit run {run.path}")
+        say(f"gave up after {config.cluster.restarts + 1} attempts (cluster.restarts); {again_with(run)}")
     return int(outcome["code"])
+
+
+def again_with(run: RunDir) -> str:
+    """The command that goes on with a run, and whether it resumes or begins again."""
+    if newest_complete_checkpoint(run) is None:
+        return f"no checkpoint yet, so the same command begins again: miles-submit run {run.path}"
+    return f"resume with: miles-submit run {run.path}"
 
 
 def _stop_on_interrupt(attempt: Attempt, say: Callable[[str], None]) -> Any:
     def handler(signum: int, frame: Any) -> None:
-        say("stopping at once" if attempt.stop_asked else "stopping: the run saves a checkpoint first (Ctrl-C again stops at once)")
+        say("stopping at once" if attempt.stop_asked else "stopping after a checkpoint (Ctrl-C again stops at once)")
         attempt.request_stop()
 
     return signal.signal(signal.SIGINT, handler)

@@ -68,7 +68,7 @@ def test_missing_and_null_keys() -> None:
     progress.update({"step": None, "phase": "starting"})
     progress.update({"step": 1, "total_steps": None, "reward_mean": None})
     progress.close()
-    assert [line.split(",")[0] for line in out.getvalue().splitlines()] == ["step 0", "step 1"]
+    assert [line.split(",")[0] for line in out.getvalue().splitlines()] == ["starting", "step 1"]
     assert "None" not in out.getvalue()
 
 
@@ -97,7 +97,62 @@ def test_a_new_attempt_forgets_the_old_state() -> None:
     progress, out = plain()
     progress.update(STATUS)
     progress.update({"run": "quickstart", "epoch": 2, "phase": "starting"})
-    assert "reward" not in out.getvalue().splitlines()[-1]
+    assert out.getvalue().splitlines()[-1] == "starting"
+
+
+def test_the_last_line_is_what_the_files_say() -> None:
+    progress, out = plain()
+    progress.update({**STATUS, "step": 40, "phase": "train"})
+    progress.update({**STATUS, "step": 40, "phase": "finished", "message": "finished"})
+    progress.close({"run": "quickstart", "epoch": 1, "step": 40, "total_steps": 40, "reward_mean": 0.9, "accuracy": 0.95, "tokens_per_second": 77.0, "phase": "finished"})
+    lines = out.getvalue().splitlines()
+    assert lines[-1] == "finished, step 40/40, reward 0.9, accuracy 0.95, tokens/s 77"
+    assert sum("finished, step" in line for line in lines) == 1
+    assert "left" not in lines[-1]
+
+
+def test_nothing_is_left_after_the_last_step() -> None:
+    progress, out = plain()
+    progress.update({**STATUS, "step": 40, "phase": "rollout"})
+    assert "left" not in out.getvalue()
+
+
+def test_waiting_is_said_once_and_only_while_it_lasts() -> None:
+    clock = Clock()
+    progress, out = plain(clock)
+    for second in range(60):
+        clock.now = 100.0 + second
+        progress.update({"run": "a", "epoch": 1, "total_steps": 4, "waiting": "the trainer to start" if second < 30 else "the model to be built"})
+    progress.update({"run": "a", "epoch": 1, "total_steps": 4, "step": 2, "kind": "sft", "phase": "sft", "waiting": "an engine to start"})
+    progress.update({"run": "a", "epoch": 1, "total_steps": 4, "step": 3, "kind": "rollout", "phase": "train"})
+    assert out.getvalue().splitlines() == [
+        "waiting for the trainer to start",
+        "waiting for the model to be built",
+        "step 2/4 (warm start), waiting for an engine to start",
+        "step 3/4 (rollout), phase train",
+    ]
+
+
+def test_speed_in_the_warm_start_is_the_trainers() -> None:
+    progress, out = plain()
+    progress.update({"step": 1, "total_steps": 5, "phase": "train", "kind": "sft"})
+    progress.update({"step": 2, "total_steps": 5, "phase": "train", "kind": "sft", "metrics": {"perf/actor_train_tok_per_s": 512.0}})
+    progress.update({"step": 3, "total_steps": 5, "phase": "generate", "kind": "rollout"})
+    assert out.getvalue().splitlines() == ["step 1/5 (warm start), phase train", "step 2/5 (warm start), phase train, tokens/s 512", "step 3/5 (rollout), phase generate"]
+
+
+def test_an_evaluations_reward_is_not_the_next_rollouts() -> None:
+    progress, _ = plain()
+    progress.update({"step": 2, "total_steps": 5, "phase": "generate", "kind": "eval", "reward_mean": 0.9, "tokens_per_second": 5.0})
+    assert dict(progress.facts())["reward"] == "0.9"
+    progress.update({"step": 3, "total_steps": 5, "phase": "train", "kind": "rollout"})
+    assert progress.facts() == [("rollout", "step 3"), ("phase", "train")]
+
+
+def test_an_event_is_one_line_whatever_the_width() -> None:
+    out = io.StringIO()
+    Progress(Console(file=out, width=80, highlight=False)).say("attempt 1: " + 30 * "word " + "end")
+    assert out.getvalue() == "attempt 1: " + 30 * "word " + "end\n"
 
 
 def test_the_kind_follows_the_phase_and_no_speed_is_no_news() -> None:

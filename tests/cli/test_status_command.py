@@ -20,7 +20,9 @@ from demo_run import begin_attempt, demo_run, empty_run, end_attempt, record_ste
 from miles.cli.status import state_of, status
 from miles.config.exits import UserError
 from miles.data.store.run_dir import RunDir
-from miles.report.summary import duration, steps_behind
+from miles.report.records import read_run
+from miles.report.summary import duration, steps_behind, summarise
+from miles.report.tiles import tiles
 
 TOKEN = "a-token-of-the-test"
 
@@ -86,6 +88,22 @@ def test_plain_lines_when_not_on_a_terminal(tmp_path: Path, capsys: pytest.Captu
     assert not any("\x1b" in line for line in lines)
 
 
+def test_a_resume_is_no_restart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = demo_run(tmp_path / "run", rollouts=3, batches=False, restarts=0)
+    end_attempt(run, 1, 75, "stopped on request after step 15", stopped=True)
+    begin_attempt(run)
+    assert status(run.path, False) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "attempt: 2" in lines
+    assert next(tile.note for tile in tiles(read_run(run.path), summarise(read_run(run.path))) if tile.name == "Attempts") == "no restart; resumed by hand 1 time"
+
+
+def test_a_stop_with_a_checkpoint_is_resumed(tmp_path: Path) -> None:
+    run = demo_run(tmp_path / "run", rollouts=3, batches=False, restarts=0)
+    end_attempt(run, 1, 75, "stopped on request after step 15", stopped=True)
+    assert state_of(run.path).reason == f"stopped on request; resume with `miles-submit run {run.path}`"
+
+
 def test_speed_is_a_batch_by_the_seconds_of_its_step(tmp_path: Path) -> None:
     run = demo_run(tmp_path / "run", rollouts=3, batches=False)
     last = json.loads(run.metrics.read_text().splitlines()[-1])
@@ -99,9 +117,9 @@ def test_speed_is_a_batch_by_the_seconds_of_its_step(tmp_path: Path) -> None:
     [
         (78, {}, "failed", "data.prompt_data: no such file"),
         (1, {}, "failed", "data.prompt_data: no such file (exit code 1)"),
-        (75, {}, "stopped", "data.prompt_data: no such file; resume with `miles-submit run"),
-        (75, {"stopped": True}, "stopped", "stopped on request; resume with"),
-        (0, {"stopped": True}, "stopped", "stopped on request; resume with"),
+        (75, {}, "stopped", "data.prompt_data: no such file; no checkpoint yet: `miles-submit run"),
+        (75, {"stopped": True}, "stopped", "stopped on request; no checkpoint yet: `miles-submit run"),
+        (0, {"stopped": True}, "stopped", "stopped on request; no checkpoint yet: `miles-submit run"),
         (0, {}, "finished", ""),
     ],
 )

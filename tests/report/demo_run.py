@@ -58,11 +58,11 @@ def empty_run(folder: Path, config: dict | None = None) -> RunDir:
     return run
 
 
-def begin_attempt(run: RunDir, tier: str = "exact") -> int:
-    """A new attempt with the folder of its logs."""
+def begin_attempt(run: RunDir, tier: str = "exact", restart: bool = False) -> int:
+    """A new attempt with the folder of its logs; restart: the launcher began it by itself."""
     epoch = new_epoch(run)
     (run.attempt(epoch) / "logs").mkdir()
-    record_attempt(run, epoch, tier=tier)
+    record_attempt(run, epoch, tier=tier, restart=restart)
     return epoch
 
 
@@ -180,7 +180,7 @@ def demo_run(folder: Path, *, rollouts: int = 40, noise: float = 0.0, finished: 
     epoch = begin_attempt(run)
     for _ in range(restarts):
         end_attempt(run, epoch, 75, "worker 0 was killed by SIGKILL")
-        epoch = begin_attempt(run)
+        epoch = begin_attempt(run, restart=True)
     tokenizer = byte_tokenizer()
     run.hf.mkdir()
     tokenizer.save(str(run.hf / "tokenizer.json"))
