@@ -18,7 +18,7 @@ from inputs import ROWS, Case, replace
 
 AT_ONCE = 2
 OWN = "rollout.reward.type=null rollout.reward.path=own_functions."
-TOLD = ("step ", "report: ", "resuming ")  # what the launcher of a run says besides
+TOLD = ("step ", "waiting for ", "failed, step ", "stopped, step ", "report: ", "resuming ")  # what the launcher of a run says besides
 PATIENCE = 240.0
 
 
@@ -209,7 +209,7 @@ def test_a_second_launcher_and_an_early_interrupt(tiny_model: Path, tmp_path: Pa
     assert first.wait(PATIENCE) == 130
     said = (folder / "out").read_text().splitlines()
     assert [line for line in said if not line.startswith(TOLD)] == [
-        "stopping: the run saves a checkpoint first (Ctrl-C again stops at once)",
+        "stopping after a checkpoint (Ctrl-C again stops at once)",
         f"stopped; resume with: miles-submit run {here}",
     ]
     until(lambda: not processes_of(here), "the end of all processes")
