@@ -27,8 +27,8 @@ STEP_SECONDS = ("perf/step_time",)
 
 # The trainer waits while rollout generates: that wait is the time of generation as far as the loop is concerned.
 PHASE_LABELS = {"wait": "generate (wait for the batch)", "log_probs": "log-probs", "ref_log_probs": "reference log-probs"}
-PHASE_COLOURS = {"wait": "c1", "generate": "c7", "train": "c2", "log_probs": "c3", "ref_log_probs": "c9", "sync": "c5", "eval": "c4", "save": "c8", "seal": "c6"}
-OTHER = "c6"
+PHASE_COLOURS = {"wait": "c1", "generate": "c7", "train": "c2", "log_probs": "c3", "ref_log_probs": "c9", "sync": "c5", "eval": "c4", "save": "c6", "seal": "c8"}
+OTHER = "c8"
 ASIDE = frozenset({"eval", "save"})  # phases that are no part of a step's own time
 MAX_BARS = 60
 

@@ -92,8 +92,20 @@ def linear(values: Sequence[float], pixel_low: float, pixel_high: float, bounds:
         high = low + 1.0
     scale = Linear(pixel_low, pixel_high, low=low, high=high)
     marks = nice_ticks(low, high)
-    scale.ticks = [(scale(mark), number(mark, 4)) for mark in marks]
+    scale.ticks = [(scale(mark), label) for mark, label in zip(marks, tick_labels(marks), strict=True)]
     return scale
+
+
+def tick_labels(marks: Sequence[float]) -> list[str]:
+    """Labels of evenly spaced marks, all written alike: 0.0005 beside 0.0010, 5×10⁻⁷ beside 10×10⁻⁷."""
+    if len(marks) < 2:
+        return [number(mark, 4) for mark in marks]
+    decade = math.floor(math.log10(abs(marks[1] - marks[0])) + 1e-9)
+    if decade >= 0:
+        return [number(mark, 6) for mark in marks]
+    if decade >= -4:
+        return ["0" if mark == 0 else f"{mark:.{-decade}f}".replace("-", "−") for mark in marks]
+    return ["0" if mark == 0 else f"{mark / 10.0**decade:.0f}×{_power(decade)}".replace("-", "−") for mark in marks]
 
 
 def steps_axis(steps: Sequence[int], pixel_low: float, pixel_high: float) -> Linear:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from miles.data.sample import Flag, Sample, Status
 from miles.data.store.manifest import Manifest, read_manifest
 from miles.data.store.run_dir import steps_in
-from miles.data.store.shard import Shard, open_shard
+from miles.data.store.shard import open_shard
 from miles.data.store.train_record import open_train_record
 from miles.report.records import RunRecord
 from miles.report.scales import number
@@ -112,24 +113,46 @@ def _chosen_batches(record: RunRecord) -> Iterator[tuple[str, Path, int, str]]:
 
 
 def _chosen_samples(record: RunRecord, manifest: Manifest, folder: Path, step: int, kind: str) -> Iterator[tuple[Sample, NDArray[np.float32] | None]]:
-    """Of the batch's first shard that has any: best, worst, longest, and others in order; with the trainer's log-probs."""
-    index = next((index for index, shard in enumerate(manifest.shards) if shard.sequences), None)
-    if index is None:
-        return
-    with open_shard(folder / manifest.shards[index].name) as shard:
-        rows = _choose_rows(shard)
-        trained = _train_logprobs(record.run_dir.train(step), index, rows) if kind == "rollout" else {}
-        for row in rows:
+    """Best, worst, longest, and others in order, of different prompts where the batch has them; with the trainer's log-probs."""
+    chosen = choose_rows(_small_tables(manifest, folder))
+    trained: dict[tuple[int, int], NDArray[np.float32]] = {}
+    if kind == "rollout":
+        for index in sorted({index for index, _ in chosen}):
+            found = _train_logprobs(record.run_dir.train(step), index, [row for shard, row in chosen if shard == index])
+            trained |= {(index, row): values for row, values in found.items()}
+    for index, row in chosen:
+        with open_shard(folder / manifest.shards[index].name) as shard:
             (sample,) = shard.samples(row, row + 1)
-            yield sample, trained.get(row)
+        yield sample, trained.get((index, row))
 
 
-def _choose_rows(shard: Shard) -> list[int]:
-    sequences = shard.sequences()
-    reward = np.nan_to_num(np.asarray(sequences["reward"], dtype=np.float64), nan=-np.inf)
-    lengths = np.diff(np.asarray(sequences["offset"]).astype(np.int64))
-    wanted = [int(np.argmax(reward)), int(np.argmin(reward)), int(np.argmax(lengths)), *range(len(lengths))]
-    return list(dict.fromkeys(wanted))[:SAMPLES]
+def _small_tables(manifest: Manifest, folder: Path) -> dict[int, dict[str, NDArray[Any]]]:
+    """The sequences of as many shards, by their index, as hold SAMPLES prompts together."""
+    found: dict[int, dict[str, NDArray[Any]]] = {}
+    draws: set[int] = set()
+    for index, entry in enumerate(manifest.shards):
+        if entry.sequences and len(draws) < SAMPLES:
+            with open_shard(folder / entry.name) as shard:
+                found[index] = shard.sequences()
+            draws |= set(found[index]["draw"].tolist())
+    return found
+
+
+def choose_rows(tables: dict[int, dict[str, NDArray[Any]]]) -> list[tuple[int, int]]:
+    """(shard, row) of the samples to show: best, worst, longest, others. Of another prompt if there is one: siblings would show a reader the same question again."""
+    if not tables:
+        return []
+    places = [(index, row) for index, table in tables.items() for row in range(len(table["draw"]))]
+    draws = np.concatenate([table["draw"] for table in tables.values()]).tolist()
+    reward = np.nan_to_num(np.concatenate([table["reward"] for table in tables.values()]).astype(np.float64), nan=-np.inf)
+    lengths = np.concatenate([np.diff(table["offset"].astype(np.int64)) for table in tables.values()])
+    in_order = np.arange(len(places))
+    chosen: list[int] = []
+    for order in [np.argsort(-lengths, kind="stable"), np.argsort(reward, kind="stable"), np.argsort(-reward, kind="stable"), *[in_order] * SAMPLES]:
+        seen = {draws[place] for place in chosen}
+        rest = [place for place in order.tolist() if place not in chosen]
+        chosen += ([place for place in rest if draws[place] not in seen] or rest)[:1]
+    return [places[place] for place in [*chosen[2::-1], *chosen[3:SAMPLES]]]
 
 
 def _show(sample: Sample, train: NDArray[np.float32] | None, text: TokenText, shown: Transcripts) -> ShownSample:

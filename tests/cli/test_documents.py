@@ -12,12 +12,12 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from safetensors.numpy import save_file
 
 from miles.cli.run import MAY_CHANGE
 from miles.config.compose import load_config
 from miles.data.prompts import load_prompts
 from miles.data.sample import Sample
-from miles.recipes.quickstart import build_tiny
 from miles.rollout.builtin_rewards import RewardContext
 
 ROOT = Path(__file__).parents[2]
@@ -54,13 +54,22 @@ def test_every_page_of_the_docs_is_in_the_readme() -> None:
     assert {path.name for path in (ROOT / "docs").glob("*.md")} == set(re.findall(r"^\| \[docs/(\S+\.md)\]", README, re.MULTILINE))
 
 
+def model_folder(folder: Path) -> None:
+    """As much of a Hugging Face folder as `check` looks at."""
+    folder.mkdir(parents=True)
+    shape = {"num_hidden_layers": 2, "hidden_size": 8, "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 16, "intermediate_size": 16}
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", **shape}))
+    (folder / "tokenizer.json").write_text("{}")
+    save_file({"model.norm.weight": np.ones(8, np.float32)}, folder / "model.safetensors")
+
+
 def test_your_own_data(tmp_path: Path) -> None:
     (rows,), (recipe,), (function,) = blocks(OWN_DATA, "json"), blocks(OWN_DATA, "yaml"), blocks(OWN_DATA, "python")
     (tmp_path / "train.jsonl").write_text(rows)
     (tmp_path / "legs.yaml").write_text(recipe)
     (tmp_path / "reward.py").write_text(function)
     config = load_config([tmp_path / "legs.yaml"])
-    build_tiny(tmp_path / str(config.model.hf_checkpoint), 1)
+    model_folder(tmp_path / str(config.model.hf_checkpoint))
     (check,) = re.findall(r"^miles-submit (check .*)$", OWN_DATA, re.MULTILINE)
     done = submit([*check.split(), "--json"], tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr

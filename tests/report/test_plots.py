@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 import re
+from pathlib import Path
 
 import pytest
 
+from miles.report import figures
+from miles.report.figures import PHASE_COLOURS
 from miles.report.scales import linear, log_with_zero, nice_ticks, number, steps_axis
 from miles.report.svg import Series, line_plot, running_mean, stacked_bars
 
@@ -95,3 +98,25 @@ def test_labels_are_escaped() -> None:
     assert "<b>" not in text
     assert "<i>" not in text
     assert "u&amp;v" in text
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "labels"),
+    [
+        (-0.001, 0.002, ["−0.0010", "−0.0005", "0", "0.0005", "0.0010", "0.0015", "0.0020"]),
+        (-2e-9, 4e-9, ["−2×10⁻⁹", "−1×10⁻⁹", "0", "1×10⁻⁹", "2×10⁻⁹", "3×10⁻⁹", "4×10⁻⁹"]),
+        (0.0, 1.0, ["0", "0.2", "0.4", "0.6", "0.8", "1.0"]),
+        (0.0, 12000.0, ["0", "2000", "4000", "6000", "8000", "10\u202f000", "12\u202f000"]),
+    ],
+)
+def test_the_marks_of_an_axis_are_written_alike(low: float, high: float, labels: list[str]) -> None:
+    assert [label for _, label in linear([], 0.0, 100.0, (low, high)).ticks] == labels
+
+
+def test_phases_that_touch_have_different_colours() -> None:
+    assert len(set(PHASE_COLOURS.values())) == len(PHASE_COLOURS)
+    css = (Path(figures.__file__).parent / "page.css").read_text()
+    for theme in (css, css[css.index("prefers-color-scheme") :]):
+        colours = {name: [int(value[at : at + 2], 16) for at in (0, 2, 4)] for name, value in reversed(re.findall(r"--(c\d+): #([0-9a-f]{6})", theme))}
+        apart = sum(abs(a - b) for a, b in zip(colours[PHASE_COLOURS["train"]], colours[PHASE_COLOURS["save"]], strict=True))
+        assert apart > 150

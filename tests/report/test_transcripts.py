@@ -15,7 +15,7 @@ from miles.data.store.shard import open_shard
 from miles.data.store.train_record import open_train_record
 from miles.report.records import read_run
 from miles.report.token_text import TokenText, load_token_text
-from miles.report.transcripts import difference_class, probability_class, transcripts, visible
+from miles.report.transcripts import ShownSample, choose_rows, difference_class, probability_class, transcripts, visible
 
 
 @pytest.mark.parametrize(
@@ -70,38 +70,69 @@ def test_every_shown_token_has_the_difference_on_disk(noisy: RunDir) -> None:
     last = shown.batches[0]
     assert last.title == "Rollout of step 42, the last"
     compared = equal = 0
-    with open_shard(noisy.batch(42) / "rollout.0.h5") as shard, open_train_record(noisy.train(42) / "0.h5") as trained:
-        sequences = shard.sequences()
-        for sample in last.samples:
-            (row,) = np.flatnonzero((sequences["draw"] == sample.draw) & (sequences["sample"] == sample.sample))
-            start = int(sequences["prompt_length"][row])
-            rollout = shard.tokens(int(row), int(row) + 1)["rollout_logprob"][start:].astype(np.float64)
-            train = trained.tokens(int(row), int(row) + 1, ["train_logprob"])["train_logprob"][start:].astype(np.float64)
-            tokens = spans(sample.head + sample.tail)
-            assert len(tokens) == len(rollout)
-            for (classes, tooltip), ours, theirs in zip(tokens, train, rollout, strict=True):
-                sign = next((name[0] for name in classes.split() if re.fullmatch(r"[un][1-5]", name)), "")
-                assert sign == ("" if ours == theirs else "u" if ours > theirs else "n")
-                assert f"train   {ours:.7g}" in tooltip
-                assert f"rollout {theirs:.7g}" in tooltip
-                compared += 1
-                equal += ours == theirs
+    for sample in last.samples:
+        index, row, rollout = place_of(noisy, 42, sample)
+        (train,) = [values for path in noisy.train(42).glob("*.h5") for values in trained_of(path, index, row)]
+        tokens = spans(sample.head + sample.tail)
+        assert len(tokens) == len(rollout)
+        for (classes, tooltip), ours, theirs in zip(tokens, train[-len(rollout) :], rollout, strict=True):
+            sign = next((name[0] for name in classes.split() if re.fullmatch(r"[un][1-5]", name)), "")
+            assert sign == ("" if ours == theirs else "u" if ours > theirs else "n")
+            assert f"train   {ours:.7g}" in tooltip
+            assert f"rollout {theirs:.7g}" in tooltip
+            compared += 1
+            equal += ours == theirs
     first = shown.batches[1]
     assert first.title == "Rollout of step 13, the first"
     assert compared < shown.compared
     assert equal <= shown.equal
 
 
-def test_best_worst_and_longest_are_among_the_shown(noisy: RunDir) -> None:
+def test_best_worst_and_longest_of_different_prompts_are_shown(noisy: RunDir) -> None:
     shown = transcripts(read_run(noisy.path))
-    with open_shard(noisy.batch(13) / "rollout.0.h5") as shard:
-        sequences = shard.sequences()
     batch = next(batch for batch in shown.batches if batch.title.startswith("Rollout of step 13"))
-    assert len(batch.samples) == 4
-    assert {"0", "1"} <= {sample.reward for sample in batch.samples} or len(set(sequences["reward"].tolist())) == 1
-    longest = int(np.diff(sequences["offset"].astype(np.int64)).argmax())
-    assert (int(sequences["draw"][longest]), int(sequences["sample"][longest])) in {(sample.draw, sample.sample) for sample in batch.samples}
-    assert any(sample.tail for sample in batch.samples), "the long one is folded"
+    tables = [sequences_of(noisy.batch(13) / f"rollout.{worker}.h5") for worker in (0, 1)]
+    rewards = np.concatenate([table["reward"] for table in tables])
+    longest = max(
+        (int(length), int(table["draw"][row]), int(table["sample"][row])) for table in tables for row, length in enumerate(np.diff(table["offset"].astype(np.int64)))
+    )
+    assert len({sample.draw for sample in batch.samples}) == 4
+    assert (float(batch.samples[0].reward), float(batch.samples[1].reward)) == (rewards.max(), rewards.min())
+    assert (batch.samples[2].draw, batch.samples[2].sample) == longest[1:]
+    assert batch.samples[2].tail, "the long one is folded"
+
+
+def test_siblings_are_shown_where_there_is_one_prompt_only(tmp_path: Path) -> None:
+    run = demo_run(tmp_path / "run", rollouts=2, restarts=0)
+    tables = {0: sequences_of(run.batch(14) / "rollout.0.h5")}
+    rows = np.flatnonzero(tables[0]["draw"] == tables[0]["draw"][0])
+    one = {name: values[rows] for name, values in tables[0].items() if name in ("draw", "reward")}
+    chosen = choose_rows({0: {**one, "offset": tables[0]["offset"][: len(rows) + 1]}})
+    assert len(set(chosen)) == len(chosen) == 4
+
+
+def sequences_of(path: Path) -> dict[str, np.ndarray]:
+    with open_shard(path) as shard:
+        return shard.sequences()
+
+
+def trained_of(path: Path, shard: int, row: int) -> list[np.ndarray]:
+    """The trainer's log-probs of a sequence: one array, or none where another node's record has it."""
+    with open_train_record(path) as record:
+        table = record.sequences()
+        entries = np.flatnonzero((table["shard"] == shard) & (table["row"] == row))
+        return [record.tokens(int(entry), int(entry) + 1, ["train_logprob"])["train_logprob"].astype(np.float64) for entry in entries]
+
+
+def place_of(run: RunDir, step: int, sample: ShownSample) -> tuple[int, int, np.ndarray]:
+    """(index of the shard, row, rollout log-probs of the response) of a shown sample."""
+    for index in (0, 1):
+        with open_shard(run.batch(step) / f"rollout.{index}.h5") as shard:
+            table = shard.sequences()
+            for row in np.flatnonzero((table["draw"] == sample.draw) & (table["sample"] == sample.sample)):
+                start = int(table["prompt_length"][row])
+                return index, int(row), shard.tokens(int(row), int(row) + 1)["rollout_logprob"][start:].astype(np.float64)
+    raise AssertionError(f"no shard holds {sample.name}")
 
 
 def test_a_batch_not_yet_trained_on_has_no_differences(tmp_path: Path) -> None:
