@@ -13,7 +13,6 @@ import pytest
 from miles.config.compose import dump_config, load_config
 from miles.data.store.epoch import new_epoch
 from miles.data.store.import_roots import import_roots, recorded_roots
-from miles.data.store.metrics import append_metrics
 from miles.data.store.run_dir import RunDir, record_attempt
 
 CODE = "def build(folder, seed):\n    return '{}'\n"
@@ -84,8 +83,7 @@ def test_the_command_finds_them_too(places: dict[str, Path], recorded: bool, cod
     config = load_config(["recipes/tiny"], ["model.build=own_build.build"])
     run.run_yaml.write_text(dump_config(config))
     (run.attempt(epoch) / "exit.json").write_text(json.dumps({"code": 0, "reason": "finished"}))
-    for step in range(1, 6):
-        append_metrics(run.metrics, {"step": step, "kind": "sft" if step < 3 else "rollout", "train/loss": 1.0})
+    run.metrics.write_text("".join(json.dumps({"step": step, "kind": "sft" if step < 3 else "rollout", "train/loss": 1.0}) + "\n" for step in range(1, 6)))
     root = Path(__file__).parents[3]
     done = subprocess.run(
         [sys.executable, "-m", "miles.cli", "run", str(run.path)], cwd=places["elsewhere"], env={**os.environ, "PYTHONPATH": str(root)}, capture_output=True, text=True
