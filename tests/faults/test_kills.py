@@ -20,6 +20,7 @@ from miles.run.role import load_run
 
 VICTIMS = ("worker", "service", "trainer 0", "trainer 1", "engine", "supervisors", "all")
 PATIENCE = 600.0  # of a run without kills
+PER_RUN = 3.0  # kills in the time of an undisturbed run: often enough for many, seldom enough that a run gets on
 
 
 class Disturbed:
@@ -98,7 +99,7 @@ def test_kills_at_random_moments(undisturbed: Callable[[int], shared.Undisturbed
         disturbed = Disturbed(tmp_path / f"{runs_made:03d}", ranks, rng)
         runs_made += 1
         aim(disturbed, missing)
-        pause = rng.expovariate(2.0 / calm.seconds)
+        pause = rng.expovariate(PER_RUN / calm.seconds)
         while not disturbed.rest(pause):
             if len(kills) + len(disturbed.kills) >= count:
                 assert disturbed.rest(PATIENCE), f"the run hangs\n{disturbed.launched.text()}\n{runs.logs(disturbed.run_dir)}"
@@ -106,7 +107,7 @@ def test_kills_at_random_moments(undisturbed: Callable[[int], shared.Undisturbed
             disturbed.kill()
             last = disturbed.kills[-1]
             say(f"  kill {len(kills) + len(disturbed.kills):3d}: {last['victim']} in {last['phase']}, attempt {last['attempt']}")
-            pause = rng.expovariate(2.0 / calm.seconds)
+            pause = rng.expovariate(PER_RUN / calm.seconds)
         figures = disturbed.check(calm.folder)
         kills += disturbed.kills
         rounds.append({"ranks": ranks, "kills": len(disturbed.kills), "attempts": shared.newest(disturbed.run_dir), **figures})
