@@ -216,7 +216,7 @@ class Run:
             self.trainer.save(self.folder.checkpoints, self.trained, progress, self.fence)
             self.saved = self.trained
             if self.role.rank == 0:
-                retire_batches(self.folder, retention(self.config.checkpoint), self.fence)
+                retire_batches(self.fence, retention(self.config.checkpoint))
 
     def finish(self) -> None:
         """Export the final weights and let the others go."""

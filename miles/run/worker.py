@@ -72,7 +72,7 @@ def work(role: Role) -> None:
 
 def _tidy_journals(run_dir: RunDir, role: Role) -> None:
     try:
-        retire_journals(run_dir, role.epoch, Fence(run_dir, role.epoch))
+        retire_journals(Fence(run_dir, role.epoch))
     except Damaged as error:
         print(f"worker: old journals are kept: {error}", flush=True)
 

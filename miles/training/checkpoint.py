@@ -112,7 +112,7 @@ def newest_good(checkpoints: Path) -> tuple[Path | None, list[str]]:
     return None, said
 
 
-def retain(checkpoints: Path, keep: int, written: Path | None = None) -> list[Path]:
+def retain(checkpoints: Path, keep: int, written: Path | None = None, fence: Fence | None = None) -> list[Path]:
     """Delete complete checkpoints but the newest `keep`; returns what was deleted. Called by one rank.
 
     Nothing is deleted unless a good one stays: the newest is verified first, and while it is damaged all others are kept. written: one
@@ -133,10 +133,13 @@ def retain(checkpoints: Path, keep: int, written: Path | None = None) -> list[Pa
     deleted = []
     for step in old:
         folder = checkpoints / step_name(step)
-        # COMPLETE goes first: a crash in the middle leaves a folder that says of itself that it is unfinished.
-        (folder / COMPLETE).unlink()
-        sync_folder(folder)
-        shutil.rmtree(folder)
+        if fence is not None:
+            fence.discard(folder)
+        else:
+            # COMPLETE goes first: a crash in the middle leaves a folder that says of itself that it is unfinished.
+            (folder / COMPLETE).unlink()
+            sync_folder(folder)
+            shutil.rmtree(folder)
         deleted.append(folder)
     return deleted
 

@@ -257,7 +257,7 @@ class FsdpTrainer:
         path = checkpoint.write_checkpoint(checkpoints, step, self.ranks, write, state, fence)
         self.parent = path.name
         if self.ranks.rank == 0:
-            checkpoint.retain(checkpoints, self.config.checkpoint.retain, written=path)
+            checkpoint.retain(checkpoints, self.config.checkpoint.retain, written=path, fence=fence)
         return path
 
     def load(self, folder: Path) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -14,14 +13,12 @@ from typing import Any
 
 from miles.config.exits import UserError
 from miles.data.store.epoch import Fence
-from miles.data.store.files import make_folder
 from miles.data.store.journal import Group, journal_paths, read_journal
 from miles.data.store.manifest import NAME, read_manifest
-from miles.data.store.run_dir import RunDir, newest_complete_checkpoint, steps_in
+from miles.data.store.run_dir import newest_complete_checkpoint, steps_in
 
 log = logging.getLogger(__name__)
 
-TRASH = ".trash"
 ASIDE = re.compile(r"step_(\d{6,})\.aside\..+")
 
 
@@ -41,6 +38,7 @@ class Bounds:
 class Record:
     """Folders that go together: a batch with what training saw of it, an evaluation, or one that was set aside."""
 
+    fence: Fence
     step: int
     folders: list[Path]
     free: bool  # no resume needs it: routes may go
@@ -79,7 +77,7 @@ class Record:
         gone = 0
         for path in self.routes():
             gone += path.stat().st_size
-            path.unlink()
+            self.fence.discard(path)
             self.deleted.append(path)
         return gone
 
@@ -87,12 +85,12 @@ class Record:
         if self.aside:
             log.warning("%s, which had been set aside, is deleted by retention", self.folders[0])
         for folder in self.folders:
-            discard(folder)
+            self.fence.discard(folder)
             self.deleted.append(folder)
         self.folders = []
 
 
-def retire_batches(run_dir: RunDir, bounds: Bounds, fence: Fence | None = None, now: float | None = None) -> list[Path]:
+def retire_batches(fence: Fence, bounds: Bounds, now: float | None = None) -> list[Path]:
     """Delete what the newest COMPLETE checkpoint has made superfluous; returns the paths deleted, in order.
 
     Never touched: batches newer than that checkpoint (a resume trains on them again), and evaluations from it on (a resume may ask
@@ -102,16 +100,13 @@ def retire_batches(run_dir: RunDir, bounds: Bounds, fence: Fence | None = None, 
     2. What is older than bounds.seconds; then batches beyond the newest bounds.count, with what was set aside at steps before those.
     3. Until all records together fit bounds.bytes: routes; then what was set aside; then batches and evaluations; each oldest first.
 
-    now: unix seconds, default the present.
+    now: unix seconds, default the present. Raises Fenced when a newer attempt exists.
     """
-    if fence is not None:
-        fence.check()
-    newest = newest_complete_checkpoint(run_dir)
-    for parent in (run_dir.batches, run_dir.train_records, run_dir.evals):
-        empty_trash(parent)
+    fence.check()
+    newest = newest_complete_checkpoint(fence.run_dir)
     if newest is None:
         return []
-    everything = list(_records(run_dir, newest))
+    everything = list(_records(fence, newest))
     free = [record for record in everything if record.free]
     if bounds.bytes is None:
         for record in free:
@@ -128,18 +123,19 @@ def retire_batches(run_dir: RunDir, bounds: Bounds, fence: Fence | None = None, 
     return [path for record in everything for path in record.deleted]
 
 
-def _records(run_dir: RunDir, newest: int) -> Iterator[Record]:
+def _records(fence: Fence, newest: int) -> Iterator[Record]:
     """Everything that retention looks at, oldest step first."""
+    run_dir = fence.run_dir
     steps = sorted({*steps_in(run_dir.batches), *steps_in(run_dir.train_records)})
     found = [
-        Record(step, [folder for folder in (run_dir.batch(step), run_dir.train(step)) if folder.is_dir()], step <= newest, step == steps[-1], batch=True)
+        Record(fence, step, [folder for folder in (run_dir.batch(step), run_dir.train(step)) if folder.is_dir()], step <= newest, step == steps[-1], batch=True)
         for step in steps
     ]
-    found += [Record(step, [run_dir.eval(step)], step < newest) for step in steps_in(run_dir.evals)]
+    found += [Record(fence, step, [run_dir.eval(step)], step < newest) for step in steps_in(run_dir.evals)]
     for parent in (run_dir.batches, run_dir.evals):
         for folder in sorted(parent.iterdir()) if parent.is_dir() else ():
             if (match := ASIDE.fullmatch(folder.name)) is not None:
-                found.append(Record(int(match[1]), [folder], int(match[1]) <= newest, aside=True))
+                found.append(Record(fence, int(match[1]), [folder], int(match[1]) <= newest, aside=True))
     return iter(sorted(found, key=lambda record: (record.step, not record.batch)))
 
 
@@ -169,14 +165,14 @@ def _fit(everything: list[Record], most: int, newest: int) -> None:
         )  # fmt: skip
 
 
-def retire_journals(run_dir: RunDir, epoch: int, fence: Fence | None = None) -> list[Path]:
-    """Delete journals of attempts before `epoch` whose every group is done with; returns the paths deleted.
+def retire_journals(fence: Fence) -> list[Path]:
+    """Delete journals of attempts before this one whose every group is done with; returns the paths deleted.
 
     A group is done with when its draw lies in a batch sealed up to the newest COMPLETE checkpoint, or retention took the batch of its
     step since. The present attempt's journals are shortened by their writers (Journal.compact).
     """
-    if fence is not None:
-        fence.check()
+    fence.check()
+    run_dir = fence.run_dir
     newest = newest_complete_checkpoint(run_dir)
     if newest is None:
         return []
@@ -197,28 +193,10 @@ def retire_journals(run_dir: RunDir, epoch: int, fence: Fence | None = None) -> 
 
     deleted = []
     for path in journal_paths(run_dir.journal):
-        if int(path.name.split(".")[-2]) < epoch and all(is_done(context, group) for context, group in read_journal(path)):
-            path.unlink()
+        if int(path.name.split(".")[-2]) < fence.epoch and all(is_done(context, group) for context, group in read_journal(path)):
+            fence.discard(path)
             deleted.append(path)
     return deleted
-
-
-def discard(folder: Path) -> None:
-    """Delete a folder so that a kill in between never leaves half of it under its name: it moves to .trash first."""
-    trash = make_folder(folder.parent / TRASH)
-    place, count = trash / folder.name, 0
-    while place.exists():
-        count += 1
-        place = trash / f"{folder.name}.{count}"
-    folder.rename(place)
-    shutil.rmtree(place)
-
-
-def empty_trash(parent: Path) -> None:
-    """Finish the deletions that a killed process left."""
-    trash = parent / TRASH
-    if trash.is_dir():
-        shutil.rmtree(trash)
 
 
 def size_of(folder: Path) -> int:

@@ -1,9 +1,11 @@
 import numpy as np
 import pytest
+from owner import owner
 
+from miles.data.store.epoch import new_epoch
 from miles.data.store.journal import Journal
 from miles.data.store.manifest import Manifest, Policy, ShardEntry, read_manifest, seal_manifest, verify_batch
-from miles.data.store.retention import Bounds, discard, retire_batches, retire_journals
+from miles.data.store.retention import Bounds, retire_batches, retire_journals
 from miles.data.store.routes import write_routes
 from miles.data.store.run_dir import newest_complete_checkpoint, steps_in
 from miles.data.store.shard import write_shard
@@ -35,13 +37,13 @@ def routes_left(run_dir):
 def test_nothing_goes_before_a_complete_checkpoint(run_dir, batches):
     checkpoint(run_dir, 5, complete=False)
     assert newest_complete_checkpoint(run_dir) is None
-    assert retire_batches(run_dir, Bounds(count=1)) == []
+    assert retire_batches(owner(run_dir), Bounds(count=1)) == []
     assert routes_left(run_dir) == [0, 1, 2, 3, 4, 5]
 
 
 def test_routes_go_first_and_only_up_to_the_checkpoint(run_dir, batches):
     checkpoint(run_dir, 3)
-    retire_batches(run_dir, Bounds())
+    retire_batches(owner(run_dir), Bounds())
     assert steps_in(run_dir.batches) == [0, 1, 2, 3, 4, 5]
     assert routes_left(run_dir) == [4, 5]
     verify_batch(run_dir, read_manifest(run_dir.batch(0)))  # still a whole batch
@@ -50,7 +52,7 @@ def test_routes_go_first_and_only_up_to_the_checkpoint(run_dir, batches):
 @pytest.mark.parametrize(("newest", "keep", "left"), [(3, 4, [2, 3, 4, 5]), (3, 1, [4, 5]), (5, 1, [5]), (1, 1, [2, 3, 4, 5]), (5, 9, [0, 1, 2, 3, 4, 5])])
 def test_newest_stay_and_what_a_resume_needs(run_dir, batches, newest, keep, left):
     checkpoint(run_dir, newest)
-    retire_batches(run_dir, Bounds(count=keep))
+    retire_batches(owner(run_dir), Bounds(count=keep))
     assert steps_in(run_dir.batches) == left
     assert steps_in(run_dir.train_records) == left
     assert all((run_dir.batch(step) / "rollout.0.h5").exists() for step in left)
@@ -59,18 +61,19 @@ def test_newest_stay_and_what_a_resume_needs(run_dir, batches, newest, keep, lef
 def test_unfinished_deletion_is_finished(run_dir, batches, monkeypatch):
     checkpoint(run_dir, 5)
     with monkeypatch.context() as patch:
-        patch.setattr("shutil.rmtree", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("shutil.rmtree", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            discard(run_dir.batch(0))
+            retire_batches(owner(run_dir), Bounds(count=5))
     assert steps_in(run_dir.batches) == [1, 2, 3, 4, 5]
-    retire_batches(run_dir, Bounds(count=5))
-    assert not (run_dir.batches / ".trash" / "step_000000").exists()
+    assert list(owner(run_dir).staging.iterdir()), "the rest of the deleted folder"
+    new_epoch(run_dir)
+    assert not [path for path in run_dir.attempts.rglob("*") if path.is_file()]
 
 
 def test_damaged_old_manifest_stops_nobody(run_dir, batches, caplog):
     checkpoint(run_dir, 5)
     (run_dir.batch(1) / "manifest.json").write_text("{")
-    retire_batches(run_dir, Bounds())
+    retire_batches(owner(run_dir), Bounds())
     assert routes_left(run_dir) == [1]
     assert "manifest.json: not JSON" in caplog.text
 
@@ -82,7 +85,7 @@ def test_journals_go_when_every_draw_is_under_the_checkpoint(run_dir, batches, m
                 journal.append([make_sample(draw, 0)], {"kind": "rollout", "step": draw})
     with Journal(run_dir.journal_file("present", 2)) as journal:
         journal.append([make_sample(0, 0)], {"kind": "rollout", "step": 0})
-    assert retire_journals(run_dir, epoch=2) == []
+    assert retire_journals(owner(run_dir, 2)) == []
     checkpoint(run_dir, 3)
-    assert [path.name for path in retire_journals(run_dir, epoch=2)] == ["done.1.log"]
+    assert [path.name for path in retire_journals(owner(run_dir, 2))] == ["done.1.log"]
     assert sorted(path.name for path in run_dir.journal.iterdir()) == ["newer.1.log", "present.2.log", "unused.1.log"]

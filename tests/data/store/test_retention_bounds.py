@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from owner import owner
 
 from miles.data.store.epoch import Fence, Fenced, new_epoch
 from miles.data.store.journal import Journal
@@ -86,7 +87,7 @@ def test_what_stays_is_what_the_rules_say(tmp_path, history, bounds):
     run_dir = RunDir(tmp_path / "run")
     make(run_dir, history)
     before, had = whole(run_dir), total(run_dir)
-    deleted = retire_batches(run_dir, bounds, now=NOW)
+    deleted = retire_batches(owner(run_dir), bounds, now=NOW)
     after, newest = whole(run_dir), history["newest"]
     assert steps_in(run_dir.batches) == steps_in(run_dir.train_records), "a batch and its train record go together"
     assert all(not path.exists() for path in deleted)
@@ -128,7 +129,7 @@ def test_what_stays_is_what_the_rules_say(tmp_path, history, bounds):
         assert {key[1] for key in stripped} == {key[1] for key in candidates[: len(stripped)]}, "routes of the oldest go first"
     if not gone and not stripped:
         assert total(run_dir) == had
-    assert retire_batches(run_dir, bounds, now=NOW) == [], "nothing more goes when nothing has changed"
+    assert retire_batches(owner(run_dir), bounds, now=NOW) == [], "nothing more goes when nothing has changed"
 
 
 def test_no_more_goes_than_the_bytes_ask_for(run_dir):
@@ -154,21 +155,21 @@ def test_no_more_goes_than_the_bytes_ask_for(run_dir):
     ]
     for less, left, with_routes, aside in steps:
         fresh()
-        retire_batches(run_dir, Bounds(bytes=everything - less))
+        retire_batches(owner(run_dir), Bounds(bytes=everything - less))
         assert (steps_in(run_dir.batches), sum(whole(run_dir).values()), (run_dir.batches / "step_000002.aside.1").exists()) == (left, with_routes, aside), less
 
 
 def test_what_had_been_set_aside_is_not_deleted_silently(run_dir, caplog):
     make(run_dir, {"batches": [(1, 9, 0, 0, 0), (2, 9, 0, 0, 0)], "evals": [], "asides": [(1, 9, 0, 0)], "newest": 2})
     with caplog.at_level(logging.WARNING):
-        retire_batches(run_dir, Bounds(count=1))
+        retire_batches(owner(run_dir), Bounds(count=1))
     assert "step_000001.aside.1, which had been set aside, is deleted by retention" in caplog.text
 
 
 def test_a_bound_that_cannot_be_met_is_said(run_dir, caplog):
     make(run_dir, {"batches": [(1, 900, 0, 0, 0), (2, 900, 0, 0, 0), (3, 900, 0, 0, 0)], "evals": [], "asides": [], "newest": 1})
     with caplog.at_level(logging.WARNING):
-        retire_batches(run_dir, Bounds(bytes=1000))
+        retire_batches(owner(run_dir), Bounds(bytes=1000))
     assert steps_in(run_dir.batches) == [2, 3]
     assert "over checkpoint.retain_batches_bytes 1000" in caplog.text
     assert "save more often, or raise the bound" in caplog.text
@@ -184,8 +185,8 @@ def test_a_batch_whose_routes_are_gone_is_whole(run_dir, make_sample):
     run_dir.checkpoint(1).mkdir(parents=True)
     (run_dir.checkpoint(1) / "COMPLETE").touch()
     size = total(run_dir)
-    assert retire_batches(run_dir, Bounds(bytes=size)) == [], "it fits"
-    assert retire_batches(run_dir, Bounds(bytes=size - 1)) == [folder / "routes.0.h5"]
+    assert retire_batches(owner(run_dir), Bounds(bytes=size)) == [], "it fits"
+    assert retire_batches(owner(run_dir), Bounds(bytes=size - 1)) == [folder / "routes.0.h5"]
     verify_files(folder, read_manifest(folder))
 
 
@@ -194,7 +195,7 @@ def test_an_old_attempt_deletes_nothing(run_dir):
     make(run_dir, {"batches": [(1, 9, 9, 0, 0), (2, 9, 9, 0, 0)], "evals": [], "asides": [], "newest": 2})
     new_epoch(run_dir)
     with pytest.raises(Fenced):
-        retire_batches(run_dir, Bounds(count=1, seconds=0, bytes=1), old, NOW)
+        retire_batches(old, Bounds(count=1, seconds=0, bytes=1), NOW)
     assert total(run_dir) > 36
 
 
@@ -205,9 +206,9 @@ def test_journals_of_batches_that_retention_took_go_too(run_dir, make_sample):
         with Journal(run_dir.journal_file(worker, 1)) as journal:
             for kind, step in groups:
                 journal.append([make_sample(step + 100, 0)], {"kind": kind, "step": step})
-    assert retire_journals(run_dir, epoch=2) == [], "their draws lie in no batch, and the batches are there to say so"
-    retire_batches(run_dir, Bounds(bytes=1))
+    assert retire_journals(owner(run_dir, 2)) == [], "their draws lie in no batch, and the batches are there to say so"
+    retire_batches(owner(run_dir), Bounds(bytes=1))
     assert steps_in(run_dir.batches) == [4]
     assert steps_in(run_dir.evals) == []
-    assert [path.name for path in retire_journals(run_dir, epoch=2)] == ["evaluated.1.log", "past.1.log"]
+    assert [path.name for path in retire_journals(owner(run_dir, 2))] == ["evaluated.1.log", "past.1.log"]
     assert sorted(path.name for path in run_dir.journal.iterdir()) == ["ahead.1.log", "evaluating.1.log"], "evaluation 3 may be asked for again"

@@ -23,7 +23,7 @@ def test_paths_of_the_format():
 
 
 def test_steps_pass_over_what_is_no_step(tmp_path):
-    for name in ("step_000002", "step_000010", "step_1000000", "step_000003.aside.2", "journal", ".trash"):
+    for name in ("step_000002", "step_000010", "step_1000000", "step_000003.aside.2", "journal", ".foreign"):
         (tmp_path / name).mkdir()
     (tmp_path / "step_000004").touch()
     assert steps_in(tmp_path) == [2, 10, 1000000]
