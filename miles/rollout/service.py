@@ -280,6 +280,8 @@ class RolloutService:
         if "model" not in self.values:
             return "the model to be built" if self.config.model.build else "the trainer to read the model's folder"
         if "step" not in self.announced:
+            if self.sealed:
+                return None  # its first batch is with it
             return "the trainer to load the model" + (f", and {starting}" if missing > 0 and not self.config.warm_start.steps else "")
         warm = self.announced.get("kind") == "sft" and self.announced["step"] >= self.config.warm_start.steps
         return starting if missing > 0 and warm and self.config.num_rollout and self.announced.get("phase") == "sft" else None

@@ -8,6 +8,7 @@ from typing import Any
 from miles.config.compose import load_config
 from miles.data.prompts import load_prompts
 from miles.data.store.epoch import new_epoch
+from miles.data.store.manifest import Manifest, Policy
 from miles.data.store.run_dir import RunDir
 from miles.rollout.jobs import Job
 from miles.rollout.service import RolloutService
@@ -29,6 +30,8 @@ def test_every_process_that_is_waited_for_is_named(tmp_path: Path) -> None:
     assert waiting(found) == "the model to be built"
     found.values["model"] = "somewhere"
     assert waiting(found) == "the trainer to load the model"
+    found.sealed["sft", 1] = Job("sft", 1), Manifest(run_id="run", epoch=1, step=1, kind="sft", policy=Policy(weight_version=0, weight_checksum=""), shards=[])
+    assert waiting(found) is None, "the trainer has its first batch"
     found.announced = {"phase": "train", "kind": "sft", "step": 2}
     assert waiting(found) is None
     found.announced["phase"] = "sft"
