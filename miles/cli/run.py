@@ -141,7 +141,8 @@ def refuse_errors(config: RunConfig, console: Console, folder: RunDir) -> None:
     """Warnings are printed; the first error ends it."""
     found = findings(config, recorded_roots(folder))
     for finding in found:
-        if finding.level == "warning":
+        derived = finding.where == "train.optimizer.lr_decay_steps" and folder.run_yaml.exists()  # run.yaml holds every default
+        if finding.level == "warning" and not derived:
             console.print(f"warning: {finding}")
     errors = [finding for finding in found if finding.level == "error"]
     if errors:
