@@ -81,7 +81,7 @@ def test_cut_at_every_byte_of_the_last_two_records(tmp_path, make_sample):
         assert last_good_end(path) == ends[good]
 
 
-@pytest.mark.parametrize("tail", [b"\0" * 50, b"\xff" * 50, os.urandom(5), struct.pack("<IQ", 3, 1) + b"abc"])
+@pytest.mark.parametrize("tail", [b"\0" * 50, b"\xff" * 50, os.urandom(5), struct.pack("<IQ", 3, 1) + b"abc"], ids=["zeros", "ones", "noise", "cut"])
 def test_append_after_a_torn_tail(tmp_path, make_sample, tail):
     path = tmp_path / "w.1.log"
     with Journal(path) as journal:
