@@ -21,8 +21,9 @@ from miles.data.store.manifest import read_manifest
 from miles.data.store.run_dir import RunDir, steps_in
 
 WARM_STEPS, STEPS = 2, 10
-BATCH, SAMPLES, PLACES = 4, 4, 16  # of recipes/tiny: groups a batch, samples a group, samples at once
-TAKEN = (PLACES + PLACES // 2) // SAMPLES  # groups that a worker has taken and not finished, at most
+BATCH = 4  # of recipes/tiny: groups
+SAMPLES = {"rollout": 4, "eval": 1}  # of a group
+TAKEN = 16 + 16 // 2  # samples that a worker has taken and not finished, at most: half as many wait as it has places
 SUMMARIES = Path(__file__).parents[2] / "runs" / "faults"
 now = time.monotonic
 
@@ -135,9 +136,9 @@ def generated_groups(folder: Path) -> dict[int, set[Key]]:
 
 
 def repeats(generated: dict[int, set[Key]], journalled: dict[int, list[tuple[Key, str]]]) -> dict[str, int]:
-    """Assert that nothing journalled was made again, and no attempt left more groups unfinished than a worker takes.
+    """Assert that nothing journalled was made again, and no attempt left more unfinished than a worker takes.
 
-    Returns the groups generated, those generated again, and the greatest number in flight at the end of an attempt.
+    Returns the groups generated, those generated again, and those in flight at the ends of attempts (in all, and the most samples of one).
     """
     records = Counter(record for records in journalled.values() for record in records)
     assert max(records.values(), default=1) == 1, f"journalled more than once: {[record for record, n in records.items() if n > 1]}"
@@ -150,10 +151,12 @@ def repeats(generated: dict[int, set[Key]], journalled: dict[int, list[tuple[Key
         again += len(own & begun)
         begun |= own
         done |= {key for key, _ in journalled.get(epoch, [])}
-        in_flight.append(len(own - done))
-    assert again <= sum(in_flight)
-    assert max(in_flight) <= TAKEN, f"{max(in_flight)} groups were in flight; a worker takes {TAKEN}"
-    return {"generated": len(begun) + again, "again": again, "in_flight": sum(in_flight), "most_in_flight": max(in_flight)}
+        in_flight.append(own - done)
+    groups = sum(len(keys) for keys in in_flight)
+    most = max(sum(SAMPLES[kind] for kind, _, _ in keys) for keys in in_flight)
+    assert again <= groups
+    assert most <= TAKEN, f"{most} samples were in flight; a worker takes {TAKEN}"
+    return {"generated": len(begun) + again, "again": again, "in_flight": groups, "most_samples": most}
 
 
 def newest(run_dir: Path) -> int:

@@ -135,6 +135,6 @@ def report(seed: int, kills: list[dict[str, object]], rounds: list[dict[str, int
     say(f"\n{len(kills)} kills in {len(rounds)} runs, {totals['attempts']} attempts, {seconds:.0f} s (seed {seed})")
     say("by victim: " + ", ".join(f"{name} {victims[name]}" for name in VICTIMS))
     say("by phase:  " + ", ".join(f"{name} {number}" for name, number in found.most_common()))
-    say(f"groups generated {totals['generated']}, of these again {totals['again']}; in flight at the ends of attempts {totals['in_flight']}, at most {max(each['most_in_flight'] for each in rounds)}\n")
+    say(f"groups generated {totals['generated']}, of these again {totals['again']}; in flight at the ends of attempts {totals['in_flight']}, at most {max(each['most_samples'] for each in rounds)} samples at once\n")
     aimed = sum(bool(kill["aimed"]) for kill in kills)
     shared.summary(f"kills.{seed}", {"seed": seed, "kills": len(kills), "aimed": aimed, "seconds": seconds, "victims": victims, "phases": found, **totals, "rounds": rounds})
