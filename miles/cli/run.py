@@ -14,7 +14,7 @@ from miles.config.compose import dump_config, load_config
 from miles.config.exits import AGAIN, OK, UserError, disk_full
 from miles.config.schema import RunConfig, Section
 from miles.data.store.epoch import Fenced
-from miles.data.store.files import Damaged, read_json, seal_bytes
+from miles.data.store.files import TEMPORARY_SUFFIX, Damaged, read_json, seal_bytes
 from miles.data.store.import_roots import recorded_roots
 from miles.data.store.metrics import read_metrics
 from miles.data.store.run_dir import RunDir, write_plan
@@ -155,7 +155,8 @@ def refuse_foreign(path: Path) -> None:
     there = next(each for each in (path, *path.parents) if each.exists())
     if not there.is_dir():
         raise UserError(f"{there}: is a file, so no run can live there; choose another --run-dir")
-    if there == path and any(path.iterdir()):
+    # What a launcher left that was killed while it wrote run.yaml is nobody's.
+    if there == path and any(not entry.match(f".run.yaml.*{TEMPORARY_SUFFIX}") for entry in path.iterdir()):
         raise UserError(f"{path}: not empty, and not a run; choose another --run-dir")
 
 

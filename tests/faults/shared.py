@@ -73,7 +73,7 @@ def summary(name: str, value: dict[str, Any]) -> None:
 
 
 def family(launcher: psutil.Process) -> dict[str, list[psutil.Process]]:
-    """Living processes below a launcher (itself under "launcher") by role; trainers as "trainer 0", "trainer 1"."""
+    """Living processes below a launcher (itself under "launcher") by role; trainers as "trainer 0", "trainer 1", reward processes as "others"."""
     found: dict[str, list[psutil.Process]] = {"launcher": [launcher], "supervisors": []}
     for process in launcher.children(recursive=True):
         with contextlib.suppress(psutil.Error):
@@ -83,7 +83,7 @@ def family(launcher: psutil.Process) -> dict[str, list[psutil.Process]]:
                 role = f"trainer {process.environ()['MILES_RANK']}"
             if role is None and process.status() == psutil.STATUS_ZOMBIE:
                 continue
-            found.setdefault(role or "supervisors", []).append(process)
+            found.setdefault(role or ("supervisors" if any("submitit" in word for word in command) else "others"), []).append(process)
     return found
 
 

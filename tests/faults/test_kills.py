@@ -74,6 +74,8 @@ class Disturbed:
         """After the good end: bits, draws, journals."""
         assert self.launched.wait() == 0, self.launched.text()[-3000:] + runs.logs(self.run_dir)
         self.journals.look()
+        outlived = [process for process in psutil.process_iter() if runs.belongs(process, self.run_dir)]
+        assert not psutil.wait_procs(outlived, timeout=30)[1], "processes outlive their run"
         assert "Traceback" not in self.launched.text()
         runs.same_run(undisturbed, self.run_dir)
         shared.no_draw_lost_or_used_twice(self.run_dir)

@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from miles.cli.run import refuse_foreign
 from miles.config.exits import TryAgain, UserError
 from miles.data.store.epoch import new_epoch
 from miles.data.store.run_dir import RunDir
@@ -106,3 +107,13 @@ def test_a_launcher_killed_while_it_made_an_attempt_holds_nobody_up(tmp_path: Pa
     for name, content in left.items():
         (run.attempt(epoch) / name).write_text(content)
     refuse_if_running(run)
+
+
+def test_a_launcher_killed_while_it_wrote_run_yaml_holds_nobody_up(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / ".run.yaml.17.abcd.tmp").write_text("name: ti")
+    refuse_foreign(run_dir)
+    (run_dir / "notes.txt").touch()
+    with pytest.raises(UserError, match="not empty, and not a run"):
+        refuse_foreign(run_dir)
