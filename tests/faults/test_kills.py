@@ -45,12 +45,12 @@ class Disturbed:
     def rest(self, seconds: float) -> bool:
         """Let the run go on so long; returns whether it is finished."""
         until = now() + seconds
-        while now() < until:
+        while self.launched.process.poll() is None:
             self.journals.look()
-            if self.launched.process.poll() is not None:
-                return True
+            if now() >= until:
+                return False
             time.sleep(min(0.05, max(0.0, until - now())))
-        return False
+        return True
 
     def phase(self) -> str:
         if self.config is None and (self.run_dir / "run.yaml").exists():
