@@ -38,12 +38,14 @@ def check(config: RunConfig, as_json: bool) -> int:
 def summary(config: RunConfig) -> list[tuple[str, str]]:
     """What the run will do, a line each."""
     cluster, rollout, train, optimizer, warm, evaluation = config.cluster, config.rollout, config.train, config.train.optimizer, config.warm_start, config.eval
+    debug = config.debug
     ranks = train.num_nodes * train.num_gpus_per_node
     samples = rollout.batch_size * rollout.n_samples_per_prompt
     engines = rollout.num_gpus // rollout.num_gpus_per_engine
     tier = guarantee(config)
     rows = [
         ("run", f"{config.name}, seed {config.seed}"),
+        *_mode(config),
         ("where", f"{cluster.executor}, {cluster.placement}, {cluster.device}, threads {cluster.threads}"),
         ("model", f"{_model(config)}, {config.model.dtype}"),
         ("prompts", _source(config.data)),
@@ -60,7 +62,29 @@ def summary(config: RunConfig) -> list[tuple[str, str]]:
         ("evaluation", f"every {evaluation.interval} rollouts, {_source(evaluation)}" if evaluation.interval else "never"),
         ("guarantee", f"{tier.name}: {tier.promise} ({tier.why})"),
     ]
-    return rows
+    left_out: tuple[str, ...] = ()
+    if debug.recorded:
+        left_out = ("prompts", "rollout", "engines", "reward", "evaluation", *(("warm start", "training", "optimizer", "algorithm") if debug.rescore else ()))
+    elif debug.rollout_only:
+        left_out = ("training", "optimizer", "algorithm")
+    return [row for row in rows if row[0] not in left_out]
+
+
+def _mode(config: RunConfig) -> list[tuple[str, str]]:
+    """What a run in part does, and where it stops."""
+    debug, said = config.debug, []
+    if debug.rollout_only:
+        said.append("rollout only: all batches by the weights at the start, nothing is trained")
+    if debug.train_only:
+        said.append(f"train only: on the recorded batches of {debug.train_only}, no engine is started")
+    if debug.rescore:
+        which = f"steps {', '.join(map(str, debug.rescore_steps))}" if debug.rescore_steps else "all steps"
+        said.append(f"re-score: the recorded batches of {debug.rescore}, {which}, nothing is trained")
+    if config.last_step < config.total_steps:
+        said.append(f"stops after step {config.last_step} of {config.total_steps}")
+    if config.profile.steps:
+        said.append(f"traces steps {config.profile.steps[0]} to {config.profile.steps[1]}")
+    return [("mode", "; ".join(said))] if said else []
 
 
 def show(config: RunConfig, findings: list[Finding]) -> None:

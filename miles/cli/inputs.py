@@ -34,12 +34,17 @@ def findings(config: RunConfig, roots: Sequence[str] = ()) -> list[Finding]:
     roots: folders of the run's functions, besides those of this command.
     """
     from miles.data.prompts import check_files  # numpy: nothing that a mere reader of configurations waits for
+    from miles.data.recorded import check_recording, differences
 
     found = judge(config)
     if not any(finding.level == "error" for finding in found):
         opened = [Finding(*entry) for entry in unusable(config, roots)]
         try:
             check_files(config)
+            if config.debug.recorded:
+                check_recording(config)
+            if config.debug.train_only and (changed := differences(config)):
+                opened.append(Finding("warning", "debug.train_only", f"settings differ from the recorded run's, so its bits are not to be expected: {', '.join(changed)}"))
         except UserError as error:
             where, _, rest = str(error).partition(": ")
             message, _, mend = rest.rpartition("; ")

@@ -13,6 +13,7 @@ from miles.cli.progress import Progress
 from miles.config.compose import dump_config, load_config
 from miles.config.exits import AGAIN, OK, UserError, disk_full
 from miles.config.schema import RunConfig, Section
+from miles.data.recorded import chosen_steps
 from miles.data.store.epoch import Fenced
 from miles.data.store.files import TEMPORARY_SUFFIX, Damaged, read_json, seal_bytes
 from miles.data.store.import_roots import recorded_roots
@@ -30,7 +31,8 @@ S = TypeVar("S", bound=Section)
 # What may differ when a run goes on: how far, and how it is looked after; never what it computes (threads: the same to the last bits,
 # so the guarantee falls, and the launcher says so).
 MAY_CHANGE = {
-    "num_rollout", "cluster.threads", "cluster.port", "cluster.restarts", "cluster.stop_seconds",
+    "num_rollout", "cluster.threads", "cluster.port", "cluster.restarts", "cluster.stop_seconds", "debug.stop_after", "debug.rescore_steps",
+    "profile.steps", "profile.record_shapes", "profile.with_stack",
     "checkpoint.save_interval", "checkpoint.retain", "checkpoint.save_hf",
     "checkpoint.retain_batches", "checkpoint.retain_batches_days", "checkpoint.retain_batches_bytes",
 }  # fmt: skip
@@ -47,7 +49,7 @@ def run(words: list[str], run_dir: Path | None) -> int:
     if resuming:
         refuse_differences(load_config([folder.run_yaml]), config, folder)
         if finished(folder, config):
-            console.print(f"already finished: {folder.path}; report: {build_report(folder.path)}")
+            console.print(f"{ending(folder, config, 'already finished')}; report: {build_report(folder.path)}")
             return OK
     else:
         refuse_foreign(folder.path)
@@ -94,8 +96,15 @@ def follow(folder: RunDir, config: RunConfig, console: Console) -> int:
         if code == OK or disk_full(error) is None:  # a run that failed on a full disk has said so
             raise
     if code == OK:
-        console.print(f"finished: {folder.path}")
+        console.print(ending(folder, config, "finished"))
     return code
+
+
+def ending(folder: RunDir, config: RunConfig, word: str) -> str:
+    """What is said of a run that ended well: where it lies, or how a run that stopped early goes on."""
+    if config.last_step == config.total_steps:
+        return f"{word}: {folder.path}"
+    return f"stopped after step {config.last_step} of {config.total_steps} (debug.stop_after); go on with: miles-submit run {folder.path} debug.stop_after=null"
 
 
 def last_state(folder: RunDir) -> dict[str, Any] | None:
@@ -116,17 +125,19 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
     return config.model_copy(
         update={
             "model": fixed(config.model, "hf_checkpoint"),
-            "checkpoint": fixed(config.checkpoint, "ref_load"),
+            "checkpoint": fixed(config.checkpoint, "ref_load", "load"),
+            "debug": fixed(config.debug, "train_only", "rescore"),
             **{name: fixed(getattr(config, name), "prompt_data") for name in ("data", "warm_start", "eval")},
         }
     )
 
 
 def finished(folder: RunDir, config: RunConfig) -> bool:
-    """Whether the newest attempt ended well and nothing was added since."""
+    """Whether the newest attempt ended well, and there is no step left to do."""
     end = folder.latest / "exit.json"
-    done = max((line["step"] for line in read_metrics(folder.metrics)), default=0)
-    return end.exists() and code_of(end) == OK and done >= config.warm_start.steps + config.num_rollout
+    done = {line["step"] for line in read_metrics(folder.metrics)}
+    left = set(chosen_steps(config)) - done if config.debug.rescore else max(done, default=0) < config.last_step
+    return end.exists() and code_of(end) == OK and not left
 
 
 def code_of(end: Path) -> int | None:

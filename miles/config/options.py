@@ -36,6 +36,9 @@ class Option:
     switch: bool = False
     map: Mapping[str, Any] | None = None
     last: bool = False
+    of: str | None = None  # the option that sets the list of which this one sets one place
+    place: int = 0
+    add: int = 0
     fixed: bool = False
     why: str | None = None
     note: str | None = None
@@ -62,8 +65,10 @@ def table() -> dict[str, Option]:
         to = (entry["to"],) if isinstance(entry["to"], str) else tuple(entry["to"])
         kind = kind_of(fields()[tuple(to[0].split("."))].annotation)
         switch = "set" in entry or (kind == "bool" and "map" not in entry)
+        part = {key: entry[key] for key in ("of", "place", "add") if key in entry}
+        kind = kind[5:-1] if part else kind
         aliases = tuple(entry.get("aliases", ()))
-        found[name] = Option(name, to, kind, entry.get("set", True), switch, entry.get("map"), entry.get("last", False), note=entry.get("note"), aliases=aliases)
+        found[name] = Option(name, to, kind, entry.get("set", True), switch, entry.get("map"), entry.get("last", False), **part, note=entry.get("note"), aliases=aliases)
     for name, entry in raw["fixed"].items():
         only = entry["only"]
         found[name] = Option(name, kind=type(only).__name__, value=only, switch=only is True, fixed=True, why=entry["why"])
@@ -98,6 +103,7 @@ def parse_flags(argv: Sequence[str]) -> tuple[list[Path], list[str], dict[str, A
 def flag_values(flags: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:
     """(dotted path, value, "--name") of every given option; in the table's order, so that an option of evaluation wins over the one it inherits from."""
     order = {name: position for position, name in enumerate(table())}
+    lists: dict[str, list[Any]] = {}
     for name in sorted(flags, key=lambda name: order.get(name, -1)):
         flag, value = f"--{name}", flags[name]
         if name.startswith("sglang-") and name not in order:
@@ -120,6 +126,13 @@ def flag_values(flags: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:
             if len(value) != 2:
                 raise ConfigError(f"{flag}: takes one pair, NAME PATH, got {len(value)} values; several evaluation sets are not there yet")
             value = value[-1]
+        if option.of is not None:
+            if option.of not in lists:
+                raise ConfigError(f"{flag}: has no effect without --{option.of}; give both")
+            lists[option.of][option.place] = value + option.add
+            value = list(lists[option.of])
+        elif isinstance(value, list):
+            lists[name] = list(value)
         for path in option.to:
             yield path, value, flag
 

@@ -110,6 +110,20 @@ def check(config: RunConfig, origin: Mapping[Key, str]) -> None:
     for name, optimizer in (("train.optimizer", train.optimizer), ("warm_start.optimizer", config.warm_start.optimizer)):
         if optimizer.min_lr > optimizer.lr:
             raise wrong(f"{name}.min_lr", f"{optimizer.min_lr:g} is above {name}.lr {optimizer.lr:g}; lower it")
+    debug, traced = config.debug, config.profile.steps
+    modes = [name for name in ("rollout_only", "train_only", "rescore") if getattr(debug, name)]
+    if len(modes) > 1:
+        raise wrong(f"debug.{modes[1]}", f"debug.{modes[0]} is given too; keep one of them")
+    if debug.rescore_steps and not debug.rescore:
+        raise wrong("debug.rescore_steps", "nothing is scored without debug.rescore; set it, or leave the steps out")
+    if debug.reassign and not debug.train_only:
+        raise wrong("debug.reassign", "only recorded batches are divided anew; set debug.train_only, or leave it out")
+    if debug.rescore and debug.stop_after:
+        raise wrong("debug.stop_after", "debug.rescore trains no step after which it could stop; choose steps by debug.rescore_steps")
+    if debug.rollout_only and traced:
+        raise wrong("profile.steps", "debug.rollout_only trains no step that could be traced; keep one of them")
+    if traced and (len(traced) != 2 or not 1 <= traced[0] <= traced[1]):
+        raise wrong("profile.steps", f"{traced} is not a first and a last step; write [first, last], such as [3, 5]")
     for name, sampling in (("rollout.sampling", rollout.sampling), ("eval.sampling", config.eval.sampling)):
         if sampling.top_k == 0:
             raise wrong(f"{name}.top_k", "0 keeps no token; -1 keeps all")

@@ -242,6 +242,30 @@ class Checkpoint(Section):
         return bytes_of(value) if isinstance(value, str) else value
 
 
+class Debug(Section):
+    """A part of a run alone, on the files that every run leaves (docs/debugging.md)."""
+
+    rollout_only: bool = Field(False, description="make and seal the batches of all steps with the weights at the start; nothing is trained")
+    train_only: str | None = Field(None, description="run directory whose recorded batches are trained on; no engine is started")
+    reassign: bool = Field(False, description="with train_only: divide the recorded batches anew, for another number of ranks or optimizer steps")
+    rescore: str | None = Field(None, description="run directory whose recorded batches are scored with this run's weights; nothing is trained")
+    rescore_steps: list[int] = Field(default_factory=list, description="which of its steps; empty: all that are recorded [steps]")
+    stop_after: int | None = Field(None, ge=1, description="save a checkpoint after this step, warm start counted in, and end there [steps]")
+
+    @property
+    def recorded(self) -> str | None:
+        """The run directory whose batches are read in place of new ones."""
+        return self.train_only or self.rescore
+
+
+class Profile(Section):
+    """Traces of chosen training steps."""
+
+    steps: list[int] = Field(default_factory=list, description="first and last step that is traced by torch's profiler, one file a trainer rank; empty: none [steps]")
+    record_shapes: bool = Field(False, description="with the shapes of every operation's inputs")
+    with_stack: bool = Field(False, description="with the Python lines that called it; slow")
+
+
 class RunConfig(Section):
     """One run."""
 
@@ -257,3 +281,15 @@ class RunConfig(Section):
     warm_start: WarmStart = Field(default_factory=lambda: WarmStart())
     eval: Evaluation = Field(default_factory=lambda: Evaluation())
     checkpoint: Checkpoint = Field(default_factory=lambda: Checkpoint())
+    debug: Debug = Field(default_factory=lambda: Debug())
+    profile: Profile = Field(default_factory=lambda: Profile())
+
+    @property
+    def total_steps(self) -> int:
+        """Warm-start steps and rollouts together."""
+        return self.warm_start.steps + self.num_rollout
+
+    @property
+    def last_step(self) -> int:
+        """The step after which an attempt ends: the run's last, or the one that debug.stop_after names."""
+        return min(self.total_steps, self.debug.stop_after or self.total_steps)

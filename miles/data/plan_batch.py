@@ -8,13 +8,28 @@ ranks; then every rank gets the same number, because each micro-batch of FSDP is
 from __future__ import annotations
 
 import heapq
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from miles.config.schema import RunConfig
 from miles.data.store.manifest import Assignment, MicroBatch
 
 Bins = list[list[int]]  # micro-batches as lists of sequence positions
+
+
+def data_parallel_size(config: RunConfig) -> int:
+    """Ranks that train on different samples."""
+    parallel = config.train.parallel
+    return config.train.num_nodes * config.train.num_gpus_per_node // (parallel.tensor * parallel.pipeline * parallel.context)
+
+
+def assign_by(config: RunConfig, steps: int, **sequences: Any) -> Assignment:
+    """assign(**sequences) for the ranks and under the budget of a run."""
+    train = config.train
+    budget: dict[str, Any] = {"max_tokens": train.max_tokens_per_gpu} if train.use_dynamic_batch_size else {"micro_batch_size": train.micro_batch_size}
+    return assign(**sequences, dp_size=data_parallel_size(config), steps=steps, balance=train.balance_data, **budget)
 
 
 def assign(

@@ -170,8 +170,10 @@ def _gym_rows(name: str, source: Source) -> list[Row]:
 
 
 def used_sources(config: RunConfig) -> list[str]:
-    """Sections whose prompts this run draws."""
-    used = []
+    """Sections whose prompts this run draws: none where its batches are recorded ones."""
+    used: list[str] = []
+    if config.debug.recorded:
+        return used
     if config.warm_start.steps > 0:
         used.append("warm_start")
     if config.num_rollout > 0:

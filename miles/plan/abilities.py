@@ -37,8 +37,9 @@ def refused(config: RunConfig) -> Iterator[Entry]:
     yield from unless(scaled, "train.mtp_loss_scaling_factor", "multi-token-prediction training", "leave it out")
     estimator = algorithm.advantage_estimator
     yield from unless(estimator == "grpo", "algorithm.advantage_estimator", estimator, "set algorithm.advantage_estimator=grpo")
-    load = config.checkpoint.load
-    yield from unless(not load, "checkpoint.load", "starting from a checkpoint of another run", "set model.hf_checkpoint to its hf folder")
+    if config.debug.recorded:
+        yield from _invariant(config)  # there is no engine, but the trainer computes by them
+        return
     yield from _engine(config)
     for where, reward in (("rollout.reward", rollout.reward), ("eval.reward", config.eval.reward)):
         kind = (reward.type or "").removeprefix("boxed_") if reward else ""
@@ -62,19 +63,23 @@ def _engine(config: RunConfig) -> Iterator[Entry]:
                 f"an embedded engine over {rollout.num_gpus_per_engine} devices is not there yet",
                 "set rollout.num_gpus_per_engine=1",
             )
-        if rollout.batch_invariant and (cuda or config.model.dtype != "float32"):
-            yield (
-                "error",
-                "rollout.batch_invariant",
-                f"batch-invariant kernels are there for float32 on cpu, not for {config.model.dtype} on {config.cluster.device}",
-                "set rollout.batch_invariant=false",
-            )
+        yield from _invariant(config)
         yield from _cache(config)
         return
     if rollout.batch_invariant:
         yield "error", "rollout.batch_invariant", "batch invariance with SGLang is not there yet", "set rollout.batch_invariant=false"
     if config.train.update_weight_transport == "tensor":
         yield "error", "train.update_weight_transport", "SGLang takes tensors as pickles, which are not sent", "set train.update_weight_transport=disk"
+
+
+def _invariant(config: RunConfig) -> Iterator[Entry]:
+    if config.rollout.batch_invariant and (config.cluster.device == "cuda" or config.model.dtype != "float32"):
+        yield (
+            "error",
+            "rollout.batch_invariant",
+            f"batch-invariant kernels are there for float32 on cpu, not for {config.model.dtype} on {config.cluster.device}",
+            "set rollout.batch_invariant=false",
+        )
 
 
 def _cache(config: RunConfig) -> Iterator[Entry]:
@@ -164,6 +169,12 @@ def suspicious(config: RunConfig) -> Iterator[Entry]:
             f"set train.max_tokens_per_gpu={longest}",
         )
     yield from _unread(config)
+    if config.profile.steps and config.profile.steps[0] > config.total_steps:
+        yield "warning", "profile.steps", f"the run has {config.total_steps} steps, so nothing is traced", "name earlier steps"
+    if config.debug.recorded and config.eval.interval:
+        yield "note", "eval.interval", "nobody generates beside recorded batches, so nothing is evaluated", ""
+    if (config.debug.stop_after or 0) > config.total_steps:
+        yield "warning", "debug.stop_after", f"the run ends after {config.total_steps} steps, before it would stop", "lower it, or leave it out"
     if rollout.engine == "sglang" and any(name.startswith("speculative_") for name in rollout.sglang):
         yield "warning", "rollout.sglang", "speculative decoding goes to SGLang as given; its draft model is not updated by training", ""
     if not is_loopback(config.cluster.host):

@@ -20,6 +20,9 @@ def missing(config: RunConfig) -> Iterator[Entry]:
         yield "error", "model.hf_checkpoint", "no model is named", "give --hf-checkpoint FOLDER"
     elif model.hf_checkpoint and not model.build:
         yield from _folder("model.hf_checkpoint", model.hf_checkpoint)
+    yield from _recording(config)
+    if checkpoint.load:
+        yield from _checkpoint(checkpoint.load)
     if checkpoint.ref_load:
         yield from _folder("checkpoint.ref_load", checkpoint.ref_load)
     for where, path in [
@@ -32,6 +35,8 @@ def missing(config: RunConfig) -> Iterator[Entry]:
     ]:
         if path and not re.fullmatch(r"\w+(\.\w+)*[.:]\w+", path):
             yield "error", where, f"{path!r} is not an import path", "write package.module.function"
+    if config.debug.recorded:
+        return
     if reinforce:
         yield from _source("data", config.data, "num_rollout", config.num_rollout)
         reward = config.rollout.reward
@@ -75,6 +80,26 @@ def _folder(where: str, text: str) -> Iterator[Entry]:
         yield "error", where, f"{path}: no such folder", _mend(path, "give a Hugging Face folder on this machine")
     elif not (path / "config.json").is_file():
         yield "error", where, f"{path}: has no config.json", "give a Hugging Face folder"
+
+
+def _recording(config: RunConfig) -> Iterator[Entry]:
+    for name in ("train_only", "rescore"):
+        text = getattr(config.debug, name)
+        path = Path(text or "")
+        if text and not path.is_dir():
+            yield "error", f"debug.{name}", f"{path}: no such run directory", _mend(path, "name one whose batches are recorded")
+        elif text and not ((path / "run.yaml").is_file() and (path / "batches").is_dir()):
+            yield "error", f"debug.{name}", f"{path}: not a run with recorded batches (run.yaml and batches/)", "name a run directory"
+
+
+def _checkpoint(text: str) -> Iterator[Entry]:
+    path = Path(text)
+    if not path.is_dir():
+        yield "error", "checkpoint.load", f"{path}: no such folder", _mend(path, "name a checkpoint, such as runs/first/checkpoints/step_000010")
+    elif not (path / "COMPLETE").is_file():
+        inside = sorted(path.glob("**/step_*/COMPLETE"))
+        mend = f"name {inside[-1].parent}" if inside else "name a checkpoint, such as runs/first/checkpoints/step_000010"
+        yield "error", "checkpoint.load", f"{path}: no finished checkpoint (it has no COMPLETE)", mend
 
 
 def _mend(path: Path, otherwise: str) -> str:

@@ -48,7 +48,7 @@ def judge(config: RunConfig, memory: int | None = None) -> list[Finding]:
 
 
 def _layout(config: RunConfig, model: Facts | None) -> Iterator[Finding]:
-    train, rollout, shape = config.train, config.rollout, model.shape if model else None
+    train, shape = config.train, model.shape if model else None
     layout = Layout.of(train.num_nodes, train.num_gpus_per_node, train.parallel)
     for misfit in misfits(layout, shape):
         yield Finding("error", f"train.parallel.{misfit.field}", misfit.message, misfit.mend)
@@ -59,6 +59,20 @@ def _layout(config: RunConfig, model: Facts | None) -> Iterator[Finding]:
             f"{train.num_gpus_per_node} ranks on a node of cluster.gpus_per_node {config.cluster.gpus_per_node}",
             f"set train.num_gpus_per_node={config.cluster.gpus_per_node}",
         )
+    if config.debug.recorded is None:
+        yield from _engines(config, layout, model)
+    samples = train.global_batch_size or 0
+    if layout.data and samples < layout.data:
+        yield Finding(
+            "error",
+            "train.global_batch_size",
+            f"{samples} samples a step do not reach {layout.data} data-parallel ranks",
+            f"raise rollout.batch_size, or set at most {samples} ranks",
+        )
+
+
+def _engines(config: RunConfig, layout: Layout, model: Facts | None) -> Iterator[Finding]:
+    rollout, shape = config.rollout, model.shape if model else None
     if config.cluster.device == "cuda" and config.cluster.placement == "colocate" and rollout.num_gpus > layout.world:
         yield Finding(
             "error",
@@ -69,14 +83,6 @@ def _layout(config: RunConfig, model: Facts | None) -> Iterator[Finding]:
     if shape and shape.heads % rollout.num_gpus_per_engine:
         yield Finding(
             "error", "rollout.num_gpus_per_engine", f"{rollout.num_gpus_per_engine} does not divide {shape.heads} heads", "take a divisor"
-        )
-    samples = train.global_batch_size or 0
-    if layout.data and samples < layout.data:
-        yield Finding(
-            "error",
-            "train.global_batch_size",
-            f"{samples} samples a step do not reach {layout.data} data-parallel ranks",
-            f"raise rollout.batch_size, or set at most {samples} ranks",
         )
 
 

@@ -24,13 +24,16 @@ def estimate(config: RunConfig, shape: Shape) -> Memory:
     total = sum(parameters(shape))
     world = config.train.num_nodes * config.train.num_gpus_per_node
     width = 4 if config.model.dtype == "float32" else 2
-    reference = width if config.algorithm.use_kl_loss else 0
-    trainer = total * (ADAM_BYTES + reference) // world
-    engine = total * width // config.rollout.num_gpus_per_engine
+    still = config.debug.rollout_only or config.debug.rescore is not None  # nothing trains: fp32 weights alone
+    held = 4 if still else ADAM_BYTES
+    reference = width if config.algorithm.use_kl_loss and not still else 0
+    trainer = total * (held + reference) // world
+    engine = 0 if config.debug.recorded else total * width // config.rollout.num_gpus_per_engine
     extra = f" + {reference} for the reference" if reference else ""
-    words = (
-        f"{total / 1e9:.2f} B parameters × {ADAM_BYTES}{extra} bytes / {world} ranks = {trainer / GIB:.1f} GiB a trainer rank, "
-        f"× {width} bytes / {config.rollout.num_gpus_per_engine} = {engine / GIB:.1f} GiB an engine rank"
+    words = f"{total / 1e9:.2f} B parameters × {held}{extra} bytes / {world} ranks = {trainer / GIB:.1f} GiB a trainer rank" + (
+        f", × {width} bytes / {config.rollout.num_gpus_per_engine} = {engine / GIB:.1f} GiB an engine rank"
+        if engine
+        else ""
     )
     return Memory(trainer, engine, words)
 

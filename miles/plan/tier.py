@@ -34,6 +34,10 @@ def guarantee(config: RunConfig) -> Tier:
     rollout = config.rollout
     if config.cluster.device == "cuda":
         return _tier("accounted", "training kernels on cuda are not deterministic yet")
+    if config.debug.reassign:
+        return _tier("accounted", "batches are divided anew, so sums run in another order")
+    if config.debug.recorded:
+        return _tier("replayed", "deterministic on cpu, same ranks and threads")
     broken = [
         reason
         for reason, holds in [

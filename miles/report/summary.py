@@ -98,8 +98,9 @@ def _judge(record: RunRecord, summary: Summary, now: float) -> None:
         if code == OK and not cut_short:
             summary.state = "finished"
         elif code in (OK, AGAIN, 130) or latest.outcome.get("stopped"):
-            why = "stopped on request" if latest.outcome.get("stopped") else why or "interrupted"
-            summary.state, summary.reason = "stopped", f"{why}; {_again(record)}"
+            early = code == OK and record.setting("debug.stop_after")
+            why = why if early else "stopped on request" if latest.outcome.get("stopped") else why or "interrupted"
+            summary.state, summary.reason = "stopped", f"{why}; {_again(record, 'debug.stop_after=null' if early else '')}"
         else:
             mend = "" if code == WRONG else f" (exit code {code})"
             summary.state, summary.reason = "failed", (why or "no reason was recorded") + mend
@@ -107,8 +108,8 @@ def _judge(record: RunRecord, summary: Summary, now: float) -> None:
         summary.seconds_left = None
 
 
-def _again(record: RunRecord) -> str:
-    command = f"`miles-submit run {record.run_dir.path}`"
+def _again(record: RunRecord, setting: str = "") -> str:
+    command = f"`miles-submit run {' '.join([str(record.run_dir.path), setting]).strip()}`"
     return f"resume with {command}" if record.checkpoint is not None else f"no checkpoint yet: {command} begins again"
 
 

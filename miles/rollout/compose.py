@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from miles.config.exits import UserError
 from miles.config.schema import RunConfig
-from miles.data.plan_batch import assign
+from miles.data.plan_batch import assign_by
 from miles.data.store.manifest import Assignment, Dropped, Manifest, Policy, ShardEntry
 from miles.rollout.jobs import BatchJob, ShardReport
-
-
-def data_parallel_size(config: RunConfig) -> int:
-    """Ranks that train on different samples."""
-    parallel = config.train.parallel
-    return config.train.num_nodes * config.train.num_gpus_per_node // (parallel.tensor * parallel.pipeline * parallel.context)
 
 
 def compose(batch: BatchJob, config: RunConfig, run_id: str, epoch: int, parent_checkpoint: str | None) -> Manifest:
@@ -45,21 +37,15 @@ def compose(batch: BatchJob, config: RunConfig, run_id: str, epoch: int, parent_
 
 
 def _assignment(reports: list[ShardReport], kind: str, config: RunConfig) -> Assignment:
-    train = config.train
-    budget: dict[str, Any] = (
-        {"max_tokens": train.max_tokens_per_gpu} if train.use_dynamic_batch_size else {"micro_batch_size": train.micro_batch_size}
-    )
     try:
-        return assign(
-            np.concatenate([report.lengths for report in reports]),
-            np.concatenate([report.draws for report in reports]),
-            np.concatenate([report.samples for report in reports]),
-            np.concatenate([np.full(len(report.draws), index) for index, report in enumerate(reports)]),
-            np.concatenate([np.arange(len(report.draws)) for report in reports]),
-            dp_size=data_parallel_size(config),
-            steps=1 if kind == "sft" else train.num_steps_per_rollout or 1,
-            balance=train.balance_data,
-            **budget,
+        return assign_by(
+            config,
+            1 if kind == "sft" else config.train.num_steps_per_rollout or 1,
+            lengths=np.concatenate([report.lengths for report in reports]),
+            draws=np.concatenate([report.draws for report in reports]),
+            samples=np.concatenate([report.samples for report in reports]),
+            shards=np.concatenate([np.full(len(report.draws), index) for index, report in enumerate(reports)]),
+            rows=np.concatenate([np.arange(len(report.draws)) for report in reports]),
         )
     except ValueError as error:
         raise UserError(f"train.num_steps_per_rollout: {error}") from error

@@ -288,8 +288,7 @@ class RolloutService:
 
     def status(self) -> dict[str, Any]:
         """Everything that the progress display and `miles-submit status` show."""
-        total = self.config.warm_start.steps + self.config.num_rollout
-        told: dict[str, Any] = {"run": self.config.name, "epoch": self.epoch, "total_steps": total, "stop": self.stop}
+        told: dict[str, Any] = {"run": self.config.name, "epoch": self.epoch, "total_steps": self.config.total_steps, "stop": self.stop}
         told |= self.announced
         batch = self.jobs.get(self._asked[0]) if self._asked else None
         if self._asked and batch is not None:

@@ -27,21 +27,17 @@ class Step:
     save: bool
 
 
-def total_steps(config: RunConfig) -> int:
-    """Warm-start steps and rollouts together."""
-    return config.warm_start.steps + config.num_rollout
-
-
 def steps(config: RunConfig, trained: int) -> Iterator[Step]:
     """The steps that are left after `trained` of them. Evaluation and saving happen after a step's training.
 
-    The end of the warm start is saved as well, and the last step is always saved (and evaluated, if anything ever is).
+    The end of the warm start is saved as well, and the last step is always saved (and evaluated, if anything ever is). A run that
+    stops early (debug.stop_after) has the steps of the whole one up to there, and saves the one where it stops.
     """
-    warm, total = config.warm_start.steps, total_steps(config)
-    for number in range(trained + 1, total + 1):
+    warm, stop = config.warm_start.steps, config.last_step
+    for number in range(trained + 1, stop + 1):
         rollout = number > warm
         in_phase = number - 1 - (warm if rollout else 0)
-        last = number == total
+        last = number == config.total_steps
         every = config.eval.interval
         keep = config.checkpoint.save_interval
         yield Step(
@@ -50,5 +46,5 @@ def steps(config: RunConfig, trained: int) -> Iterator[Step]:
             number_in_phase=in_phase,
             first_rollout=rollout and in_phase == 0,
             evaluate=rollout and every is not None and ((in_phase + 1) % every == 0 or last),
-            save=last or number == warm or (rollout and keep is not None and (in_phase + 1) % keep == 0),
+            save=number in (warm, stop) or (rollout and keep is not None and (in_phase + 1) % keep == 0),
         )

@@ -16,7 +16,7 @@ from miles.config.exits import UserError, disk_full
 from miles.config.schema import Checkpoint, RunConfig
 from miles.data.store.epoch import Fence
 from miles.data.store.events import Events
-from miles.data.store.manifest import read_manifest
+from miles.data.store.manifest import Manifest, read_manifest
 from miles.data.store.metrics import Metrics, read_metrics
 from miles.data.store.retention import Bounds, retire_batches
 from miles.data.store.run_dir import RunDir
@@ -25,12 +25,13 @@ from miles.rollout.evaluate import summarise_sequences
 from miles.rollout.imports import load_function
 from miles.run.coordinator import Coordinator, StopRequested
 from miles.run.role import Role, load_run
-from miles.run.schedule import Step, total_steps
+from miles.run.schedule import Step
 from miles.sync.disk import DiskTransport
 from miles.sync.tensor import TensorTransport
-from miles.training.checkpoint import newest_good
+from miles.training.checkpoint import newest_good, verify_checkpoint
 from miles.training.distributed import Ranks, open_store, start_ranks, stop_ranks
 from miles.training.fsdp import FsdpTrainer
+from miles.training.profile import profiled
 
 
 class Run:
@@ -91,6 +92,7 @@ class Run:
         if folder is None:
             if self.role.rank == 0:
                 self.told.cut_back(-1)
+            self.begin()
             return
         progress = self.trainer.load(Path(folder))
         self.trained, self.next_draw, self.checksum = progress["trained"], progress["next_draw"], progress["checksum"]
@@ -99,11 +101,26 @@ class Run:
             self.told.cut_back(self.trained)
             print(f"trainer: resumed after step {self.trained} from {folder}", flush=True)
 
+    def begin(self) -> None:
+        """The weights that a run starts from: the model's, or those of the checkpoint that is named."""
+        named = self.config.checkpoint.load
+        if named is None:
+            return
+        if self.role.rank == 0:
+            verify_checkpoint(Path(named))
+        self.ranks.barrier()
+        self.trainer.load_weights(Path(named))
+
     def phase(self, name: str, number: int | None = None) -> AbstractContextManager[dict[str, Any]]:
         """Time a phase of a step for the timeline."""
         return self.events.phase(name, self.trained + 1 if number is None else number)
 
     # --- the verbs of the loop -----------------------------------------------------------------------------------------------
+
+    @property
+    def version(self) -> int:
+        """Number of the present weights: updates so far."""
+        return self.trained
 
     @property
     def engines_ready(self) -> bool:
@@ -132,8 +149,7 @@ class Run:
         with self.phase("wait"):
             if self.role.rank == 0:
                 try:
-                    manifest = self.service.batch(self.job(step.kind, step.number))
-                    answer = str(Path(manifest).parent if manifest.endswith(".json") else manifest)
+                    answer = str(self.ask(step))
                 except StopRequested:
                     answer = None
             answer = self.ranks.broadcast_json(answer)
@@ -141,10 +157,14 @@ class Run:
             raise StopRequested
         return Path(answer)
 
+    def ask(self, step: Step) -> Path:
+        """Rank 0's part of batch: the folder, once it is sealed."""
+        return Path(self.service.batch(self.job(step.kind, step.number))).parent
+
     def job(self, kind: str, number: int) -> dict[str, Any]:
         """What is asked of the service: this kind of batch, by these weights."""
         return {
-            "kind": kind, "step": number, "weight_version": self.trained, "weight_checksum": "" if kind == "sft" else self.checksum,
+            "kind": kind, "step": number, "weight_version": self.version, "weight_checksum": "" if kind == "sft" else self.checksum,
             "next_draw": self.next_draw,
         }  # fmt: skip
 
@@ -152,25 +172,37 @@ class Run:
         """All optimizer steps on one batch; what training saw is recorded."""
         began = time.perf_counter()
         if self.role.rank == 0:
-            self.service.announce(phase="train", kind=step.kind, step=step.number, total_steps=total_steps(self.config))
+            self.service.announce(phase="train", kind=step.kind, step=step.number, total_steps=self.config.total_steps)
         self.trainer.start_phase(step.kind)
-        manifest = read_manifest(folder)
-        with self.phase("train") as facts:
+        manifest = self.manifest(folder)
+        with self.phase("train") as facts, self.profiled(step):
             batch = self.trainer.open_batch(manifest, folder)
             found = [self.trainer.train_step(batch, index) for index in range(batch.steps)]
             self.metrics = {name: combine(name, [values[name] for values in found]) for name in found[0]} | batch.metrics()
             self.trainer.close_batch(batch, self.folder.train(step.number), self.fence)
             facts["tokens"] = manifest.tokens
-        self.trained = step.number
-        self.next_draw = manifest.next_draw if step.kind == "rollout" else self.next_draw
+        self.step_done(step, manifest)
         seconds = self.metrics["perf/train_time"] = time.perf_counter() - began
         self.metrics["perf/actor_train_tok_per_s"] = manifest.tokens / seconds
+
+    def manifest(self, folder: Path) -> Manifest:
+        """Of a batch."""
+        return read_manifest(folder)
+
+    def step_done(self, step: Step, manifest: Manifest) -> None:
+        """This step is behind the run."""
+        self.trained = step.number
+        self.next_draw = manifest.next_draw if step.kind == "rollout" else self.next_draw
+
+    def profiled(self, step: Step) -> AbstractContextManager[None]:
+        """Trace what happens inside, if this step is to be."""
+        return profiled(self.config.profile, step.number, self.folder.profile(step.number) / f"rank_{self.role.rank}.json.gz", self.fence)
 
     def sync(self) -> None:
         """Give the engines the present weights, and make sure that they hold them."""
         began = time.perf_counter()
         with self.phase("sync", self.trained):
-            self.checksum = self.transport().push(self.trainer, version=self.trained)
+            self.checksum = self.transport().push(self.trainer, version=self.version)
         self.metrics["perf/update_weights_time"] = time.perf_counter() - began
 
     def transport(self) -> DiskTransport | TensorTransport:
@@ -196,7 +228,7 @@ class Run:
         found = summarise_sequences(join_sequences(rows))
         if not any(line["kind"] == "eval" and line["step"] == number for line in read_metrics(self.folder.metrics)):
             self.told.append({"step": number, "kind": "eval", "time": time.time(), **found})
-        self.service.announce(phase="eval", kind="eval", step=number, total_steps=total_steps(self.config), accuracy=found["eval/accuracy"])
+        self.service.announce(phase="eval", kind="eval", step=number, total_steps=self.config.total_steps, accuracy=found["eval/accuracy"])
 
     def record(self, step: Step) -> None:
         """One line of metrics, told to the service as well."""
@@ -204,8 +236,8 @@ class Run:
             return
         line = {"step": step.number, "kind": step.kind, "time": time.time(), **self.metrics}
         self.told.append(line)
-        print(f"trainer: {step_line(line, total_steps(self.config))}", flush=True)
-        self.service.announce(phase=step.kind, kind=step.kind, step=step.number, total_steps=total_steps(self.config), metrics=self.metrics)
+        print(f"trainer: {step_line(line, self.config.total_steps)}", flush=True)
+        self.service.announce(phase=step.kind, kind=step.kind, step=step.number, total_steps=self.config.total_steps, metrics=self.metrics)
 
     def save(self) -> None:
         """A checkpoint of the present step, unless there is one; then old ones and old batches go."""
@@ -220,11 +252,15 @@ class Run:
 
     def finish(self) -> None:
         """Export the final weights and let the others go."""
-        if self.config.checkpoint.save_hf:
-            self.trainer.export_hf(self.folder.hf, self.fence)
+        self.export()
         shutil.rmtree(self.folder.attempt(self.role.epoch) / "sync", ignore_errors=True)
         if self.role.rank == 0:
             self.service.finish()
+
+    def export(self) -> None:
+        """The weights as a Hugging Face folder, if they are the final ones."""
+        if self.config.checkpoint.save_hf and self.trained >= self.config.total_steps:
+            self.trainer.export_hf(self.folder.hf, self.fence)
 
     def close(self) -> None:
         """Leave the process group."""

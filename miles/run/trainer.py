@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from miles.run.loop import loop
-from miles.run.role import Role, main
-from miles.run.state import Run
+from miles.run.modes import Rescore, mode, rescore
+from miles.run.role import Role, load_run, main
 
 
 def train(role: Role) -> None:
     """Body of the role."""
-    run = Run.start(role)
+    run = mode(load_run(role.run_dir)).start(role)
     try:
-        loop(run)
+        if isinstance(run, Rescore):
+            rescore(run)
+        else:
+            loop(run)
     finally:
         run.close()
 

@@ -28,7 +28,6 @@ from miles.plan.tier import facts, promise
 from miles.slurm.local import LocalComponent, LocalRunner
 
 SUPERVISE = "miles.run.component.supervise"
-COMPONENTS = ("train", "rollout")
 POLL_SECONDS = 0.25
 ECHO_SECONDS = 1.0
 STATUS_SECONDS = 1.0
@@ -45,6 +44,11 @@ def free_port(host: str, wanted: int) -> int:
         except OSError as error:
             raise UserError(f"cluster.port: {host}:{wanted} can't be used ({error.strerror}); choose another, or 0 for a free one") from error
         return int(probe.getsockname()[1])
+
+
+def components(config: RunConfig) -> tuple[str, ...]:
+    """What a run is started as: recorded batches need nobody who makes them."""
+    return ("train",) if config.debug.recorded else ("train", "rollout")
 
 
 class Attempt:
@@ -81,10 +85,10 @@ class Attempt:
             self.say(f"guarantee: {tier.name} from attempt {self.epoch} on (before: {before.get('tier')}): {', '.join(changed) or tier.why}")
 
     def submit(self) -> None:
-        """Start both components."""
+        """Start the components."""
         runner = LocalRunner(self.folder / "submitit")
         gpus = self.config.cluster.gpus_per_node if self.config.cluster.device == "cuda" else 0
-        for name in COMPONENTS:
+        for name in components(self.config):
             self.components.append(runner.submit(name, SUPERVISE, str(self.run.path), name, self.epoch, gpus=gpus))
 
     def ask(self, method: str, path: str) -> dict[str, Any] | None:
@@ -130,8 +134,8 @@ class Attempt:
 
     def settle(self) -> dict[str, Any]:
         """End what still runs, then name the outcome: train's word counts, unless rollout failed first."""
-        train, rollout = self.components
-        if not rollout.running() and train.running() and rollout.outcome()["code"] == OK:
+        train, *others = self.components
+        if train.running() and all(not other.running() and other.outcome()["code"] == OK for other in others):
             # The worker leaves as soon as the run is finished; the trainer may still be writing its last files.
             self.wait_for(train, self.config.cluster.stop_seconds)
         else:
@@ -224,7 +228,10 @@ def launch(config: RunConfig, run: RunDir, update: Watcher, say: Callable[[str],
             outcome = because_of_disk(run, attempt.watch(update))
         finally:
             signal.signal(signal.SIGINT, interrupted)
-        attempt.close({**outcome, "stopped": bool(attempt.stop_asked)})
+        early = outcome["code"] == OK and config.last_step < config.total_steps
+        if early:
+            outcome["reason"] = f"stopped after step {config.last_step} (debug.stop_after)"
+        attempt.close({**outcome, "stopped": early or bool(attempt.stop_asked)})
         if attempt.stop_asked and outcome["code"] != OK:
             say(f"stopped; {again_with(run)}")
             return 130

@@ -49,6 +49,10 @@ class Trainer(Protocol):
         """
         ...
 
+    def score(self, batch: Batch, step: int) -> dict[str, float]:
+        """Log-probs and entropies of an optimizer step's micro-batches, kept for the record; public metrics. Needs no phase, moves nothing."""
+        ...
+
     def close_batch(self, batch: Batch, folder: Path, fence: Fence | None = None) -> None:
         """Write what training saw, one file a node, and close the batch."""
         ...
@@ -71,6 +75,10 @@ class Trainer(Protocol):
 
     def save(self, checkpoints: Path, step: int, progress: dict[str, Any], fence: Fence | None = None) -> Path:
         """Save everything that a bit-exact resume needs as step_NNNNNN; complete or absent."""
+        ...
+
+    def load_weights(self, folder: Path) -> dict[str, Any]:
+        """Load the weights of a checkpoint and nothing else; returns its state."""
         ...
 
     def load(self, folder: Path) -> dict[str, Any]:

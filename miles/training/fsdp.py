@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from miles.algorithms.reduction import weighted_sum
 from miles.config.exits import UserError
 from miles.config.schema import Optimizer, RunConfig
 from miles.data.store.epoch import Fence
@@ -33,7 +34,7 @@ from miles.training import checkpoint, dcp
 from miles.training.batch import Batch, Seen, open_batch
 from miles.training.contract import Bucket, Phase, Role
 from miles.training.distributed import Ranks, seed_everything
-from miles.training.loss import StepSums, reinforcement_loss, supervised_loss
+from miles.training.loss import StepSums, reinforcement_loss, supervised_loss, token_weight
 from miles.training.lr_schedule import learning_rate
 from miles.training.optimizer import clip_gradients, make_optimizer, set_learning_rate
 from miles.training.packing import PackedBatch, unpack
@@ -169,6 +170,27 @@ class FsdpTrainer:
         batch.kept[step] = kept
         return metrics | {"train/lr-pg_0": rate}
 
+    @torch.no_grad()
+    def score(self, batch: Batch, step: int) -> dict[str, float]:
+        """Log-probs and entropies of an optimizer step's micro-batches under the present weights, kept for the record; public metrics."""
+        sums = StepSums(self.ranks.device)
+        kept: list[Seen] = []
+        for packed in batch.packed(step):
+            logprob, entropy = self._forward(self.model, packed, batch.temperature)
+            values = {"train_logprob": logprob, "entropy": entropy}
+            if batch.manifest.kind == "sft":
+                supervised_loss(packed, logprob, entropy, batch.whole(step), sums)
+            else:
+                weight = token_weight(packed, self.config.algorithm.calculate_per_token_loss, batch.whole(step))
+                sums.add(entropy_loss=weighted_sum(entropy, packed.mask, weight))
+                sums.add_mismatch(logprob, packed.rollout_logprob, packed.mask)
+                values["advantage"] = packed.advantage[packed.sequence]
+            kept.append(_seen(packed, values))
+        if isinstance(self.model, FSDPModule):
+            self.model.reshard()
+        batch.kept[step] = kept
+        return sums.finish(self.ranks)
+
     def close_batch(self, batch: Batch, folder: Path, fence: Fence | None = None) -> None:
         """Write what training saw (train/step_…/node_0000.h5) and close the shards."""
         write_record(folder, batch, self._attributes(batch), fence)
@@ -268,14 +290,7 @@ class FsdpTrainer:
         Any number of ranks may have written it. Generators of ranks that were not there are seeded anew.
         """
         folder = Path(folder)
-        state = checkpoint.read_state(folder)
-        dcp.load_tensors(folder / "model", {name: parameter.detach() for name, parameter in self.model.named_parameters()})
-        found = self.weight_checksum()
-        if found != state["weight_checksum"]:
-            raise UserError(
-                f"{folder}: its weights have checksum {found}, its state.json says {state['weight_checksum']}; "
-                "restore the folder, or remove it to go on from the checkpoint before"
-            )
+        state = self.load_weights(folder)
         self.phase, self.optimizer = None, None
         if state["phase"] is not None:
             self.start_phase(state["phase"])
@@ -290,6 +305,18 @@ class FsdpTrainer:
             seed_everything(self.config.seed + int(state["step"]), self.ranks.rank)
         self.parent = folder.name
         return dict(state["progress"])
+
+    def load_weights(self, folder: Path) -> dict[str, Any]:
+        """Load the weights of a checkpoint and nothing else; returns its state. Raises UserError where they are not those that were saved."""
+        state = checkpoint.read_state(folder)
+        dcp.load_tensors(folder / "model", {name: parameter.detach() for name, parameter in self.model.named_parameters()})
+        found = self.weight_checksum()
+        if found != state["weight_checksum"]:
+            raise UserError(
+                f"{folder}: its weights have checksum {found}, its state.json says {state['weight_checksum']}; "
+                "restore the folder, or remove it to go on from the checkpoint before"
+            )
+        return state
 
     def _optimizer_tensors(self) -> dict[str, Tensor]:
         assert self.optimizer is not None, "in a phase"

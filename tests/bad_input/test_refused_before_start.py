@@ -136,6 +136,10 @@ CASES = [
     Case("weights cut off", RUN, ["model.safetensors: damaged: 441264 bytes by its header, 220632 found; restore it"], cut("model/model.safetensors", 0.5)),
     Case("weights that are none", RUN, ["model.safetensors: damaged: its header does not fit in 16 bytes; restore it"], file("model/model.safetensors", struct.pack("<Q", 1 << 40) + b"x" * 8)),
     Case("shard missing", RUN, ["model-00002.safetensors: missing; restore it"], file("model/model.safetensors.index.json", '{"weight_map": {"a": "model.safetensors", "b": "model-00002.safetensors"}}')),
+    # recorded batches
+    Case("recorded run missing", "run recipe debug.train_only=nowhere --run-dir here", ["debug.train_only: ", "nowhere: no such run directory; name one whose batches are recorded"]),
+    Case("recorded run without batches", "run recipe debug.rescore=model --run-dir here", ["debug.rescore: ", "model: not a run with recorded batches (run.yaml and batches/); name a run directory"]),
+    Case("two modes", "check recipe debug.rollout_only=true debug.train_only=here", ["debug.train_only=here: debug.rollout_only is given too; keep one of them"]),
     # functions of the user
     Case("reward module missing", "run recipe rollout.reward.type=null rollout.reward.path=rewards.own --run-dir here", ["rollout.reward.path: no module rewards (rewards.own); mend the path, or put the module's folder on PYTHONPATH"]),
     Case("filter module missing", "run recipe rollout.filter_path=miles.rollout.filter.check --run-dir here", ["rollout.filter_path: no module miles.rollout.filter (miles.rollout.filter.check)"]),

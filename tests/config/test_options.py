@@ -121,6 +121,22 @@ def test_conversions() -> None:
     assert config.rollout.sglang["cuda_graph_bs_decode"] == [1, 2, 4]  # an older spelling that SGLang still takes
 
 
+def test_profiler_options_count_as_upstream_does() -> None:
+    """There steps count from 0 and the end is not included; here they count from 1, and both are."""
+    assert configuration("--use-pytorch-profiler").profile.steps == [11, 12]
+    assert configuration("--profile-step-start 4 --use-pytorch-profiler --profile-step-end 7 --profile-target train_overall").profile.steps == [5, 7]
+    with pytest.raises(ConfigError, match="--profile-step-end: has no effect without --use-pytorch-profiler; give both"):
+        configuration("--profile-step-end 7")
+
+
+def test_debug_options() -> None:
+    assert configuration("--debug-exit-after-rollout 3").debug.stop_after == 3
+    assert configuration("--debug-rollout-only").debug.rollout_only
+    assert configuration("--debug-train-only runs/first").debug.train_only == "runs/first"
+    with pytest.raises(ConfigError, match=r"--load-debug-rollout-data: .*give --debug-train-only RUN_DIR"):
+        configuration("--load-debug-rollout-data dump.pt")
+
+
 def test_evaluation_option_wins_in_either_order() -> None:
     for line in ("--label-key a --eval-label-key b", "--eval-label-key b --label-key a"):
         assert configuration(line).eval.label_key == "b"

@@ -18,10 +18,13 @@ import psutil
 from miles.data.store.manifest import read_manifest
 from miles.data.store.run_dir import RunDir
 from miles.data.store.shard import open_shard
+from miles.data.store.train_record import open_train_record
 
-# Long enough that something can be killed in every phase, short enough for a test.
-STEPS = ["recipes/tiny", "num_rollout=6", "warm_start.steps=2", "checkpoint.save_interval=2", "eval.interval=3"]
-TWO_RANKS = [*STEPS, "train.num_gpus_per_node=2"]
+# Long enough that something can be killed in every phase, short enough for a test. Nobody is rewarded in so few steps: without the
+# entropy bonus no rollout would move a weight, and equal bits would say little.
+STEPS = ["recipes/tiny", "num_rollout=6", "warm_start.steps=2", "checkpoint.save_interval=2", "eval.interval=3", "algorithm.entropy_coef=0.01"]
+# With what a run may have besides: several optimizer steps on a rollout, and a reference that is made in the middle.
+TWO_RANKS = [*STEPS, "train.num_gpus_per_node=2", "train.num_steps_per_rollout=2", "algorithm.use_kl_loss=true", "algorithm.kl_loss_coef=0.05"]
 PATIENCE = 240.0
 
 
@@ -130,6 +133,17 @@ def batches(run_dir: Path) -> dict[str, list[Any]]:
                     arrays = [np.asarray(a).tobytes() for a in (sample.token_id, sample.rollout_logprob, sample.loss_mask, sample.flags & ~np.uint8(32))]
                     rows.append((sample.draw, sample.sample, sample.seed, int(sample.status), np.float32(sample.reward).tobytes(), *arrays))
         found[f"{folder.parent.name}/{folder.name}"] = sorted(rows, key=lambda row: row[:2])
+    return found
+
+
+def train_records(run_dir: Path) -> dict[str, dict[str, bytes]]:
+    """What training saw: every array of every record, bit for bit."""
+    found = {}
+    for path in sorted(RunDir(run_dir).train_records.glob("step_*/*.h5")):
+        with open_train_record(path) as record:
+            rows = record.sequences()
+            tokens = record.tokens(0, len(rows["row"]), record.names)
+        found[f"{path.parent.name}/{path.name}"] = {name: array.tobytes() for name, array in (rows | tokens).items()}
     return found
 
 

@@ -47,7 +47,7 @@ BAD = [  # overrides beside the sound ones, and parts of one finding
     (["train.parallel.context=2", "train.num_gpus_per_node=2"], "error: train.parallel.context: context parallelism (2 ranks) is not there yet"),
     (["train.parallel.expert=2", "train.num_gpus_per_node=2"], "error: train.parallel.expert: EP 2, but the model has no experts"),
     (["algorithm.advantage_estimator=gspo"], "error: algorithm.advantage_estimator: gspo is not there yet; set algorithm.advantage_estimator=grpo"),
-    (["checkpoint.load=runs/old/checkpoints/step_000010"], "error: checkpoint.load: starting from a checkpoint of another run is not there yet"),
+    (["checkpoint.load=runs/old/checkpoints/step_000010"], "error: checkpoint.load: runs/old/checkpoints/step_000010: no such folder; name a checkpoint"),
     (["rollout.return_routed_experts=true"], "error: rollout.return_routed_experts: the model has no experts; set rollout.return_routed_experts=false"),
     (["rollout.over_sampling_batch_size=64"], "warning: rollout.over_sampling_batch_size: has no effect without a filter"),
     (["algorithm.use_tis=true", "algorithm.tis_clip=0.9"], "warning: algorithm.tis_clip: a cap of 0.9 is under 1: the weight of every on-policy token (1) is scaled down to 0.9"),
@@ -95,6 +95,12 @@ BAD = [  # overrides beside the sound ones, and parts of one finding
     (["rollout.n_samples_per_prompt=1"], "warning: rollout.n_samples_per_prompt: a group of 1 minus its own mean leaves every advantage 0"),
     (["rollout.sampling.temperature=0"], "warning: rollout.sampling.temperature: greedy responses of a group are all the same"),
     (["num_rollout=0"], "warning: num_rollout: nothing to do"),
+    (["checkpoint.load=model"], "error: checkpoint.load: model: no finished checkpoint (it has no COMPLETE); name a checkpoint"),
+    (["debug.train_only=modle"], "error: debug.train_only: modle: no such run directory; did you mean model?"),
+    (["debug.rescore=model"], "error: debug.rescore: model: not a run with recorded batches (run.yaml and batches/); name a run directory"),
+    (["debug.train_only=model", "eval.interval=1"], "note: eval.interval: nobody generates beside recorded batches, so nothing is evaluated"),
+    (["debug.stop_after=5"], "warning: debug.stop_after: the run ends after 1 steps, before it would stop"),
+    (["profile.steps=[5, 6]"], "warning: profile.steps: the run has 1 steps, so nothing is traced; name earlier steps"),
     (["cluster.host=0.0.0.0"], "note: cluster.host: servers listen on 0.0.0.0; control endpoints need the run's token"),
 ]  # fmt: skip
 
@@ -116,6 +122,8 @@ QUIET = [  # overrides beside the sound ones, and a place that is not found faul
     (["warm_start.steps=3", "warm_start.reasoning_gym=chain_sum"], "warm_start.label_key"),
     (["warm_start.steps=3", "warm_start.prompt_data=train.jsonl", "warm_start.response_path=own.responses"], "warm_start.label_key"),
     (["eval.interval=1"], "eval.reward.path"),
+    (["debug.train_only=model", "rollout.engine=sglang", "rollout.reward.type=null", "rollout.num_gpus=2"], "rollout"),
+    (["debug.rescore=model", "data.prompt_data=gone.jsonl"], "data"),
 ]
 
 
@@ -149,6 +157,9 @@ TIERS = [
     (["model.dtype=bfloat16"], "replayed", "float32, not bfloat16"),
     (["rollout.reward.type=remote_rm", "rollout.reward.url=http://localhost"], "replayed", "remote reward"),
     (["cluster.device=cuda"], "accounted", "not deterministic"),
+    (["debug.rollout_only=true"], "exact", "synchronous"),
+    (["debug.train_only=runs/a", "rollout.reward.type=null"], "replayed", "deterministic on cpu"),
+    (["debug.train_only=runs/a", "debug.reassign=true"], "accounted", "divided anew"),
 ]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from miles.config.schema import RunConfig
-from miles.run.schedule import steps, total_steps
+from miles.run.schedule import steps
 
 
 def config(**fields: Any) -> RunConfig:
@@ -14,7 +14,7 @@ def config(**fields: Any) -> RunConfig:
 
 def test_warm_start_comes_first_and_steps_count_through() -> None:
     run = config(num_rollout=3, warm_start={"steps": 2})
-    assert total_steps(run) == 5
+    assert run.total_steps == 5
     found = list(steps(run, 0))
     assert [step.number for step in found] == [1, 2, 3, 4, 5]
     assert [step.kind for step in found] == ["sft", "sft", "rollout", "rollout", "rollout"]
@@ -38,3 +38,14 @@ def test_a_resumed_run_has_the_remaining_steps_of_the_whole() -> None:
     whole = list(steps(run, 0))
     for trained in range(len(whole) + 1):
         assert list(steps(run, trained)) == whole[trained:]
+
+
+def test_a_run_that_stops_early_has_the_steps_of_the_whole_and_saves_the_last_of_them() -> None:
+    fields: dict[str, Any] = {"num_rollout": 7, "warm_start": {"steps": 3}, "eval": {"interval": 2}, "checkpoint": {"save_interval": 3}}
+    whole, early = config(**fields), config(**fields, debug={"stop_after": 5})
+    assert (early.total_steps, early.last_step) == (10, 5)
+    found = list(steps(early, 0))
+    assert [(step.number, step.evaluate) for step in found] == [(step.number, step.evaluate) for step in steps(whole, 0)][:5]
+    assert [step.number for step in found if step.save] == [3, 5]
+    assert not list(steps(early, 5))
+    assert list(steps(config(**fields, debug={"stop_after": 99}), 0)) == list(steps(whole, 0))

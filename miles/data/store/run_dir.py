@@ -105,6 +105,10 @@ class RunDir:
         """Folder of what training saw in one step: one file a node."""
         return self.train_records / step_name(step)
 
+    def profile(self, step: int) -> Path:
+        """Folder of the traces of one step: one file a trainer rank."""
+        return self.path / "profile" / step_name(step)
+
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"

@@ -1,0 +1,130 @@
+"""Debug modes: rollout alone, training alone, scoring again, stopping early, tracing. What is promised as bits is compared as bits."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import numpy as np
+import whole_runs as runs
+
+from miles.data.store.manifest import read_manifest
+from miles.data.store.run_dir import RunDir, steps_in
+from miles.data.store.shard import open_shard
+from miles.data.store.train_record import open_train_record
+from miles.models.hf_folder import load_state, weight_checksum
+
+
+def logs_of(run_dir: Path) -> set[str]:
+    """Names of the logs of all attempts."""
+    return {path.name for path in run_dir.glob("attempts/*/logs/*.log")}
+
+
+def trained_tokens(run_dir: Path, step: int) -> dict[tuple[int, int], tuple[bytes, bytes]]:
+    """(shard, row) -> bits of log-prob and entropy of every token, as recorded by whichever rank."""
+    found = {}
+    for path in RunDir(run_dir).train(step).glob("*.h5"):
+        with open_train_record(path) as record:
+            table = record.sequences()
+            for i, place in enumerate(zip(table["shard"].tolist(), table["row"].tolist(), strict=True)):
+                values = record.tokens(i, i + 1, ["train_logprob", "entropy"])
+                found[place] = values["train_logprob"].tobytes(), values["entropy"].tobytes()
+    return found
+
+
+def test_training_alone_has_the_bits_of_the_live_run(undisturbed_two: Path, tmp_path: Path) -> None:
+    """Two ranks, two optimizer steps a rollout, a KL reference made after the warm start: losses, records and weights."""
+    live = [line for line in runs.metrics(undisturbed_two) if line["kind"] != "eval"]
+    assert any(line.get("train/kl_loss", 0.0) > 0 for line in live)
+    assert len(read_manifest(RunDir(undisturbed_two).batch(3)).assignment) == 2
+
+    replay = tmp_path / "replay"
+    said = runs.run(replay, str(undisturbed_two / "run.yaml"), f"debug.train_only={undisturbed_two}")
+    assert "warning" not in said
+    assert runs.metrics(replay) == live
+    assert runs.train_records(replay) == runs.train_records(undisturbed_two)
+    assert runs.weights(replay) == runs.weights(undisturbed_two)
+    assert logs_of(replay) == {"service.0.log", "trainer.0.log", "trainer.1.log"}
+    assert not (replay / "batches").exists()
+
+
+def test_rollouts_alone_and_then_training_on_them(tmp_path: Path) -> None:
+    """All batches by the first weights, in two attempts; trained on later, the weights differ from the second rollout on, which is said once."""
+    words = ["recipes/tiny", "num_rollout=3", "warm_start.steps=0", "eval.interval=1", "algorithm.entropy_coef=0.01", "debug.rollout_only=true"]
+    made = RunDir(tmp_path / "rollouts")
+    assert "go on with: miles-submit run" in runs.run(made.path, *words, "debug.stop_after=2")
+    assert steps_in(made.batches) == [1, 2]
+    sealed = (made.batch(2) / "manifest.json").read_bytes()
+    runs.run(made.path, *words)
+
+    assert steps_in(made.batches) == [1, 2, 3]
+    assert (made.batch(2) / "manifest.json").read_bytes() == sealed
+    manifests = [read_manifest(made.batch(step)) for step in (1, 2, 3)]
+    first = weight_checksum(load_state(made.path / "model"))
+    assert {(manifest.policy.weight_version, manifest.policy.weight_checksum) for manifest in manifests} == {(0, first)}
+    assert [draw for manifest in manifests for draw in manifest.draws] == list(range(3 * 4))
+    lines = runs.metrics(made.path)
+    assert [(line["kind"], line["step"]) for line in lines] == [("eval", 0), ("rollout", 1), ("rollout", 2), ("rollout", 3)]
+    for line, manifest in zip(lines[1:], manifests, strict=True):
+        with open_shard(made.batch(manifest.step) / manifest.shards[0].name) as shard:
+            assert line["rollout/raw_reward"] == np.mean(shard.sequences()["reward"], dtype=np.float64)
+    assert not any((made.path / name).exists() for name in ("checkpoints", "train", "hf"))
+
+    trained = tmp_path / "trained"
+    said = runs.run(trained, str(made.run_yaml), "debug.rollout_only=false", f"debug.train_only={made.path}")
+    notices = [line for line in (trained / "latest/logs/trainer.0.log").read_text().splitlines() if "made the recorded batch" in line]
+    assert len(notices) == 1, said
+    assert f"step 2: weights {first} made the recorded batch" in notices[0]
+    assert [line["step"] for line in runs.metrics(trained)] == [1, 2, 3]
+
+    shard = made.batch(3) / "rollout.0.h5"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    refused = runs.Launched(tmp_path / "refused", str(made.run_yaml), "debug.rollout_only=false", f"debug.train_only={made.path}")
+    assert refused.wait() == 78
+    assert f"{shard}: xxh3 " in refused.text()
+    assert not (tmp_path / "refused").exists(), "nothing was started"
+
+
+def test_scoring_again_has_the_recorded_bits(undisturbed: Path, tmp_path: Path) -> None:
+    """The weights after step 6 are those that training saw at step 7; step 4 was made by others. On two ranks, where one trained."""
+    scored = tmp_path / "scored"
+    checkpoint = RunDir(undisturbed).checkpoint(6)
+    words = [str(undisturbed / "run.yaml"), f"debug.rescore={undisturbed}", f"checkpoint.load={checkpoint}", "train.num_gpus_per_node=2"]
+    runs.run(scored, *words, "debug.rescore_steps=[4, 7]")
+    assert trained_tokens(scored, 7) == trained_tokens(undisturbed, 7)
+    assert trained_tokens(scored, 4) != trained_tokens(undisturbed, 4)
+
+    four, seven = runs.metrics(scored)
+    assert (four["step"], seven["step"]) == (4, 7)
+    assert seven["train/train_rollout_logprob_abs_diff"] == 0.0
+    folder = RunDir(undisturbed).batch(4)
+    k3 = []
+    with open_shard(folder / read_manifest(folder).shards[0].name) as shard:
+        for (_, row), (logprob, _) in trained_tokens(scored, 4).items():
+            tokens = shard.tokens(row, row + 1, ["rollout_logprob", "loss_mask"])
+            d = (np.frombuffer(logprob, np.float32) - tokens["rollout_logprob"])[tokens["loss_mask"] != 0].astype(np.float64)
+            k3 += (np.exp(d) - d - 1).tolist()
+    assert np.mean(k3) > 0
+    np.testing.assert_allclose(four["train/train_rollout_kl"], np.mean(k3), rtol=1e-3)
+    assert logs_of(scored) == {"service.0.log", "trainer.0.log", "trainer.1.log"}
+
+
+def test_stopping_early_and_tracing_leave_the_bits_alone(undisturbed: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    said = runs.run(run_dir, *runs.STEPS, "debug.stop_after=5", "profile.steps=[5, 6]")
+    assert f"stopped after step 5 of 8 (debug.stop_after); go on with: miles-submit run {run_dir} debug.stop_after=null" in said
+    assert (run_dir / "checkpoints/step_000005/COMPLETE").exists()
+    assert not (run_dir / "hf").exists()
+    assert json.loads((run_dir / "latest/exit.json").read_text())["reason"] == "stopped after step 5 (debug.stop_after)"
+    runs.run(run_dir, *runs.STEPS, "profile.steps=[5, 6]")
+    runs.same_run(undisturbed, run_dir)
+
+    assert sorted(path.name for path in (run_dir / "profile").iterdir()) == ["step_000005", "step_000006"]
+    for step in (5, 6):
+        with gzip.open(RunDir(run_dir).profile(step) / "rank_0.json.gz", "rt") as file:
+            names = [event.get("name", "") for event in json.load(file)["traceEvents"]]
+        assert "aten::embedding" in names
+        assert sum(name.startswith("Optimizer.step") for name in names) == 1
