@@ -18,13 +18,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from miles.data.store.checkpoint import SCHEMA, STATE, verify_checkpoint
+from miles.data.store.checkpoint import read_state as read_state
 from miles.data.store.epoch import Fence
-from miles.data.store.files import Damaged, checksum, make_folder, read_json, schema_kind, seal_json, sync_folder, verify
+from miles.data.store.files import Damaged, checksum, make_folder, seal_json, seal_listing, sync_folder
 from miles.data.store.run_dir import COMPLETE, step_name, steps_in
 from miles.training.distributed import Ranks
-
-SCHEMA = "miles.checkpoint/1"
-STATE = "state.json"
 
 
 def write_checkpoint(
@@ -55,7 +54,7 @@ def write_checkpoint(
     if ranks.rank == 0:
         for folder in {(draft / name).parent for name in names}:
             sync_folder(folder)
-        seal_json(draft / COMPLETE, {"schema": SCHEMA, "step": step, "files": entries})
+        seal_listing(draft / COMPLETE, {"schema": SCHEMA, "step": step, "files": entries})
         if fence is not None:
             fence.replace_folder(draft, target)
         else:
@@ -65,35 +64,6 @@ def write_checkpoint(
             sync_folder(checkpoints)
     ranks.barrier()
     return target
-
-
-def verify_checkpoint(folder: Path) -> dict[str, Any]:
-    """Compare every file with COMPLETE; returns state.json. Damaged says in one line what is wrong."""
-    mark = folder / COMPLETE
-    if not mark.is_file():
-        raise Damaged(f"{folder}: unfinished ({COMPLETE} is missing)")
-    listing = read_json(mark)
-    if not isinstance(listing, dict):
-        raise Damaged(f"{mark}: an object expected")
-    schema_kind(listing.get("schema"), SCHEMA, mark)
-    try:
-        files = [(str(entry["name"]), int(entry["bytes"]), str(entry["xxh3"])) for entry in listing["files"]]
-    except (KeyError, TypeError, ValueError) as error:
-        raise Damaged(f"{mark}: a list of files with name, bytes and xxh3 expected ({type(error).__name__}: {error})") from None
-    for name, size, digest in files:
-        verify(folder / name, size, digest)
-    if STATE not in {name for name, _, _ in files}:
-        raise Damaged(f"{mark}: names no {STATE}")
-    return read_state(folder)
-
-
-def read_state(folder: Path) -> dict[str, Any]:
-    """state.json of a checkpoint. Another kind or major version is refused by name."""
-    state = read_json(folder / STATE)
-    if not isinstance(state, dict):
-        raise Damaged(f"{folder / STATE}: an object expected")
-    schema_kind(state.get("schema"), SCHEMA, folder / STATE)
-    return state
 
 
 def newest_good(checkpoints: Path) -> tuple[Path | None, list[str]]:

@@ -11,10 +11,11 @@ import tiny
 import torch
 
 from miles.config.exits import UserError
+from miles.data.store.checkpoint import verify_checkpoint
 from miles.data.store.epoch import Fence, Fenced, new_epoch
 from miles.data.store.files import Damaged, checksum
 from miles.data.store.run_dir import RunDir
-from miles.training.checkpoint import newest_good, retain, verify_checkpoint, write_checkpoint
+from miles.training.checkpoint import newest_good, retain, write_checkpoint
 from miles.training.dcp import load_tensors, read_metadata, save_tensors
 from miles.training.fsdp import FsdpTrainer
 from miles.training.rng import load_rng, save_rng

@@ -137,6 +137,28 @@ def read_json(path: Path) -> Any:
         raise Damaged(f"{path}: not JSON ({error})") from None
 
 
+def seal_listing(path: Path, value: dict[str, Any], fence: Fence | None = None) -> Sealed:
+    """seal_json of an object that vouches for other files, and for itself: its own checksum goes with it as "xxh3"."""
+    return seal_json(path, {**value, "xxh3": own_checksum(value)}, fence)
+
+
+def read_listing(path: Path) -> dict[str, Any]:
+    """Read what seal_listing wrote. Damaged when it is not an object, or not what was sealed."""
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise Damaged(f"{path}: an object expected, {type(content).__name__} found")
+    expected = content.pop("xxh3", None)
+    if expected is not None and expected != (found := own_checksum(content)):
+        raise Damaged(f"{path}: xxh3 {expected} expected of its content, {found} found")
+    return content
+
+
+def own_checksum(value: dict[str, Any]) -> str:
+    """xxh3_64 of an object as JSON with sorted keys, no spaces, ASCII [hex]."""
+    content = json.loads(json.dumps(value, default=plain))
+    return xxhash.xxh3_64_hexdigest(json.dumps(content, sort_keys=True, separators=(",", ":")).encode())
+
+
 def schema_kind(found: Any, expected: str, path: Path | str) -> None:
     """Refuse another kind or another major number by name: OtherSchema."""
     if not isinstance(found, str) or "/" not in found:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from miles.data.store.epoch import Fence
-from miles.data.store.files import Damaged, Sealed, read_json, schema_kind, seal_json, sync_folder, verify
+from miles.data.store.files import Damaged, Sealed, read_listing, schema_kind, seal_listing, sync_folder, verify
 from miles.data.store.run_dir import RunDir
 
 log = logging.getLogger(__name__)
@@ -83,15 +83,13 @@ class Manifest(Entry):
 
 def seal_manifest(folder: Path, manifest: Manifest, fence: Fence | None = None) -> Sealed:
     """Seal manifest.json in a batch's folder: from now on the batch exists."""
-    return seal_json(folder / NAME, manifest.model_dump(mode="json", by_alias=True), fence)
+    return seal_listing(folder / NAME, manifest.model_dump(mode="json", by_alias=True), fence)
 
 
 def read_manifest(path: Path) -> Manifest:
     """Read a manifest, given its path or its folder. Damaged names the file and the field; another schema is refused by name."""
     path = path / NAME if path.is_dir() else path
-    content = read_json(path)
-    if not isinstance(content, dict):
-        raise Damaged(f"{path}: an object expected, {type(content).__name__} found")
+    content = read_listing(path)
     schema_kind(content.get("schema"), SCHEMA, path)
     try:
         return Manifest.model_validate(content)

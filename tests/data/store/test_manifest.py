@@ -35,6 +35,11 @@ def make_batch(run_dir, make_sample):
     return make
 
 
+def unsigned(path):
+    """A manifest's content as another program would write it: without the checksum of itself."""
+    return {key: value for key, value in json.loads(path.read_text()).items() if key != "xxh3"}
+
+
 def flip(path):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
@@ -136,7 +141,7 @@ def test_verify_names_the_file_and_forgives_retired_routes(run_dir, make_batch):
 def test_wrong_content_is_named(run_dir, make_batch, change, error, message):
     make_batch()
     path = run_dir.batch(12) / "manifest.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    path.write_text(json.dumps({**unsigned(path), **change}))
     with pytest.raises(error, match=rf"manifest\.json: {message}"):
         read_manifest(path)
 
@@ -144,5 +149,13 @@ def test_wrong_content_is_named(run_dir, make_batch, change, error, message):
 def test_later_keys_are_ignored(run_dir, make_batch):
     manifest = make_batch()
     path = run_dir.batch(12) / "manifest.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "later": 1}))
+    path.write_text(json.dumps({**unsigned(path), "later": 1}))
     assert read_manifest(path) == manifest
+
+
+def test_a_manifest_vouches_for_itself(run_dir, make_batch):
+    make_batch()
+    path = run_dir.batch(12) / "manifest.json"
+    path.write_text(path.read_text().replace('"next_draw": 13', '"next_draw": 14'))
+    with pytest.raises(Damaged, match=r"manifest\.json: xxh3 [0-9a-f]{16} expected of its content, [0-9a-f]{16} found"):
+        read_manifest(path)
