@@ -96,6 +96,19 @@ def report(run_dir: RunPath, as_json: Json = False) -> int:
     return make(run_dir, as_json)
 
 
+@app.command(epilog="Example: miles-submit inspect runs/quickstart/batches/step_000012 --rows 3:5")
+def inspect(
+    path: Annotated[Path, typer.Argument(help="a run directory, or a batch, checkpoint or file in one", metavar="PATH")],
+    rows: Annotated[str | None, typer.Option("--rows", help="show sequences (or lines) FIRST:LAST whole, counted from 0; LAST is not shown", metavar="FIRST:LAST")] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="compare every file with its checksum; exit code 78 names the damaged ones")] = False,
+    as_json: Json = False,
+) -> int:
+    """What a file or folder of a run holds: schema, sizes, lineage, summaries; single sequences; whether it is undamaged."""
+    from miles.cli.inspect import inspect as show
+
+    return show(path, rows, verify, as_json)
+
+
 def main() -> None:
     """Entry point: a user's mistake is one line on stderr and exit code 78."""
     try:

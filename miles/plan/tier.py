@@ -101,8 +101,8 @@ def changes(before: Mapping[str, Any], here: Mapping[str, Any], keys: tuple[str,
             found.append(f"{key} {_shown(old)} → {_shown(new)}")
     old_versions, new_versions = before.get("versions") or {}, here.get("versions") or {}
     for name in packages:
-        if old_versions.get(name) != new_versions.get(name) and old_versions:
-            found.append(f"{name} {old_versions.get(name, 'none')} → {new_versions.get(name, 'none')}")
+        if name in old_versions and old_versions[name] != new_versions.get(name):
+            found.append(f"{name} {old_versions[name]} → {new_versions.get(name, 'none')}")
     return found
 
 

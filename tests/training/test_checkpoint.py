@@ -119,7 +119,7 @@ def test_retention_does_not_read_again_what_was_just_written(ranks, tmp_path, mo
     assert retain(tmp_path, 2, written=folders[1]) == [], "the newest is another one: it is read"
     write_one(tmp_path, 3, ranks)
     read = []
-    monkeypatch.setattr("miles.training.checkpoint.verify", lambda path, *rest: read.append(path))
+    monkeypatch.setattr("miles.data.store.checkpoint.verify", lambda path, *rest: read.append(path))
     assert retain(tmp_path, 2, written=folders[2]) == [folders[0]]
     assert not read
 

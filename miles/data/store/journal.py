@@ -146,6 +146,22 @@ def journal_paths(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: (int(path.name.split(".")[-2]), path.name))
 
 
+def is_journal(path: Path, at: int = 0) -> bool:
+    """Whether a whole record stands at the beginning of a file, or at this byte."""
+    with open(path, "rb") as file:
+        file.seek(at)
+        return _next_payload(file, os.fstat(file.fileno()).st_size - at) is not None
+
+
+def next_record(path: Path, position: int) -> int:
+    """Where the record after the one at a position begins, by its length alone; the end of the file where that has no room."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        file.seek(position)
+        header = file.read(HEADER.size)
+    return min(size, position + HEADER.size + HEADER.unpack(header)[0]) if len(header) == HEADER.size else size
+
+
 def last_good_end(path: Path) -> int:
     """Where the last good record ends [bytes]."""
     end = 0

@@ -1,0 +1,137 @@
+"""Whether files are as they were sealed: every checksum that something below a path vouches for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from miles.config.exits import UserError
+from miles.data.inspect.recognise import recognise
+from miles.data.store.checkpoint import read_complete
+from miles.data.store.files import Sealed, read_listing, verify
+from miles.data.store.journal import is_journal, journal_paths, last_good_end, next_record
+from miles.data.store.manifest import NAME, read_manifest
+from miles.data.store.retention import ASIDE
+from miles.data.store.run_dir import COMPLETE, RunDir, steps_in
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Of one file: good, and what is wrong or worth saying. A damaged file of what was set aside harms nobody: `aside`."""
+
+    path: Path
+    good: bool
+    message: str = ""
+    aside: bool = False
+
+
+def check(path: Path) -> Iterator[Verdict]:
+    """Verdicts on everything at a path that has a checksum. UserError for a kind that has none."""
+    kind = recognise(path).kind
+    folder = path if path.is_dir() else path.parent
+    if kind == "run":
+        yield from _run(RunDir(path))
+    elif kind == "batch":
+        yield from _batch(folder)
+    elif kind == "checkpoint":
+        yield from _checkpoint(folder)
+    elif kind == "train_files" or kind == "train":
+        yield from _train(folder, path.stem)
+    elif kind in ("rollout", "routes"):
+        yield from _one_of(folder, path)
+    elif kind == "journal":
+        yield _journal(path)
+    else:
+        raise UserError(f"{path}: nothing vouches for a {kind} file; --verify checks run directories, batches, shards, train records, checkpoints and journals")
+
+
+def _run(run: RunDir) -> Iterator[Verdict]:
+    for parent in (run.batches, run.evals):
+        for folder in sorted(parent.glob("step_*")) if parent.is_dir() else ():
+            aside = ASIDE.fullmatch(folder.name) is not None
+            if (folder / NAME).is_file():
+                yield from _batch(folder, aside)
+            elif not aside:
+                yield Verdict(folder, True, "unfinished: no manifest, so it counts for nothing")
+    for step in steps_in(run.train_records):
+        for record in sorted(run.train(step).glob("*.h5")):
+            yield from _train(record.parent, record.stem)
+    for step in steps_in(run.checkpoints):
+        yield from _checkpoint(run.checkpoint(step))
+    for path in journal_paths(run.journal) if run.journal.is_dir() else ():
+        yield _journal(path)
+
+
+def _verdict(path: Path, look: Callable[[], object], aside: bool = False) -> Verdict:
+    try:
+        look()
+    except UserError as error:
+        return Verdict(path, False, str(error), aside)
+    return Verdict(path, True, aside=aside)
+
+
+def _sealed(folder: Path, file: Sealed, aside: bool = False) -> Verdict:
+    return _verdict(folder / file.name, lambda: verify(folder / file.name, file.bytes, file.xxh3), aside)
+
+
+def _batch(folder: Path, aside: bool = False) -> Iterator[Verdict]:
+    """Its manifest, then every file that it names; routes may be gone."""
+    read = _verdict(folder / NAME, lambda: read_manifest(folder), aside)
+    yield read
+    if not read.good:
+        return
+    manifest = read_manifest(folder)
+    for shard in manifest.shards:
+        yield _sealed(folder, Sealed(shard.name, shard.bytes, shard.xxh3), aside)
+    for routes in manifest.routes:
+        if (folder / routes.name).exists():
+            yield _sealed(folder, Sealed(routes.name, routes.bytes, routes.xxh3), aside)
+        else:
+            yield Verdict(folder / routes.name, True, "deleted by retention")
+
+
+def _one_of(folder: Path, path: Path) -> Iterator[Verdict]:
+    """One file of a batch, by the manifest beside it."""
+    if not (folder / NAME).is_file():
+        raise UserError(f"{path}: no manifest beside it vouches for it, so there is nothing to compare with")
+    manifest = read_manifest(folder)
+    entry = next((entry for entry in (*manifest.shards, *manifest.routes) if entry.name == path.name), None)
+    if entry is None:
+        raise UserError(f"{path}: the manifest beside it doesn't name it, so there is nothing to compare with")
+    yield _sealed(folder, Sealed(entry.name, entry.bytes, entry.xxh3))
+
+
+def _train(folder: Path, stem: str) -> Iterator[Verdict]:
+    """A node's train record, by the listing beside it."""
+    listing = folder / f"{stem}.json"
+    if not listing.is_file():
+        yield Verdict(folder / f"{stem}.h5", True, "no checksum was recorded")
+        return
+    read = _verdict(listing, lambda: read_listing(listing))
+    yield read
+    if read.good:
+        for entry in read_listing(listing).get("files", []):
+            yield _sealed(folder, Sealed(entry["name"], entry["bytes"], entry["xxh3"]))
+
+
+def _checkpoint(folder: Path) -> Iterator[Verdict]:
+    """COMPLETE, then every file that it names."""
+    if not (folder / COMPLETE).is_file():
+        yield Verdict(folder, True, f"unfinished: {COMPLETE} is missing, so no run resumes from it")
+        return
+    read = _verdict(folder / COMPLETE, lambda: read_complete(folder))
+    yield read
+    if read.good:
+        for file in read_complete(folder).files:
+            yield _sealed(folder, file)
+
+
+def _journal(path: Path) -> Verdict:
+    """A torn tail is what a killed writer leaves: no damage. A bad record with a whole one after it is."""
+    size, good = path.stat().st_size, last_good_end(path)
+    if is_journal(path, at=next_record(path, good)):
+        return Verdict(path, False, f"{path}: the record at byte {good} doesn't have its checksum; the groups from it on are lost ({size - good} bytes)")
+    return Verdict(path, True, f"{size - good} bytes after the last whole record" if good < size else "")
+
+
