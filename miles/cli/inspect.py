@@ -25,6 +25,7 @@ from miles.report.records import read_run
 from miles.report.scales import number
 from miles.report.token_text import TokenText, load_token_text
 
+COUNTS = ("status", "sources", "engines", "dropped")  # objects that count what they name
 TEXTS = ("prompt", "response", "label", "text")
 SIZES = ("B", "KB", "MB", "GB", "TB", "PB")
 
@@ -59,7 +60,7 @@ def words(name: str, value: Any) -> str:
     if isinstance(value, float):
         return number(value) if math.isfinite(value) else str(value)
     if isinstance(value, dict):
-        if all(isinstance(each, int) and not isinstance(each, bool) for each in value.values()):
+        if name in COUNTS:
             return counted(value)
         return ", ".join(f"{key} {words(str(key), each)}" for key, each in value.items() if each not in (None, [], {}, ""))
     if isinstance(value, list):

@@ -9,7 +9,7 @@ from pathlib import Path
 from miles.config.exits import UserError
 from miles.data.inspect.recognise import recognise
 from miles.data.store.checkpoint import read_complete
-from miles.data.store.files import Sealed, read_listing, verify
+from miles.data.store.files import Damaged, Sealed, read_listing, verify
 from miles.data.store.journal import is_journal, journal_paths, last_good_end, next_record
 from miles.data.store.manifest import NAME, read_manifest
 from miles.data.store.retention import ASIDE
@@ -28,7 +28,11 @@ class Verdict:
 
 def check(path: Path) -> Iterator[Verdict]:
     """Verdicts on everything at a path that has a checksum. UserError for a kind that has none."""
-    kind = recognise(path).kind
+    try:
+        kind = recognise(path).kind
+    except Damaged as error:
+        yield Verdict(path, False, str(error))
+        return
     folder = path if path.is_dir() else path.parent
     if kind == "run":
         yield from _run(RunDir(path))

@@ -4,34 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
 import pytest
+from store_samples import make_sample as _make
 
-from miles.data.sample import Sample, Status
+from miles.data.sample import Sample
 from miles.data.store.run_dir import RunDir
-
-
-def _make(draw: int, sample: int, prompt_length: int = 2, response_length: int = 3, /, **more: object) -> Sample:
-    prompt, length = prompt_length, prompt_length + response_length
-    generator = np.random.default_rng([draw, sample])
-    logprob = -generator.random(length, np.float32)
-    logprob[:prompt] = np.nan
-    mask = (np.arange(length) >= prompt).astype(np.uint8)
-    fields = {
-        "seed": 2**63 + draw,
-        "token_id": generator.integers(0, 32000, length, np.int32),
-        "prompt_length": prompt,
-        "rollout_logprob": logprob,
-        "loss_mask": mask,
-        "flags": mask.copy(),
-        "status": Status.COMPLETED,
-        "reward": 0.5,
-        "runs": [(0, 1)],
-        "turns": [(0, 0), (prompt, 1)],
-        "engine": "http://127.0.0.1:1",
-        **more,
-    }
-    return Sample(draw, sample, **fields)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="session")

@@ -80,7 +80,7 @@ def make(run_dir, history):
 BOUNDS = st.builds(Bounds, st.none() | st.integers(1, 9), st.none() | st.integers(0, 10 * DAY), st.none() | st.integers(1, 60_000))
 
 
-@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(history=histories(), bounds=BOUNDS)
 def test_what_stays_is_what_the_rules_say(tmp_path, history, bounds):
     shutil.rmtree(tmp_path / "run", ignore_errors=True)
