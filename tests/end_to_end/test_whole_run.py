@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import whole_runs as runs
 
+from miles.data.store.events import read_events
 from miles.data.store.manifest import read_manifest
 from miles.data.store.run_dir import RunDir, steps_in
 from miles.data.store.shard import open_shard
@@ -133,3 +134,40 @@ def test_two_trainer_ranks(undisturbed: Path, undisturbed_two: Path) -> None:
             np.testing.assert_allclose(line["train/loss"], one["sft", line["step"]]["train/loss"], rtol=1e-5)
         else:
             assert line["train/train_rollout_logprob_abs_diff"] == 0.0
+
+
+def test_everything_in_a_run_can_be_inspected_and_is_as_it_was_sealed(undisturbed: Path) -> None:
+    folder, told = RunDir(undisturbed), command("inspect", str(undisturbed), "--verify")
+    assert (told.returncode, told.stderr) == (0, "")
+    assert "as sealed" in told.stdout.splitlines()[-1]
+    assert "no checksum" not in told.stdout
+    for path in (undisturbed, folder.batch(5), folder.eval(5), folder.train(5) / "node_0000.h5", folder.checkpoint(8), folder.journal_file(0, 1), folder.provenance):
+        told = command("inspect", str(path), "--json")
+        assert told.returncode == 0, told.stderr
+        assert json.loads(told.stdout)["path"] == str(path)
+    (row,) = command("inspect", str(folder.batch(5)), "--rows", "2", "--json").stdout.splitlines()
+    manifest = read_manifest(folder.batch(5))
+    with open_shard(folder.batch(5) / manifest.shards[0].name) as shard:
+        (sample,) = shard.samples(2, 3)
+    assert (json.loads(row)["draw"], json.loads(row)["response"]) == (sample.draw, sample.response)
+    assert "".join(token["text"] for token in json.loads(row)["tokens"][: sample.prompt_length]) == sample.prompt
+
+
+def test_every_role_tells_its_phases(undisturbed: Path) -> None:
+    found: dict[str, set[str]] = {}
+    for event in read_events(RunDir(undisturbed)):
+        assert event["start"] <= event["end"]
+        found.setdefault(event["component"], set()).add(event["phase"])
+    assert found == {
+        "trainer": {"wait", "train", "sync", "eval", "save"},
+        "worker": {"generate", "seal"},
+        "service": {"prompts", "compose"},
+        "engine": {"start", "update_weights"},
+    }
+
+
+def test_a_run_that_goes_on_with_other_threads_says_what_it_can_promise(undisturbed: Path, tmp_path: Path) -> None:
+    shutil.copytree(undisturbed, tmp_path / "run", symlinks=True)
+    said = runs.run(tmp_path / "run", str(tmp_path / "run"), "cluster.threads=2", "num_rollout=7")
+    assert "guarantee: replayed from attempt 2 on (before: exact): threads 1 → 2" in said.splitlines()
+    assert "guarantee: replayed since attempt 2: threads 1 → 2" in command("status", str(tmp_path / "run")).stdout.splitlines()
