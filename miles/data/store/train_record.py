@@ -110,9 +110,8 @@ def write_train_record(path: Path, parts: Sequence[RecordPart], attrs: dict[str,
             put_blocks(data, (block for part in parts for block in _column(part, name, dtype)))
 
     listing = path.with_suffix(".json")
-    if fence is not None:
-        fence.check()
-    listing.unlink(missing_ok=True)  # of an attempt before: it must not speak for this file
+    if listing.exists():  # of an attempt before: it must not speak for this file
+        listing.unlink() if fence is None else fence.discard(listing)
     sealed = seal_hdf5(path, SCHEMA, attrs or {}, fill, fence)
     seal_listing(listing, {"schema": LISTING_SCHEMA, "files": [{**vars(sealed), "sequences": sum(counts), "tokens": int(offset[-1])}]}, fence)
     return sealed

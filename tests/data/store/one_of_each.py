@@ -16,7 +16,7 @@ from miles.data.store.events import Events
 from miles.data.store.files import Sealed, checksum, seal_json, seal_listing
 from miles.data.store.journal import Journal
 from miles.data.store.manifest import Dropped, Manifest, Policy, ShardEntry, seal_manifest
-from miles.data.store.metrics import append_metrics
+from miles.data.store.metrics import Metrics
 from miles.data.store.run_dir import COMPLETE, RunDir, record_attempt, write_plan
 from miles.data.store.shard import write_routes, write_shard
 from miles.data.store.train_record import TrainPart, write_train_record
@@ -65,8 +65,10 @@ def make(folder: Path) -> dict[str, Path]:
     with Journal(run.journal_file(0, epoch)) as journal:
         for first in (0, 2, 4):
             journal.append(made[first : first + 2], {"kind": "rollout", "step": 3, "weight_checksum": "abc"})
+    metrics = Metrics(run.metrics)
     for step in (1, 2, 3):
-        append_metrics(run.metrics, {"step": step, "kind": "rollout", "time": 1.7e9 + step, "rollout/raw_reward": step / 2})
+        metrics.append({"step": step, "kind": "rollout", "time": 1.7e9 + step, "rollout/raw_reward": step / 2})
+    metrics.close()
     events = Events(run, "trainer", 0, epoch)
     events.append("wait", 3, 1.7e9, 1.7e9 + 2)
     events.append("train", 3, 1.7e9 + 2, 1.7e9 + 5, tokens=count)
