@@ -6,7 +6,6 @@ import contextlib
 import os
 import random
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -28,12 +27,13 @@ GROWING = re.compile(r".*\.(\d+)\.(?:jsonl|log)")  # events and journals: the ep
 
 
 class Attempt:
-    """One launcher and everything below it."""
+    """One launcher and everything below it: the first of a run is `miles-submit run`, the others are of another node."""
 
     def __init__(self, run_dir: Path, epoch: int) -> None:
         self.run_dir, self.epoch = run_dir, epoch
         self.out = run_dir.with_name(f"attempt.{epoch}.out").open("wb")
-        self.process = subprocess.Popen([sys.executable, str(Path(__file__).with_name("attempt.py")), str(run_dir)], stdout=self.out, stderr=subprocess.STDOUT)
+        command = ["-m", "miles.cli", "run", *shared.words(), "--run-dir"] if epoch == 1 else [str(Path(__file__).with_name("attempt.py"))]
+        self.process = subprocess.Popen([sys.executable, *command, str(run_dir)], stdout=self.out, stderr=subprocess.STDOUT)
         self.stopped: list[psutil.Process] = []
 
     def stop(self) -> None:
@@ -125,8 +125,6 @@ def test_the_older_writes_nothing_after_the_newer_ones_first_seal(undisturbed: C
 def overlap(folder: Path, calm: shared.Undisturbed, rng: random.Random, most: int, ended: list[int]) -> int:
     """One run with as many rounds as it has; returns how many. At its end it has the undisturbed bits."""
     run_dir = folder / "run"
-    run_dir.mkdir()
-    shutil.copyfile(calm.folder / "run.yaml", run_dir / "run.yaml")
     done = 0
     with shared.environment(folder / "generated"):
         attempts = [Attempt(run_dir, 1)]
