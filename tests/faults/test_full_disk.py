@@ -13,7 +13,7 @@ import shared
 import whole_runs as runs
 from shared import now, say
 
-TOLD = ("step ", "report: ", "resuming ", "guarantee: ", "waiting for ")  # what a launcher says besides
+TOLD = ("step ", "waiting for ", "failed, step ", "stopped, step ", "report: ", "resuming ", "guarantee: ")  # what a launcher says besides
 PER_RUN = 3.0  # how often the disk becomes full in the time of an undisturbed run
 
 
