@@ -1,19 +1,21 @@
-"""Whether files are as they were sealed: every checksum that something below a path vouches for."""
+"""Whether files are as they were sealed: every checksum that something below a path vouches for; and whether a run's draws add up."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from miles.config.exits import UserError
+from miles.data.inspect.page import ranges
 from miles.data.inspect.recognise import recognise
 from miles.data.store.checkpoint import read_complete
 from miles.data.store.files import Damaged, Sealed, read_listing, verify
 from miles.data.store.journal import is_journal, journal_paths, last_good_end, next_record
 from miles.data.store.manifest import NAME, read_manifest
 from miles.data.store.retention import ASIDE
-from miles.data.store.run_dir import COMPLETE, RunDir, steps_in
+from miles.data.store.run_dir import COMPLETE, RunDir, newest_complete_checkpoint, steps_in
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,32 @@ def _run(run: RunDir) -> Iterator[Verdict]:
         yield from _checkpoint(run.checkpoint(step))
     for path in journal_paths(run.journal) if run.journal.is_dir() else ():
         yield _journal(path)
+    yield from _accounts(run)
+
+
+def _accounts(run: RunDir) -> Iterator[Verdict]:
+    """No draw is lost and none is used twice: the rollouts that were trained on take up one another's draws without a gap.
+
+    Up to the newest complete checkpoint; what lies beyond may be of an earlier attempt, and is judged when it is asked for.
+    """
+    newest = newest_complete_checkpoint(run)
+    before: tuple[int, int] | None = None  # step, first draw not handed out yet
+    for step in steps_in(run.batches):
+        try:
+            manifest = read_manifest(run.batch(step))
+        except (Damaged, FileNotFoundError):
+            before = None  # said already
+            continue
+        if newest is None or step > newest or manifest.kind != "rollout":
+            continue
+        taken = sorted([*manifest.draws, *(each.draw for each in manifest.dropped)])
+        first = before[1] if before is not None and before[0] == step - 1 else taken[0] if taken else manifest.next_draw
+        if taken != list(range(first, manifest.next_draw)):
+            twice = sorted({draw for draw, count in Counter(taken).items() if count > 1} | {draw for draw in taken if draw < first})
+            lost = sorted(set(range(first, manifest.next_draw)) - set(taken))
+            wrong = [f"{words} {ranges(draws)}" for words, draws in (("used twice: draws", twice), ("lost: draws", lost)) if draws]
+            yield Verdict(run.batch(step) / NAME, False, f"{run.batch(step) / NAME}: {'; '.join(wrong) or f'draws up to {taken[-1]}, and the next is {manifest.next_draw}'}")
+        before = step, manifest.next_draw
 
 
 def _verdict(path: Path, look: Callable[[], object], aside: bool = False) -> Verdict:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 import struct
 
@@ -17,9 +18,9 @@ from miles.config.exits import UserError
 from miles.data.inspect.check import check
 from miles.data.inspect.recognise import describe
 from miles.data.store.checkpoint import read_complete, read_state
-from miles.data.store.files import OtherSchema, read_listing
+from miles.data.store.files import OtherSchema, read_listing, seal_listing
 from miles.data.store.journal import Journal, last_good_end, read_journal, scan_journal
-from miles.data.store.manifest import find_batch, read_manifest
+from miles.data.store.manifest import Dropped, Manifest, Policy, find_batch, read_manifest, seal_manifest
 from miles.data.store.routes import open_routes
 from miles.data.store.run_dir import RunDir, read_provenance
 from miles.data.store.shard import open_shard
@@ -190,6 +191,38 @@ def test_a_listing_without_its_own_checksum_is_read(files):
     path.write_text(json.dumps(content))
     assert read_manifest(path).draws == [7, 8, 9]
     assert read_listing(path) == content
+
+
+@pytest.mark.parametrize(
+    ("batches", "wrong"),
+    [
+        ([([0, 1], [], 2), ([2, 4], [3], 5), ([5], [], 6)], None),
+        ([([0, 1], [], 2), ([3, 4], [], 5)], "step_000002.*lost: draws 2$"),
+        ([([0, 1], [], 2), ([1, 2, 3], [], 4)], "step_000002.*used twice: draws 1$"),
+        ([([0, 1], [1], 2)], "step_000001.*used twice: draws 1$"),
+        ([([0, 3], [], 4)], "step_000001.*lost: draws 1 to 2$"),
+        ([([0, 1, 2], [], 2)], "draws up to 2, and the next is 2"),
+        ([([0, 1], [], 2), None, ([7, 8], [], 9)], None),  # retention took the one between
+    ],
+)
+def test_every_draw_is_accounted_for(tmp_path, batches, wrong):
+    run = RunDir(tmp_path / "run")
+    run.attempts.mkdir(parents=True)
+    for step, batch in enumerate(batches, 1):
+        if batch is not None:
+            draws, dropped, following = batch
+            policy = Policy(weight_version=step, weight_checksum="a")
+            fates = [Dropped(draw=draw, why="equal rewards") for draw in dropped]
+            seal_manifest(run.batch(step), Manifest(run_id="r", epoch=1, step=step, kind="rollout", policy=policy, shards=[], draws=draws, dropped=fates, next_draw=following))
+    assert all(verdict.good for verdict in check(run.path)), "nothing has been trained on for good"
+    run.checkpoint(len(batches)).mkdir(parents=True)
+    seal_listing(run.checkpoint(len(batches)) / "COMPLETE", {"schema": "miles.checkpoint/1", "files": []})
+    bad = [verdict.message for verdict in check(run.path) if not verdict.good]
+    if wrong is None:
+        assert bad == []
+    else:
+        (message,) = bad
+        assert re.search(wrong, message), message
 
 
 def test_nothing_vouches_for_a_line_of_metrics(files):
