@@ -253,6 +253,11 @@ class Debug(Section):
     stop_after: int | None = Field(None, ge=1, description="save a checkpoint after this step, warm start counted in, and end there [steps]")
 
     @property
+    def trains(self) -> bool:
+        """Whether weights move."""
+        return not self.rollout_only and self.rescore is None
+
+    @property
     def recorded(self) -> str | None:
         """The run directory whose batches are read in place of new ones."""
         return self.train_only or self.rescore

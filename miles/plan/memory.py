@@ -24,9 +24,9 @@ def estimate(config: RunConfig, shape: Shape) -> Memory:
     total = sum(parameters(shape))
     world = config.train.num_nodes * config.train.num_gpus_per_node
     width = 4 if config.model.dtype == "float32" else 2
-    still = config.debug.rollout_only or config.debug.rescore is not None  # nothing trains: fp32 weights alone
-    held = 4 if still else ADAM_BYTES
-    reference = width if config.algorithm.use_kl_loss and not still else 0
+    trains = config.debug.trains
+    held = ADAM_BYTES if trains else 4  # fp32 weights alone
+    reference = width if config.algorithm.use_kl_loss and trains else 0
     trainer = total * (held + reference) // world
     engine = 0 if config.debug.recorded else total * width // config.rollout.num_gpus_per_engine
     extra = f" + {reference} for the reference" if reference else ""

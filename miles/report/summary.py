@@ -110,7 +110,8 @@ def _judge(record: RunRecord, summary: Summary, now: float) -> None:
 
 def _again(record: RunRecord, setting: str = "") -> str:
     command = f"`miles-submit run {' '.join([str(record.run_dir.path), setting]).strip()}`"
-    return f"resume with {command}" if record.checkpoint is not None else f"no checkpoint yet: {command} begins again"
+    kept = record.checkpoint is not None or record.setting("debug.rollout_only") or record.setting("debug.rescore")  # those keep their files, not checkpoints
+    return f"resume with {command}" if kept else f"no checkpoint yet: {command} begins again"
 
 
 def merge_service(summary: Summary, status: dict[str, Any]) -> Summary:

@@ -119,7 +119,9 @@ def config_lines(record: RunRecord) -> list[tuple[str, str]]:
     normalised = estimator == "grpo" and get("algorithm.grpo_std_normalization") is False
     ranks = (get("train.num_nodes") or 1) * (get("train.num_gpus_per_node") or 1)
     low, high = get("algorithm.eps_clip"), get("algorithm.eps_clip_high")
+    recorded = get("debug.train_only") or get("debug.rescore")
     lines = [
+        ("Mode", "rollouts alone" if get("debug.rollout_only") else f"{'training alone on' if get('debug.train_only') else 'scoring again'} {recorded}" if recorded else None),
         ("Model", model),
         ("Prompts", source),
         ("Algorithm", f"{estimator}{' without std' if normalised else ''}" if estimator else None),

@@ -258,7 +258,8 @@ def again_with(run: RunDir) -> str:
 
 def _stop_on_interrupt(attempt: Attempt, say: Callable[[str], None]) -> Any:
     def handler(signum: int, frame: Any) -> None:
-        say("stopping at once" if attempt.stop_asked else "stopping after a checkpoint (Ctrl-C again stops at once)")
+        after = "a checkpoint" if attempt.config.debug.trains else "this step"
+        say("stopping at once" if attempt.stop_asked else f"stopping after {after} (Ctrl-C again stops at once)")
         attempt.request_stop()
 
     return signal.signal(signal.SIGINT, handler)

@@ -131,6 +131,16 @@ def test_how_a_run_ended(tmp_path: Path, code: int, more: dict[str, Any], state:
     assert found.reason.startswith(reason)
 
 
+def test_a_run_that_stopped_early_says_how_to_go_on(tmp_path: Path) -> None:
+    run = empty_run(tmp_path / "run", {"num_rollout": 5, "debug": {"stop_after": 2}})
+    epoch = begin_attempt(run)
+    run.checkpoint(2).mkdir(parents=True)
+    (run.checkpoint(2) / "COMPLETE").write_text("{}")
+    end_attempt(run, epoch, 0, "stopped after step 2 (debug.stop_after)", stopped=True)
+    found = state_of(run.path)
+    assert (found.state, found.reason) == ("stopped", f"stopped after step 2 (debug.stop_after); resume with `miles-submit run {run.path} debug.stop_after=null`")
+
+
 def test_stages_of_a_life(tmp_path: Path) -> None:
     run = empty_run(tmp_path / "run")
     assert (state_of(run.path).state, state_of(run.path).attempts) == ("new", 0)

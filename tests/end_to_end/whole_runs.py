@@ -20,8 +20,8 @@ from miles.data.store.run_dir import RunDir
 from miles.data.store.shard import open_shard
 from miles.data.store.train_record import open_train_record
 
-# Long enough that something can be killed in every phase, short enough for a test. Nobody is rewarded in so few steps: without the
-# entropy bonus no rollout would move a weight, and equal bits would say little.
+# Long enough that something can be killed in every phase, short enough for a test. Hardly anybody is rewarded in so few steps: without
+# the entropy bonus most rollouts would move no weight, and equal bits would say little.
 STEPS = ["recipes/tiny", "num_rollout=6", "warm_start.steps=2", "checkpoint.save_interval=2", "eval.interval=3", "algorithm.entropy_coef=0.01"]
 # With what a run may have besides: several optimizer steps on a rollout, and a reference that is made in the middle.
 TWO_RANKS = [*STEPS, "train.num_gpus_per_node=2", "train.num_steps_per_rollout=2", "algorithm.use_kl_loss=true", "algorithm.kl_loss_coef=0.05"]

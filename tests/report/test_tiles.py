@@ -87,3 +87,11 @@ def test_configuration_in_a_few_lines(tmp_path: Path) -> None:
     assert lines["Steps"] == "12 warm start + 40 rollouts"
     assert lines["Algorithm"] == "grpo"
     assert lines["Device, seed"] == "cpu, 1234"
+    assert "Mode" not in lines
+
+
+def test_a_part_of_a_run_says_which(tmp_path: Path) -> None:
+    modes = {"rollout_only": (True, "rollouts alone"), "train_only": ("runs/first", "training alone on runs/first"), "rescore": ("runs/first", "scoring again runs/first")}
+    for name, (value, said) in modes.items():
+        run = empty_run(tmp_path / name, {"debug": {name: value}})
+        assert dict(config_lines(read_run(run.path)))["Mode"] == said
