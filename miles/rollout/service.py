@@ -57,6 +57,8 @@ class RolloutService:
         self.heard: dict[tuple[str, int], float] = {}
         self.told: set[int] = set()
         self.announced: dict[str, Any] = {}
+        self.notices: list[str] = []  # lines that a person should read
+        self.notices_told = 0
         self.stop = False
         self.end: Ended | None = None
         self._wake = asyncio.Event()
@@ -272,7 +274,7 @@ class RolloutService:
     def waiting_for(self) -> str | None:
         """What keeps the run from its next step, where processes are still getting ready; None once they are."""
         here = [peer["role"] for peer in self.peers]
-        engines = self.config.rollout.num_gpus // self.config.rollout.num_gpus_per_engine
+        engines = 0 if self.config.debug.recorded else self.config.rollout.num_gpus // self.config.rollout.num_gpus_per_engine
         missing = engines - here.count("engine")
         starting = ("an engine" if engines == 1 else f"{missing} of {engines} engines") + " to start"
         if "trainer" not in here:
@@ -289,7 +291,8 @@ class RolloutService:
     def status(self) -> dict[str, Any]:
         """Everything that the progress display and `miles-submit status` show."""
         told: dict[str, Any] = {"run": self.config.name, "epoch": self.epoch, "total_steps": self.config.total_steps, "stop": self.stop}
-        told |= self.announced
+        told |= {**self.announced, "notices": self.notices}
+        self.notices_told = len(self.notices)
         batch = self.jobs.get(self._asked[0]) if self._asked else None
         if self._asked and batch is not None:
             progress = batch.progress()

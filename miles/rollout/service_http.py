@@ -91,6 +91,7 @@ def make_app(service: RolloutService, token: str) -> Starlette:
 
     async def announce(fields: dict[str, Any]) -> tuple[int, Any]:
         service.check()
+        service.notices += fields.pop("notices", [])
         service.announced.update({name: value for name, value in fields.items() if name != "epoch"})
         return 200, {"stop": service.stop}
 
@@ -103,7 +104,7 @@ def make_app(service: RolloutService, token: str) -> Starlette:
         return 200, {"stop": True}
 
     async def finish(fields: dict[str, Any]) -> tuple[int, Any]:
-        """Ends the attempt, and waits a little until the workers know: the service may be stopped as soon as the caller leaves."""
+        """Ends the attempt, and waits a little until the workers know, and the launcher what was noticed: the service may be stopped as soon as the caller leaves."""
         workers = {rank for role, rank in service.heard if role == "worker"}
         service.finish(int(fields.get("exit", OK)), str(fields.get("message", "finished")))
         await _until_told(service, workers)
@@ -153,5 +154,5 @@ class Stale(TryAgain):
 
 async def _until_told(service: RolloutService, workers: set[int]) -> None:
     deadline = time.monotonic() + TELL_SECONDS
-    while not workers <= service.told and time.monotonic() < deadline:
+    while not (workers <= service.told and service.notices_told == len(service.notices)) and time.monotonic() < deadline:
         await asyncio.sleep(0.01)

@@ -76,6 +76,7 @@ def test_rollouts_alone_and_then_training_on_them(tmp_path: Path) -> None:
     notices = [line for line in (trained / "latest/logs/trainer.0.log").read_text().splitlines() if "made the recorded batch" in line]
     assert len(notices) == 1, said
     assert f"step 2: weights {first} made the recorded batch" in notices[0]
+    assert said.count("made the recorded batch") == 1, said
     assert [line["step"] for line in runs.metrics(trained)] == [1, 2, 3]
 
     shard = made.batch(3) / "rollout.0.h5"

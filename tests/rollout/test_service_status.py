@@ -57,3 +57,19 @@ def test_demonstrations_have_no_speed_of_generation(tmp_path: Path) -> None:
         found.jobs[key] = found._begin(job)
         found._asked = key, 0.0
         assert ("tokens_per_second" in found.status()) == (job.kind == "rollout")
+
+
+def test_nobody_waits_for_engines_beside_recorded_batches(tmp_path: Path) -> None:
+    found = service(tmp_path, "debug.train_only=somewhere")
+    found.register("trainer", 0)
+    found.values["model"] = "somewhere"
+    found.announced = {"phase": "sft", "kind": "sft", "step": 2}
+    assert waiting(found) is None
+
+
+def test_notices_are_told_until_somebody_has_read_them(tmp_path: Path) -> None:
+    found = service(tmp_path)
+    found.notices += ["checkpoint passed over", "other weights"]
+    assert found.notices_told == 0
+    assert found.status()["notices"] == ["checkpoint passed over", "other weights"]
+    assert found.notices_told == 2
