@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from miles.data.store.checkpoint import SCHEMA, STATE, verify_checkpoint
-from miles.data.store.checkpoint import read_state as read_state
 from miles.data.store.epoch import Fence
 from miles.data.store.files import Damaged, checksum, make_folder, seal_json, seal_listing, sync_folder
 from miles.data.store.run_dir import COMPLETE, step_name, steps_in

@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 from miles.algorithms.reduction import weighted_sum
 from miles.config.exits import UserError
 from miles.config.schema import Optimizer, RunConfig
+from miles.data.store.checkpoint import read_state
 from miles.data.store.epoch import Fence
 from miles.data.store.files import make_folder, sync_folder
 from miles.data.store.manifest import Manifest
@@ -308,7 +309,7 @@ class FsdpTrainer:
 
     def load_weights(self, folder: Path) -> dict[str, Any]:
         """Load the weights of a checkpoint and nothing else; returns its state. Raises UserError where they are not those that were saved."""
-        state = checkpoint.read_state(folder)
+        state = read_state(folder)
         dcp.load_tensors(folder / "model", {name: parameter.detach() for name, parameter in self.model.named_parameters()})
         found = self.weight_checksum()
         if found != state["weight_checksum"]:

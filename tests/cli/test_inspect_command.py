@@ -99,6 +99,19 @@ def test_json_has_numbers_and_names(made, capsys) -> None:
     assert answer["tables"]["sequences"][0] == {"value": "reward", "count": 6, "mean": 1.25, "min": 0.0, "median": 1.25, "max": 2.5, "not finite": 0}
 
 
+def test_large_files_are_read_in_part_and_in_blocks(made, capsys, monkeypatch) -> None:
+    """Experts and distributions over all that is read are counted alike, whatever the size of a block."""
+    whole, train = page(made["routes"], capsys), page(made["train"], capsys)
+    monkeypatch.setattr("miles.data.inspect.sequences.BLOCK", 30)
+    assert page(made["routes"], capsys) == whole
+    monkeypatch.setattr("miles.data.inspect.sequences.MOST", 60)
+    assert "note: experts are counted in the first 2 sequences" in page(made["routes"], capsys)
+    monkeypatch.setattr("miles.data.inspect.sequences.MOST", 12)
+    part = page(made["train"], capsys)
+    assert "note: distributions are of the first 2 sequences" in part
+    assert part != train
+
+
 @pytest.mark.parametrize("kind", ["batch", "manifest", "shard", "journal"])
 def test_rows_show_sequences_whole(made, capsys, kind) -> None:
     text = page(made[kind], capsys, rows="3:5")

@@ -72,18 +72,18 @@ def routes_page(path: Path) -> Page:
         page = Page(path, "routes: the experts that each token went to", str(attrs.pop("schema")), {"bytes": path.stat().st_size, **attrs})
         page.facts |= {"sequences": len(routes.sequence), "rows": int(routes.offset[-1]), "layers": layers, "top_k": top_k}
         counts = np.zeros(0, np.int64)
-        step = max(1, BLOCK // max(1, layers * top_k))
-        last, first = (int(routes.sequence[-1]) + 1 if len(routes.sequence) else 0), 0
-        while first < last:
-            end = first + 1
-            low = int(np.searchsorted(routes.sequence, first))
-            while end < last and int(routes.offset[int(np.searchsorted(routes.sequence, end))]) - int(routes.offset[low]) < step:
-                end += 1
-            for experts in routes.experts(first, end).values():
+        offset, each = routes.offset.astype(np.int64), layers * top_k
+        most = int(np.searchsorted(offset, MOST // each, "right")) - 1 if offset[-1] * each > MOST else len(routes.sequence)
+        if most < len(routes.sequence):
+            page.notes.append(f"experts are counted in the first {most} sequences")
+        low = 0
+        while low < most:
+            high = min(max(int(np.searchsorted(offset, offset[low] + BLOCK // each, "right")) - 1, low + 1), most)
+            for experts in routes.experts(int(routes.sequence[low]), int(routes.sequence[high - 1]) + 1).values():
                 found = np.bincount(experts.reshape(-1), minlength=len(counts))
                 found[: len(counts)] += counts
                 counts = found
-            first = end
+            low = high
         page.facts["experts used"] = int((counts > 0).sum())
         if counts.sum():
             page.tables.append(Table("tokens an expert", SPREAD, [spread("of those used", counts[counts > 0])]))
@@ -104,7 +104,7 @@ def train_page(path: Path) -> Page:
             "shards": ranges(table["shard"].astype(int).tolist()),
         }
         rows: list[list[Any]] = []
-        last = len(table["row"]) if offset[-1] <= MOST else int(np.searchsorted(offset, MOST))
+        last = len(table["row"]) if offset[-1] <= MOST else max(1, int(np.searchsorted(offset, MOST, "right")) - 1)
         if last < len(table["row"]):
             page.notes.append(f"distributions are of the first {last} sequences")
         for name in record.names:
