@@ -11,7 +11,8 @@ from miles.data.store.files import Damaged
 from miles.data.store.shard import open_shard, write_shard
 
 FLOATS32 = st.floats(width=32, allow_nan=False)
-JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(), lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3), max_leaves=5)
+ODD_TEXT = st.text(st.characters() | st.sampled_from(["\0", "\udc80", "\udfff"]))  # lone surrogates: what reading bytes as text may leave
+JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | ODD_TEXT, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(ODD_TEXT, inner, max_size=3), max_leaves=5)
 TEXT = st.none() | st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]))
 
 
@@ -37,7 +38,7 @@ def samples(draw, key):
         engine=draw(st.sampled_from(["", "http://a:1", "http://b:2"])),
         source=draw(st.sampled_from(["data", "größe"])),
         cached_tokens=draw(st.integers(0, 2**32 - 1)),
-        metadata=draw(st.dictionaries(st.text(), JSON, max_size=3)),
+        metadata=draw(st.dictionaries(ODD_TEXT, JSON, max_size=3)),
         prompt=draw(TEXT),
         response=draw(TEXT),
         label=draw(TEXT),
@@ -70,7 +71,7 @@ def assert_round_trip(path, batch):
                 assert back == value, name
 
 
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(batch=BATCHES)
 @example(batch=())
 def test_round_trip_of_any_batch(tmp_path, batch):
