@@ -1,4 +1,4 @@
-"""kill -9 at random moments, uniform over the wall time of whole runs: they end with the bits of an undisturbed one, and waste little."""
+"""kill -9 at random moments, uniform over the wall time of an undisturbed run: all end with its bits, and waste little."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import phases
 import psutil
 import shared
+import timeline
 import whole_runs as runs
 from shared import now, say
 
@@ -22,7 +24,7 @@ from miles.run.role import load_run
 VICTIMS = ("worker", "service", "trainer 0", "trainer 1", "engine", "supervisors", "all")
 PATIENCE = 600.0  # of a run without kills
 MOST_AIMS = 6  # runs for phases that chance has left out
-PER_RUN = 3.0  # kills in the time of an undisturbed run: often enough for many, seldom enough that a run gets on
+PER_RUN = 10  # kills
 
 
 class Disturbed:
@@ -33,7 +35,7 @@ class Disturbed:
         self.ranks, self.rng = ranks, rng
         self.run_dir, self.generated = folder / "run", folder / "generated"
         self.journals = shared.Journals(self.run_dir, folder / "journals")
-        self.kills: list[dict[str, object]] = []
+        self.kills: list[dict[str, Any]] = []
         self.config: RunConfig | None = None
         self.launch()
 
@@ -51,6 +53,15 @@ class Disturbed:
                 return False
             time.sleep(min(0.05, max(0.0, until - now())))
         return True
+
+    def reach(self, moment: timeline.Moment) -> bool:
+        """Let the run come to the moment's place in the work, then as far into it; returns whether it is finished."""
+        deadline, last = now() + PATIENCE, self.kills[-1]["attempt"] if self.kills else 0
+        while not timeline.reached(self.run_dir, moment, last):
+            if self.rest(0.002):
+                return True
+            assert now() < deadline, f"the run hangs before {moment}\n{self.launched.text()}\n{runs.logs(self.run_dir)}"
+        return self.rest(moment.offset)
 
     def phase(self) -> str:
         if self.config is None and (self.run_dir / "run.yaml").exists():
@@ -94,36 +105,40 @@ def kill_9(process: psutil.Process) -> None:
 
 
 def test_kills_at_random_moments(undisturbed: Callable[[int], shared.Undisturbed], tmp_path: Path, seed: int, count: int) -> None:
-    """Exponential pauses between kills make their moments uniform over the wall time, whatever the attempts last."""
+    """Rounds of PER_RUN kills; what chance has left out of phases.ALL is aimed at in the end."""
     rng = random.Random(seed)
-    began, kills, rounds, runs_made = now(), [], [], 0
+    began, kills, rounds, aims = now(), [], [], 0
     missing: list[str] = []
-    aims = 0
     while len(kills) < count or missing:
-        ranks = 1 + runs_made % 2
+        ranks = 1 + len(rounds) % 2
         calm = undisturbed(ranks)
-        disturbed = Disturbed(tmp_path / f"{runs_made:03d}", ranks, rng)
-        runs_made += 1
-        aim(disturbed, missing)
-        pause = rng.expovariate(PER_RUN / calm.seconds)
-        while not disturbed.rest(pause):
-            if len(kills) + len(disturbed.kills) >= count:
-                assert disturbed.rest(PATIENCE), f"the run hangs\n{disturbed.launched.text()}\n{runs.logs(disturbed.run_dir)}"
-                break
-            disturbed.kill()
-            last = disturbed.kills[-1]
-            say(f"  kill {len(kills) + len(disturbed.kills):3d}: {last['victim']} in {last['phase']}, attempt {last['attempt']}")
-            pause = rng.expovariate(PER_RUN / calm.seconds)
+        line = timeline.Timeline(calm.folder)
+        disturbed = Disturbed(tmp_path / f"{len(rounds):03d}", ranks, rng)
+        if missing:
+            aim(disturbed, missing)
+        else:
+            disturb(disturbed, line.moments(rng, min(PER_RUN, count - len(kills))), len(kills))
+        assert disturbed.rest(PATIENCE), f"the run hangs\n{disturbed.launched.text()}\n{runs.logs(disturbed.run_dir)}"
         figures = disturbed.check(calm.folder)
         kills += disturbed.kills
         rounds.append({"ranks": ranks, "kills": len(disturbed.kills), "attempts": shared.newest(disturbed.run_dir), **figures})
-        say(f"run {runs_made} ({ranks} rank(s)): {rounds[-1]}; {now() - began:.0f} s")
+        say(f"run {len(rounds)} ({ranks} rank(s)): {rounds[-1]}; {now() - began:.0f} s")
         missing = [phase for phase in phases.ALL if phase not in {kill["phase"] for kill in kills}] if len(kills) >= count else []
         if missing:
             aims += 1
             assert aims <= MOST_AIMS, f"no kill hits {missing}"
             say(f"no kill has hit {', '.join(missing)} yet: they are aimed at")
     report(seed, kills, rounds, now() - began)
+
+
+def disturb(disturbed: Disturbed, moments: list[timeline.Moment], before: int) -> None:
+    """Kill at each moment in turn, as long as the run lasts."""
+    for moment in moments:
+        if disturbed.reach(moment):
+            return
+        disturbed.kill()
+        last = disturbed.kills[-1]
+        say(f"  kill {before + len(disturbed.kills):3d}: {last['victim']} in {last['phase']}, attempt {last['attempt']} ({moment.seconds:.1f} s of an undisturbed run)")
 
 
 def aim(disturbed: Disturbed, missing: list[str]) -> None:
@@ -137,7 +152,7 @@ def aim(disturbed: Disturbed, missing: list[str]) -> None:
         time.sleep(0.001)
 
 
-def report(seed: int, kills: list[dict[str, object]], rounds: list[dict[str, int]], seconds: float) -> None:
+def report(seed: int, kills: list[dict[str, Any]], rounds: list[dict[str, int]], seconds: float) -> None:
     """The table at the end, and the same as a file."""
     victims, found = Counter(str(kill["victim"]) for kill in kills), Counter(str(kill["phase"]) for kill in kills)
     totals = {name: sum(each[name] for each in rounds) for name in ("attempts", "generated", "again", "in_flight")}
