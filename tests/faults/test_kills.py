@@ -61,7 +61,13 @@ class Disturbed:
             if self.rest(0.002):
                 return True
             assert now() < deadline, f"the run hangs before {moment}\n{self.launched.text()}\n{runs.logs(self.run_dir)}"
-        return self.rest(moment.offset)
+        if moment.after:
+            return self.rest(moment.offset)
+        until = now() + moment.offset
+        while now() < until and not timeline.working(self.run_dir):  # where the machine has become faster, start-up ends before
+            if self.rest(0.01):
+                return True
+        return False
 
     def phase(self) -> str:
         if self.config is None and (self.run_dir / "run.yaml").exists():

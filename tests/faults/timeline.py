@@ -59,3 +59,8 @@ def reached(run_dir: Path, moment: Moment, last: int) -> bool:
     if not moment.after:
         return True
     return any((event["phase"], event["step"]) in moment.after for event in read_lines(folder.event_file("trainer", 0, epoch)))
+
+
+def working(run_dir: Path) -> bool:
+    """Whether the newest attempt's trainer is past its start-up."""
+    return RunDir(run_dir).event_file("trainer", 0, shared.newest(run_dir)).exists()
