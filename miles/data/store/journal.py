@@ -15,12 +15,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-import msgpack
 import numpy as np
 import xxhash
 
 from miles.data.sample import Sample, Status
 from miles.data.store.files import Damaged, make_folder, metadata_text, plain, schema_kind, seal, sync_folder
+from miles.data.store.msgpack_views import Piece, pack, unpack
 
 if TYPE_CHECKING:
     from miles.data.store.epoch import Fence
@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 SCHEMA = "miles.journal/1"
 HEADER = struct.Struct("<IQ")
 DTYPES = {"|u1", "<u2", "<u4", "<u8", "<i4", "<f2", "<f4"}
+JOIN_BYTES = 1 << 16
 ARRAYS = ("token_id", "rollout_logprob", "loss_mask", "flags", "routes", "kept_mass")
 Context = dict[str, Any]
 Group = list[Sample]
@@ -70,19 +71,22 @@ class Journal:
     def append(self, group: Group, context: Context) -> int:
         """Append one finished group; returns its position for read_group(). Disk full: the file stays as it was, and the OSError passes."""
         self._check()
-        payload = encode_group(group, context)
-        if len(payload) >= 1 << 32:
-            raise ValueError(f"{self.path}: a group of {len(payload)} bytes; a journal record holds less than 4 GiB: record fewer samples a prompt, or no routes")
+        pieces = encode_group(group, context)
+        size = sum(map(len, pieces))
+        if size >= 1 << 32:
+            raise ValueError(f"{self.path}: a group of {size} bytes; a journal record holds less than 4 GiB: record fewer samples a prompt, or no routes")
+        digest = xxhash.xxh3_64()
+        for piece in pieces:
+            digest.update(piece)
         try:
-            _write_all(self._handle, HEADER.pack(len(payload), xxhash.xxh3_64_intdigest(payload)), self._end)
-            _write_all(self._handle, payload, self._end + HEADER.size)
+            _write_all(self._handle, [HEADER.pack(size, digest.intdigest()), *pieces], self._end)
             if self.fsync:
                 os.fdatasync(self._handle)
         except OSError:
             os.ftruncate(self._handle, self._end)
             raise
         position = self._end
-        self._end += HEADER.size + len(payload)
+        self._end += HEADER.size + size
         return position
 
     def compact(self, keep: Callable[[Context, Group], bool]) -> dict[int, int]:
@@ -170,15 +174,14 @@ def last_good_end(path: Path) -> int:
     return end
 
 
-def encode_group(group: Group, context: Context) -> bytes:
-    """One record's payload. Every field of Sample is in it; metadata as JSON text."""
-    record = {"schema": SCHEMA, "context": json.loads(json.dumps(context, default=plain)), "group": [_encode(sample) for sample in group]}
-    return bytes(msgpack.packb(record, use_bin_type=True, unicode_errors="surrogatepass"))
+def encode_group(group: Group, context: Context) -> list[Piece]:
+    """One record's payload, in pieces; those of the arrays are the arrays' own memory. Every field of Sample is in it; metadata as JSON text."""
+    return pack({"schema": SCHEMA, "context": json.loads(json.dumps(context, default=plain)), "group": [_encode(sample) for sample in group]})
 
 
-def decode_group(payload: bytes, path: Path | str = "journal") -> tuple[Context, Group]:
-    """Inverse of encode_group; `path` only names the file in errors."""
-    record = msgpack.unpackb(payload, raw=False, strict_map_key=False, unicode_errors="surrogatepass")
+def decode_group(payload: Piece, path: Path | str = "journal") -> tuple[Context, Group]:
+    """Inverse of encode_group; arrays are views of the payload. `path` only names the file in errors."""
+    record = unpack(payload)
     schema_kind(record.get("schema"), SCHEMA, path)
     return record["context"], [_decode(each) for each in record["group"]]
 
@@ -186,7 +189,7 @@ def decode_group(payload: bytes, path: Path | str = "journal") -> tuple[Context,
 def _encode(sample: Sample) -> dict[str, Any]:
     values = dict(vars(sample))
     for name in ARRAYS:
-        values[name] = encode_array(values[name])
+        values[name] = _encode_array(values[name])
     values["draw"], values["sample"], values["seed"] = int(sample.draw), int(sample.sample), int(sample.seed)
     values["prompt_length"], values["cached_tokens"] = int(sample.prompt_length), int(sample.cached_tokens)
     values["status"] = int(sample.status)
@@ -211,11 +214,16 @@ def _decode(values: dict[str, Any]) -> Sample:
 
 def encode_array(array: np.ndarray | None) -> list[Any] | None:
     """[dtype, shape, raw little-endian bytes], or None."""
+    encoded = _encode_array(array)
+    return None if encoded is None else [*encoded[:2], encoded[2].tobytes()]
+
+
+def _encode_array(array: np.ndarray | None) -> list[Any] | None:
     if array is None:
         return None
     little = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
     assert little.dtype.str in DTYPES, f"arrays of {sorted(DTYPES)}, not {little.dtype.str}"
-    return [little.dtype.str, list(little.shape), little.tobytes()]
+    return [little.dtype.str, list(little.shape), little]
 
 
 def decode_array(encoded: list[Any] | None) -> np.ndarray | None:
@@ -252,8 +260,21 @@ def _next_payload(file: BinaryIO, left: int) -> bytes | None:
     return payload if len(payload) == length and xxhash.xxh3_64_intdigest(payload) == expected else None
 
 
-def _write_all(handle: int, content: bytes, position: int) -> None:
-    view = memoryview(content)
-    while view:
-        count = os.pwrite(handle, view, position)
-        view, position = view[count:], position + count
+def _write_all(handle: int, pieces: list[Piece], position: int) -> None:
+    for view in _joined(pieces):
+        while view:
+            count = os.pwrite(handle, view, position)
+            view, position = view[count:], position + count
+
+
+def _joined(pieces: list[Piece]) -> Iterator[memoryview]:
+    """Small neighbours as one, so that a record of many small pieces is few writes."""
+    small: list[Piece] = []
+    for piece in pieces:
+        if len(piece) >= JOIN_BYTES:
+            yield memoryview(b"".join(small))
+            yield memoryview(piece)
+            small = []
+        else:
+            small.append(piece)
+    yield memoryview(b"".join(small))

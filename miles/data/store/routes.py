@@ -17,16 +17,18 @@ from miles.data.store.hdf5 import attributes, open_hdf5, put_blocks, seal_hdf5
 SCHEMA = "miles.routes/1"
 
 
-def write_routes(path: Path, samples: Sequence[Sample], attrs: dict[str, Any] | None = None, fence: Fence | None = None) -> Sealed | None:
+def write_routes(
+    path: Path, samples: Sequence[Sample], attrs: dict[str, Any] | None = None, fence: Fence | None = None, rows: Sequence[dict[str, Any]] | None = None
+) -> Sealed | None:
     """Seal the routes of these samples, beside a shard of the same samples; None (and no file) when no sample has any.
 
     A sample's routes are u8 or u16 [rows, layers, top_k], one dtype and one (layers, top_k) in a file. /sequence u32 is the row
     in the shard, that is, the place in (draw, sample) order among all samples given; sequences without routes aren't listed.
-    Like write_shard, it asks for each sample twice and keeps none.
+    Like write_shard, it keeps no sample, and asks for each twice where no `rows` are given.
     """
-    small = [(sample.draw, sample.sample, None if sample.routes is None else (sample.routes.shape, sample.routes.dtype)) for sample in samples]
-    order = sorted(range(len(small)), key=lambda index: small[index][:2])
-    listed = [(row, index, what) for row, index in enumerate(order) if (what := small[index][2]) is not None]
+    small = [row_of(sample) for sample in samples] if rows is None else rows
+    order = sorted(range(len(small)), key=lambda index: (small[index]["draw"], small[index]["sample"]))
+    listed = [(row, index, what) for row, index in enumerate(order) if (what := small[index]["routes"]) is not None]
     if not listed:
         return None
     kinds = {(shape[1:], dtype) for _, _, (shape, dtype) in listed}
@@ -43,6 +45,11 @@ def write_routes(path: Path, samples: Sequence[Sample], attrs: dict[str, Any] | 
         put_blocks(expert, (routes for _, index, _ in listed if (routes := samples[index].routes) is not None))
 
     return seal_hdf5(path, SCHEMA, attrs or {}, fill, fence)
+
+
+def row_of(sample: Sample) -> dict[str, Any]:
+    """Of shard.row_of, what routes need."""
+    return {"draw": sample.draw, "sample": sample.sample, "routes": None if sample.routes is None else (sample.routes.shape, sample.routes.dtype)}
 
 
 class Routes:

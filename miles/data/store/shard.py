@@ -7,7 +7,7 @@ offset[a]..offset[b] of the datasets it names.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,11 @@ from numpy.typing import NDArray
 from miles.data.sample import Sample, Status
 from miles.data.store.epoch import Fence
 from miles.data.store.files import Sealed, metadata_text
-from miles.data.store.hdf5 import attributes, get_strings, open_hdf5, put_blocks, put_strings, seal_hdf5, set_attribute
+from miles.data.store.hdf5 import STRING, attributes, get_strings, open_hdf5, put_blocks, put_strings, seal_hdf5, set_attribute, text
 
 # A shard and the routes beside it are written and read together: one import for both.
 from miles.data.store.routes import open_routes as open_routes
+from miles.data.store.routes import row_of as routes_row_of
 from miles.data.store.routes import write_routes as write_routes
 
 SCHEMA = "miles.rollout/1"
@@ -35,25 +36,30 @@ NUMBERS = {
     "seed": np.uint64,
     "cached_tokens": np.uint32,
 }
+BLOCK_TOKENS = 1 << 17
+Row = dict[str, Any]
 TEXTS = ("prompt", "response", "label")  # bit i of /sequences/texts: text i was given
 
 
-def write_shard(path: Path, samples: Sequence[Sample], attrs: dict[str, Any] | None = None, fence: Fence | None = None) -> Sealed:
+def write_shard(
+    path: Path, samples: Sequence[Sample], attrs: dict[str, Any] | None = None, fence: Fence | None = None, rows: Sequence[Row] | None = None
+) -> Sealed:
     """Seal a shard of these samples, in (draw, sample) order whatever order they come in.
 
-    samples: any sequence; each is asked for twice (once for its small values, once for its tokens) and not kept, so a lazy
-    sequence bounds memory. attrs: attributes of the file (numbers, text, or JSON values), for instance worker, epoch, step.
+    samples: any sequence; each is asked for and not kept, so a lazy sequence bounds memory. rows: row_of() of each sample, where the
+    caller has them; without, each sample is asked for twice. attrs: attributes of the file (numbers, text, or JSON values), for instance worker, epoch, step.
     kept_mass is written when any sample carries it (NaN elsewhere). Raises OSError as it comes (disk full), leaving nothing.
     """
-    small = [_small(sample) for sample in samples]
-    order = sorted(range(len(small)), key=lambda index: (small[index]["draw"], small[index]["sample"]))
-    rows = [small[index] for index in order]
+    given = [row_of(sample) for sample in samples] if rows is None else rows
+    order = sorted(range(len(given)), key=lambda index: (given[index]["draw"], given[index]["sample"]))
+    rows = [given[index] for index in order]
     assert len({(row["draw"], row["sample"]) for row in rows}) == len(rows), "a sample is in a shard once"
 
     def fill(file: h5py.File) -> None:
-        _fill_sequences(file.create_group("sequences"), rows)
+        sequences = file.create_group("sequences")
+        _fill_sequences(sequences, rows)
         _fill_runs(file, rows)
-        _fill_tokens(file.create_group("tokens"), rows, lambda: (samples[index] for index in order))
+        _fill_tokens(file.create_group("tokens"), sequences, rows, (samples[index] for index in order))
 
     return seal_hdf5(path, SCHEMA, attrs or {}, fill, fence)
 
@@ -196,19 +202,21 @@ def open_shard(path: Path) -> Shard:
     return Shard(path)
 
 
-def _small(sample: Sample) -> dict[str, Any]:
-    """Everything of a sample but its tokens."""
-    row: dict[str, Any] = {name: getattr(sample, name) for name in NUMBERS}
+def row_of(sample: Sample) -> Row:
+    """What sealing keeps of a sample in memory: everything but its tokens and texts, some hundred bytes."""
+    row: Row = {name: getattr(sample, name) for name in NUMBERS}
     row["length"] = len(sample.token_id)
     row["trained_tokens"] = int(np.count_nonzero(sample.loss_mask))
     row["metadata"] = metadata_text(sample.metadata)
     row["has_kept_mass"] = sample.kept_mass is not None
-    for name in ("engine", "source", "reward_parts", "runs", "turns", *TEXTS):
+    row["texts"] = sum(1 << bit for bit, name in enumerate(TEXTS) if getattr(sample, name) is not None)
+    row["routes"] = routes_row_of(sample)["routes"]
+    for name in ("engine", "source", "reward_parts", "runs", "turns"):
         row[name] = getattr(sample, name)
     return row
 
 
-def _fill_sequences(group: h5py.Group, rows: list[dict[str, Any]]) -> None:
+def _fill_sequences(group: h5py.Group, rows: list[Row]) -> None:
     offset = np.zeros(len(rows) + 1, np.uint64)
     np.cumsum([row["length"] for row in rows], out=offset[1:])
     group["offset"] = offset
@@ -225,16 +233,13 @@ def _fill_sequences(group: h5py.Group, rows: list[dict[str, Any]]) -> None:
     group["reward_parts"] = np.array(values, np.float32).reshape(len(rows), len(parts))
     set_attribute(group["reward_parts"], "names", parts)
     put_strings(group, "metadata", [row["metadata"] for row in rows])
-    given = np.zeros(len(rows), np.uint8)
+    group["texts"] = np.array([row["texts"] for row in rows], np.uint8)
     for bit, name in enumerate(TEXTS):
-        here = np.array([row[name] is not None for row in rows], bool)
-        given |= here.astype(np.uint8) << bit
-        if here.any():
-            put_strings(group, name, [row[name] or "" for row in rows])
-    group["texts"] = given
+        if any(row["texts"] >> bit & 1 for row in rows):
+            group.create_dataset(name, (len(rows),), STRING)
 
 
-def _fill_runs(file: h5py.File, rows: list[dict[str, Any]]) -> None:
+def _fill_runs(file: h5py.File, rows: list[Row]) -> None:
     for name, value, dtype in (("runs", "weight_version", np.uint32), ("turns", "role", np.uint8)):
         group = file.create_group(name)
         group["sequence"] = np.repeat(np.arange(len(rows), dtype=np.uint32), [len(row[name]) for row in rows])
@@ -243,20 +248,29 @@ def _fill_runs(file: h5py.File, rows: list[dict[str, Any]]) -> None:
         group[value] = np.array([value for _, value in pairs], dtype)
 
 
-def _fill_tokens(group: h5py.Group, rows: list[dict[str, Any]], samples: Callable[[], Any]) -> None:
+def _fill_tokens(group: h5py.Group, sequences: h5py.Group, rows: list[Row], samples: Iterable[Sample]) -> None:
+    """Tokens and texts, in blocks: the samples of one block are in memory."""
     total = sum(row["length"] for row in rows)
     columns = dict(TOKENS)
     if any(row["has_kept_mass"] for row in rows):
         columns["kept_mass"] = np.float16
     data = {name: group.create_dataset(name, (total,), dtype) for name, dtype in columns.items()}
-    start, held, waiting = 0, 0, []
-    for sample in samples():
+    texts = [name for name in TEXTS if name in sequences]
+    row, start, held, waiting = 0, 0, 0, []
+    for sample in samples:
         waiting.append(sample)
         held += len(sample.token_id)
-        if held >= 1 << 20:
+        if held >= BLOCK_TOKENS:
             _put_columns(data, waiting, start)
-            start, held, waiting = start + held, 0, []
+            _put_texts(sequences, texts, waiting, row)
+            row, start, held, waiting = row + len(waiting), start + held, 0, []
     _put_columns(data, waiting, start)
+    _put_texts(sequences, texts, waiting, row)
+
+
+def _put_texts(group: h5py.Group, names: list[str], samples: list[Sample], row: int) -> None:
+    for name in names if samples else ():
+        group[name][row : row + len(samples)] = np.array([text(getattr(sample, name) or "") for sample in samples], dtype=object)
 
 
 def _put_columns(data: dict[str, h5py.Dataset], samples: list[Sample], start: int) -> None:
