@@ -9,6 +9,8 @@ from typing import Any, Literal
 import httpx
 import orjson
 
+from miles.engine.reply import ByteBudget, read_reply
+
 PauseMode = Literal["abort", "retract", "in_place"]
 Tag = Literal["weights", "kv_cache", "cuda_graph"]
 
@@ -36,15 +38,17 @@ def _message(response: httpx.Response) -> str:
 
 class EngineClient:
     """One engine at `url` (http://host:port). Bearer `token` may be empty. `timeout` [s] bounds control calls; a generate
-    call has none unless one is given, since a paused engine holds it until it continues.
+    call has none unless one is given, since a paused engine holds it until it continues. `budget` bounds the bytes of generate
+    replies that are read at a time; the engine keeps the others.
 
     Use it as an async context manager, or call close(); it opens its connections in the event loop of the first call.
     """
 
-    def __init__(self, url: str, token: str = "", timeout: float = 600.0):
+    def __init__(self, url: str, token: str = "", timeout: float = 600.0, budget: ByteBudget | None = None):
         self.url = url.rstrip("/")
         self._headers = {"Authorization": f"Bearer {token}"} if token else {}
         self._timeout = timeout
+        self.budget = budget
         self._http: httpx.AsyncClient | None = None
 
     async def __aenter__(self) -> EngineClient:
@@ -59,7 +63,7 @@ class EngineClient:
             await self._http.aclose()
             self._http = None
 
-    async def _call(self, method: str, route: str, body: Any = None, timeout: float | None = -1.0) -> httpx.Response:
+    async def _call(self, method: str, route: str, body: Any = None, timeout: float | None = -1.0, stream: bool = False) -> httpx.Response:
         if self._http is None:
             limits = httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=4.0)
             # trust_env off: a proxy of the site must not see calls to an engine on loopback.
@@ -67,12 +71,14 @@ class EngineClient:
         content = None if body is None else orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)
         headers = None if body is None else {"Content-Type": "application/json"}
         wait = httpx.Timeout(self._timeout if timeout == -1.0 else timeout, connect=30.0)
+        request = self._http.build_request(method, route, content=content, headers=headers, timeout=wait)
         try:
-            response = await self._http.request(method, route, content=content, headers=headers, timeout=wait)
+            response = await self._http.send(request, stream=stream)
+            if response.status_code >= 400:
+                await response.aread()
+                raise EngineError(response.status_code, _message(response), route)
         except httpx.HTTPError as error:
             raise EngineError(0, f"{type(error).__name__}: {error}", route) from error
-        if response.status_code >= 400:
-            raise EngineError(response.status_code, _message(response), route)
         return response
 
     async def _json(self, method: str, route: str, body: Any = None, timeout: float | None = -1.0) -> Any:
@@ -80,8 +86,14 @@ class EngineClient:
         return orjson.loads(response.content)
 
     async def generate(self, payload: dict[str, Any], timeout: float | None = None) -> Any:
-        """/generate: one reply (a dict), or a list of them for a batch or n > 1. Raises EngineError."""
-        return await self._json("POST", "/generate", payload, timeout)
+        """/generate: one reply (a dict), or a list of them for a batch or n > 1; routed_experts are base64 as bytes. Raises EngineError."""
+        response = await self._call("POST", "/generate", payload, timeout, stream=True)
+        try:
+            return await read_reply(response, self.budget)
+        except httpx.HTTPError as error:
+            raise EngineError(0, f"{type(error).__name__}: {error}", "/generate") from error
+        finally:
+            await response.aclose()
 
     async def model_info(self) -> dict[str, Any]:
         """Model path, weight_version and kind of the model served."""

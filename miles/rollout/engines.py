@@ -8,9 +8,11 @@ from typing import Any
 
 from miles.config.exits import TryAgain, UserError
 from miles.engine.client import EngineClient, EngineError
+from miles.engine.reply import ByteBudget
 
 TRIES = 4
 PAUSE_SECONDS = 0.25
+REPLY_BYTES = 128 << 20  # of replies that are read at a time (one of a long response with routes is 84 MB), and of routes that are written
 RECORDED = (
     "engine", "version", "device", "dtype", "attention_backend", "sampling_backend", "batch_invariant", "enable_deterministic_inference", "max_running_requests",
 )  # fmt: skip
@@ -26,6 +28,7 @@ class Engines:
         """find: this worker's engines. fields: go into every /generate body (such as return_routed_experts)."""
         self._find = find
         self._fields = fields
+        self.budget = ByteBudget(REPLY_BYTES)
         self._found = asyncio.Lock()
         self._clients: list[EngineClient] = []
         self._described: list[dict[str, Any]] = []
@@ -46,9 +49,13 @@ class Engines:
         return await future
 
     def _flush(self, group: int) -> None:
-        task = asyncio.ensure_future(self._call(group, self._waiting.pop(group)))
-        self._calls.add(task)
-        task.add_done_callback(self._calls.discard)
+        waiting = self._waiting.pop(group)
+        # With routes a reply of one sample is tens of megabytes, and nothing of a reply is used before all of it is there.
+        size = 1 if self._fields.get("return_routed_experts") else len(waiting)
+        for start in range(0, len(waiting), size):
+            task = asyncio.ensure_future(self._call(group, waiting[start : start + size]))
+            self._calls.add(task)
+            task.add_done_callback(self._calls.discard)
 
     async def _call(self, group: int, waiting: list[tuple[list[int], dict[str, Any], asyncio.Future[Any]]]) -> None:
         try:
@@ -90,6 +97,8 @@ class Engines:
         async with self._found:
             if not self._clients:
                 self._clients = await self._find()
+                for client in self._clients:
+                    client.budget = self.budget
                 self._busy = [0] * len(self._clients)
 
     async def describe(self) -> list[dict[str, Any]]:

@@ -8,11 +8,11 @@ what it is generated.
 
 from __future__ import annotations
 
-import base64
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import pybase64
 from numpy.typing import NDArray
 
 from miles.config.exits import TryAgain, UserError
@@ -151,7 +151,7 @@ def _routes(meta: dict[str, Any], total: int, context: GenerateContext) -> NDArr
     encoded = meta.get("routed_experts")
     if context.route_shape is None or encoded is None:
         return None
-    wide = np.frombuffer(base64.b64decode(encoded), "<i4").reshape(total - 1, *context.route_shape)
+    wide = np.frombuffer(pybase64.b64decode(encoded, validate=True), "<i4").reshape(total - 1, *context.route_shape)
     return wide.astype(context.route_dtype)
 
 

@@ -1,6 +1,6 @@
 """Finished groups that a worker holds until they are sealed, and those of earlier attempts that its journals still know.
 
-Up to BUDGET_BYTES are held in memory; what goes beyond is read back from the journal, group by group, when it is sealed.
+Up to BUDGET_BYTES of arrays are held in memory; what goes beyond is read back from the journal, group by group, when it is sealed.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from typing import Any, overload
 
 from miles.data.sample import Sample
 from miles.data.store.epoch import Fence
-from miles.data.store.journal import Journal, journal_paths, read_group, read_journal, scan_journal
+from miles.data.store.journal import ARRAYS, Journal, journal_paths, read_group, read_journal, scan_journal
 from miles.data.store.run_dir import RunDir
+from miles.data.store.shard import Row, row_of
 
 log = logging.getLogger(__name__)
 
@@ -21,7 +22,7 @@ Lineage = dict[str, Any]  # kind, step, weight_version, weight_checksum
 Name = tuple[str, int, str]
 Place = tuple[Path, int]  # journal, position of the record [bytes]
 SHORTEN_BYTES = 256 << 20
-BUDGET_BYTES = 1 << 30
+BUDGET_BYTES = 64 << 20
 
 
 def name_of(lineage: Lineage) -> Name:
@@ -30,16 +31,16 @@ def name_of(lineage: Lineage) -> Name:
 
 
 def size_of(group: list[Sample]) -> int:
-    """Memory of a group's arrays [bytes]."""
-    arrays = ("token_id", "rollout_logprob", "loss_mask", "flags", "routes")
-    return sum(array.nbytes for sample in group for name in arrays if (array := getattr(sample, name)) is not None)
+    """Memory of a group's arrays and texts [bytes]."""
+    arrays = sum(array.nbytes for sample in group for name in ARRAYS if (array := getattr(sample, name)) is not None)
+    return arrays + sum(len(text) for sample in group for text in (sample.prompt, sample.response) if text is not None)
 
 
 class HeldSamples(Sequence[Sample]):
-    """The samples of some groups, in order; of those in the journal one group at a time is in memory."""
+    """The samples of some groups, in order; of those in the journal one group at a time is in memory. rows: row_of() of each sample."""
 
-    def __init__(self, groups: list[list[Sample] | Place], samples: int) -> None:
-        self._groups, self._samples = groups, samples
+    def __init__(self, groups: list[list[Sample] | Place], rows: list[Row], samples: int) -> None:
+        self._groups, self.rows, self._samples = groups, rows, samples
         self._last: tuple[int, list[Sample]] = (-1, [])
 
     def __len__(self) -> int:
@@ -59,6 +60,7 @@ class HeldSamples(Sequence[Sample]):
         if isinstance(group, list):
             return group[row]
         if self._last[0] != number:
+            self._last = -1, []  # before the next is read
             self._last = number, read_group(*group)
         return self._last[1][row]
 
@@ -71,6 +73,7 @@ class Held:
         self.samples, self.budget = samples, budget
         self._journal = Journal(run_dir.journal_file(worker, epoch), fence=Fence(run_dir, epoch))
         self._groups: dict[Name, dict[int, list[Sample] | Place]] = {}
+        self._rows: dict[Name, dict[int, list[Row]]] = {}
         self._bytes: dict[Name, int] = {}
         self._sealed: set[Name] = set()
         self._old = [path for path in journal_paths(run_dir.journal) if int(path.name.split(".")[-2]) < epoch]
@@ -103,6 +106,7 @@ class Held:
         if not hold:
             return
         name, size = name_of(lineage), size_of(group)
+        self._rows.setdefault(name, {})[group[0].draw] = [row_of(sample) for sample in group]
         held = self._groups.setdefault(name, {})
         if place is not None and sum(self._bytes.values()) + size > self.budget:
             held[group[0].draw] = place
@@ -113,10 +117,10 @@ class Held:
     def take(self, lineage: Lineage, draws: list[int]) -> HeldSamples:
         """The samples of these draws, in their order; what else was held for this job is let go."""
         name = name_of(lineage)
-        groups = self._groups.pop(name)
+        groups, rows = self._groups.pop(name), self._rows.pop(name)
         self._bytes.pop(name, None)
         self._sealed.add(name)
-        return HeldSamples([groups[draw] for draw in draws], self.samples[name[0]])
+        return HeldSamples([groups[draw] for draw in draws], [row for draw in draws for row in rows[draw]], self.samples[name[0]])
 
     def begin(self, lineage: Lineage) -> None:
         """A job begins: those of its kind before it are in manifests, and a long journal is shortened by them.

@@ -24,6 +24,7 @@ from miles.data.store.files import Sealed
 from miles.data.store.journal import read_group
 from miles.data.store.run_dir import RunDir
 from miles.data.store.shard import write_routes, write_shard
+from miles.rollout.aside import Aside
 from miles.rollout.engines import Engines
 from miles.rollout.filters import reason_to_drop
 from miles.rollout.generate import GenerateContext, generate, supervised
@@ -60,6 +61,7 @@ class Worker:
         self._tokens: dict[tuple[str, int, str], int] = {}
         self._in_flight = 0  # samples of groups taken and not finished
         self._turn = asyncio.Lock()
+        self._journal = asyncio.Lock()
         self._places = asyncio.Semaphore(self.capacity)
         self._tasks: set[asyncio.Task[None]] = set()
         self._finished: list[dict[str, Any]] = []
@@ -131,7 +133,8 @@ class Worker:
             await self._run_group(self._supervise(job, draws))
             return
         if name not in self._contexts:
-            self.held.begin(job)
+            async with self._journal:
+                await asyncio.to_thread(self.held.begin, job)
             self._contexts[name] = self._context(job)
             self._recalled[name] = self.held.recall(job)
         for draw in draws:
@@ -150,23 +153,31 @@ class Worker:
 
     async def _supervise(self, job: Lineage, draws: list[Draw]) -> None:
         for draw in draws:
-            self._done(job, [supervised(draw, self.config, self.tokenizer)])
+            group = [supervised(draw, self.config, self.tokenizer)]
+            self.held.add(job, group, None, hold=True)
+            self._done(job, group, None)
 
     async def _group(self, job: Lineage, draw: Draw) -> None:
         """Generate (or recall), score, filter, journal."""
-        kind = job["kind"]
+        kind, aside = job["kind"], Aside(self.run_dir.attempt(self.fence.epoch))
         try:
             place = self._recalled[name_of(job)].pop(draw.draw, None)
             if place is not None:
-                group = read_group(*place)
+                group = await asyncio.to_thread(read_group, *place)
             else:
-                group = await self._make(draw, self._contexts[name_of(job)])
+                group = await self._make(draw, self._contexts[name_of(job)], aside)
                 await self._scorer(kind).score(draw, group)
-            self._done(job, group, place)
+            async with self._journal:  # one whole group with its routes in memory, and one thread in `held`
+                with self._engines.budget.hold(aside.bytes):
+                    await asyncio.to_thread(aside.restore, group)
+                    dropped = self._verdict(group) if kind == "rollout" else None
+                    await asyncio.to_thread(self.held.add, job, group, place, hold=dropped is None)
+            self._done(job, group, dropped)
         finally:
+            aside.close()
             self._in_flight -= self.samples[kind]
 
-    async def _make(self, draw: Draw, context: GenerateContext) -> list[Sample]:
+    async def _make(self, draw: Draw, context: GenerateContext, aside: Aside) -> list[Sample]:
         """All samples of a draw, as soon as there are places for them; draws start in the order they came."""
         count = self.samples[context.kind]
         places = min(count, self.capacity)
@@ -174,10 +185,18 @@ class Worker:
             for _ in range(places):
                 await self._places.acquire()
         try:
-            return list(await asyncio.gather(*(self._sample(draw, index, context) for index in range(count))))
+            return list(await asyncio.gather(*(self._finish(draw, index, context, aside) for index in range(count))))
         finally:
             for _ in range(places):
                 self._places.release()
+
+    async def _finish(self, draw: Draw, index: int, context: GenerateContext, aside: Aside) -> Sample:
+        """A sample, its routes put aside until its siblings are there."""
+        sample = await self._sample(draw, index, context)
+        if sample.routes is not None:
+            with self._engines.budget.hold(sample.routes.nbytes):  # a slow disk holds the engines up, not the memory
+                await asyncio.to_thread(aside.put, sample)
+        return sample
 
     async def _sample(self, draw: Draw, index: int, context: GenerateContext) -> Sample:
         if self.generate is generate:
@@ -193,10 +212,8 @@ class Worker:
             raise UserError(f"{where}: returned {str(sample)[:60]!r}; a Sample with this draw and sample {index} is expected")
         return sample
 
-    def _done(self, job: Lineage, group: list[Sample], place: Place | None = None) -> None:
-        """place: where an earlier attempt's journal has the group already."""
-        dropped = self._verdict(group) if job["kind"] == "rollout" else None
-        self.held.add(job, group, place, hold=dropped is None)
+    def _done(self, job: Lineage, group: list[Sample], dropped: str | None) -> None:
+        """Report it with the next call."""
         rewards = [sample.reward for sample in group]
         tokens = sum(sample.response_length for sample in group)
         name = name_of(job)
@@ -240,7 +257,9 @@ class Worker:
     async def _seal(self, job: Lineage, draws: list[int]) -> None:
         """Seal the ordered draws, in (draw, sample) order, and tell it with the next report."""
         began = time.time()
-        shard, routes, rows = await asyncio.to_thread(self._write, job, self.held.take(job, sorted(draws)))
+        async with self._journal:
+            samples = self.held.take(job, sorted(draws))
+        shard, routes, rows = await asyncio.to_thread(self._write, job, samples)
         described = [] if job["kind"] == "sft" else await self._engines.describe()
         entry = {"sequences": len(rows), "tokens": sum(length for _, _, length in rows)}
         self._sealed.append(
@@ -267,11 +286,11 @@ class Worker:
         """(shard, routes if there are any, (draw, sample, length [tokens]) of each row)."""
         folder = self.run_dir.batch_of(job["kind"], job["step"])
         attrs = {"worker": self.rank, "epoch": self.fence.epoch, "kind": job["kind"], "step": job["step"]}
-        shard = write_shard(folder / f"rollout.{self.rank}.h5", samples, attrs, self.fence)
+        shard = write_shard(folder / f"rollout.{self.rank}.h5", samples, attrs, self.fence, samples.rows)
         routes = None
         if job["kind"] != "sft":
-            routes = write_routes(folder / f"routes.{self.rank}.h5", samples, attrs, self.fence)
-        return shard, routes, sorted((sample.draw, sample.sample, len(sample.token_id)) for sample in samples)
+            routes = write_routes(folder / f"routes.{self.rank}.h5", samples, attrs, self.fence, samples.rows)
+        return shard, routes, sorted((row["draw"], row["sample"], row["length"]) for row in samples.rows)
 
 
 def route_layout(folder: Path) -> tuple[tuple[int, int], Any]:

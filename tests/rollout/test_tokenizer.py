@@ -7,17 +7,41 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
 from transformers import AutoTokenizer
 
 from miles.config.exits import UserError
 from miles.config.schema import RunConfig
 from miles.data.sample import Draw
 from miles.rollout.generate import supervised, tokenised
-from miles.rollout.tokenizer import Tokenizer
+from miles.rollout.tokenizer import Tokenizer, byte_letters
 
 TEXTS = ["State the final answer: 3 + 4 =", "Ünïcode ‽ 漢字 🙂\t\n", "", "a<|endoftext|>b", " leading and trailing "]
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "3 + 4 ="}]
+
+
+def test_fast_decoding_is_the_decoders(tmp_path: Path) -> None:
+    """Any ids: cut characters, special tokens, added tokens with and without letters that stand for bytes, ids that no token has."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    assert {letter: bytes([number]) for letter, number in byte_letters().items()}.keys() == set(letters)
+    backend = tokenizers.Tokenizer(models.BPE(vocab={word: index for index, word in enumerate([*letters, "Ġthe", "æ¼¢"])}, merges=[]))
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(["<eos>", "Ġspecial"])
+    backend.add_tokens(["<think>", "漢 字", "plain", tokenizers.AddedToken("Ġx", normalized=False)])
+    (tmp_path / "tokenizer.json").write_text(backend.to_str())
+    ours, random = Tokenizer(tmp_path), np.random.default_rng(0)
+    assert ours._byte_level
+    known = backend.get_vocab_size()
+    for most in (known, known, known + 3):
+        for length in range(200):
+            ids = random.integers(0, most, length).tolist()
+            assert ours.decode(ids) == backend.decode(ids, skip_special_tokens=True)
+    for text in TEXTS:
+        ids = [letters.index(next(letter for letter, number in byte_letters().items() if number == byte)) for byte in text.encode()]
+        assert ours.decode(ids) == text
 
 
 def test_like_transformers(tokenizer_folder: Path) -> None:
