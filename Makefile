@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 RUN ?= runs/quickstart
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install quickstart test test-faults lint bench smollm2 chromium clean
+.PHONY: help install quickstart test test-faults lint bench rehearse smollm2 chromium clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -55,6 +55,9 @@ lint: $(VENV)/.dev  ## ruff and mypy
 
 bench: $(VENV)/.dev  ## ratios against references measured in the same run
 	$(BIN)/python -m benchmarks.run_all
+
+rehearse: $(VENV)/.dev  ## a step at full size without a model: tokens per second, memory, files, and what they mean for 1,024 ranks
+	$(BIN)/python -m benchmarks.rehearse
 
 clean:  ## remove the virtual environment and caches (runs/ stays)
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -74,6 +74,8 @@ def environment(config: RunConfig, run_dir: Path, epoch: int, name: str, rank: i
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "TQDM_DISABLE": os.environ.get("TQDM_DISABLE", "1"),
         "PYTHONUNBUFFERED": "1",
+        # A worker's arrays come and go by the megabyte: each a mapping of its own, so that its memory goes back at once and leaves no holes.
+        **({"MALLOC_MMAP_THRESHOLD_": os.environ.get("MALLOC_MMAP_THRESHOLD_", str(1 << 20))} if name == "worker" else {}),
         **({"GLOO_SOCKET_IFNAME": "lo"} if is_loopback(config.cluster.host) else {}),
     }
 

@@ -14,8 +14,11 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.generation import Case, measure  # noqa: E402
+from benchmarks.rehearse_case import PROMPT  # noqa: E402
+from benchmarks.rehearse_engine import SHARES  # noqa: E402
 from benchmarks.table import Row  # noqa: E402
 from benchmarks.workload import LONGEST, REQUESTS, SHORTEST, make_workload  # noqa: E402
+from miles.rollout.draws import sampling_seed  # noqa: E402
 
 
 def build_tiny(folder: Path) -> Path:
@@ -86,3 +89,19 @@ def test_train_step_is_measured(tmp_path):
     assert cost["goal"] is None
     assert {label: len(values) for label, values in step["seconds"].items()} == {"train step": 1, "bare": 1, "plain": 1}
     assert step["ratio"] == pytest.approx(step["seconds"]["train step"][0] / step["seconds"]["bare"][0])
+
+
+def test_a_rehearsal_brings_every_token_and_few_files():
+    done = subprocess.run([sys.executable, "-m", "benchmarks.rehearse", "--quick", "--json"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    [case] = told["cases"]
+    for number, line in enumerate(case["steps"], 1):
+        seeds = [sampling_seed(1234, draw, sample, 0) for draw in range(3 * number - 3, 3 * number) for sample in range(4)]
+        assert line["tokens"] == sum(int(256 * SHARES[seed % len(SHARES)]) for seed in seeds)
+        assert line["all_tokens"] == line["tokens"] + 12 * PROMPT
+        assert line["asked"] < line["last_token"] < line["sealed"] < line["first"] < line["recorded"]
+    assert case["files"] == [4, 4]  # manifest, shard, routes, record
+    assert all(goal["passed"] for goal in told["goals"])
+    assert {goal["what"].split(": ")[1].split(" [")[0] for goal in told["goals"]} >= {"peak memory of worker", "peak memory of trainer", "new files a step (one node)"}
+    assert any(line["what"] == "tokens of a step" and line["value"] == "134 M" for line in told["scale"])
