@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from miles.data.sample import Flag, Sample, Status
 from miles.data.store.manifest import Manifest, read_manifest
 from miles.data.store.run_dir import steps_in
-from miles.data.store.shard import open_shard
+from miles.data.store.shard import Shard, open_shard
 from miles.data.store.train_record import open_train_record
 from miles.report.records import RunRecord
 from miles.report.scales import number
@@ -114,28 +115,30 @@ def _chosen_batches(record: RunRecord) -> Iterator[tuple[str, Path, int, str]]:
 
 def _chosen_samples(record: RunRecord, manifest: Manifest, folder: Path, step: int, kind: str) -> Iterator[tuple[Sample, NDArray[np.float32] | None]]:
     """Best, worst, longest, and others in order, of different prompts where the batch has them; with the trainer's log-probs."""
-    chosen = choose_rows(_small_tables(manifest, folder))
-    trained: dict[tuple[int, int], NDArray[np.float32]] = {}
-    if kind == "rollout":
-        for index in sorted({index for index, _ in chosen}):
-            found = _train_logprobs(record.run_dir.train(step), index, [row for shard, row in chosen if shard == index])
-            trained |= {(index, row): values for row, values in found.items()}
-    for index, row in chosen:
-        with open_shard(folder / manifest.shards[index].name) as shard:
-            (sample,) = shard.samples(row, row + 1)
-        yield sample, trained.get((index, row))
+    with ExitStack() as stack:
+        shards, tables = _shards(manifest, folder, stack)
+        chosen = choose_rows(tables)
+        trained: dict[tuple[int, int], NDArray[np.float32]] = {}
+        if kind == "rollout":
+            for index in sorted({index for index, _ in chosen}):
+                found = _train_logprobs(record.run_dir.train(step), index, [row for shard, row in chosen if shard == index])
+                trained |= {(index, row): values for row, values in found.items()}
+        for index, row in chosen:
+            (sample,) = shards[index].samples(row, row + 1)
+            yield sample, trained.get((index, row))
 
 
-def _small_tables(manifest: Manifest, folder: Path) -> dict[int, dict[str, NDArray[Any]]]:
-    """The sequences of as many shards, by their index, as hold SAMPLES prompts together."""
-    found: dict[int, dict[str, NDArray[Any]]] = {}
+def _shards(manifest: Manifest, folder: Path, stack: ExitStack) -> tuple[dict[int, Shard], dict[int, dict[str, NDArray[Any]]]]:
+    """As many shards, by their index, as hold SAMPLES prompts together, open until the stack closes; and their sequences."""
+    shards: dict[int, Shard] = {}
+    tables: dict[int, dict[str, NDArray[Any]]] = {}
     draws: set[int] = set()
     for index, entry in enumerate(manifest.shards):
         if entry.sequences and len(draws) < SAMPLES:
-            with open_shard(folder / entry.name) as shard:
-                found[index] = shard.sequences()
-            draws |= set(found[index]["draw"].tolist())
-    return found
+            shards[index] = stack.enter_context(open_shard(folder / entry.name))
+            tables[index] = shards[index].sequences()
+            draws |= set(tables[index]["draw"].tolist())
+    return shards, tables
 
 
 def choose_rows(tables: dict[int, dict[str, NDArray[Any]]]) -> list[tuple[int, int]]:

@@ -48,7 +48,6 @@ EXPECTED: dict[str, tuple[str, dict[str, str], list[str]]] = {
     ),
     "routes": ("routes: the experts that each token went to (miles.routes/1)", {"sequences": "6", "rows": str(TOKENS - 6), "layers": "3", "top_k": "2", "experts used": "8"}, [r"of those used +8"]),
     "train": ("train record: what training saw on one node (miles.train/1)", {"backend": "fsdp", "threads": "2", "ranks": "0", "used tokens": str(TOKENS)}, [rf"entropy +{TOKENS} +\S+ +−1 +\S+ +1 +0"]),
-    "train listing": ("checksum of a train record (miles.train_files/1)", {}, [r"node_0000\.h5"]),
     "manifest": ("batch (miles.batch/1)", {"weights": "version 2, checksum abc", "parent checkpoint": "step_000002"}, [r"routes +routes\.0\.h5 .* there"]),
     "batch": (
         "batch (miles.batch/1)",
@@ -162,7 +161,7 @@ def test_rows_that_are_not_there(made, kind, rows, line) -> None:
         inspect(made[kind], rows, False, as_json=False)
 
 
-@pytest.mark.parametrize("kind", ["run", "batch", "manifest", "shard", "routes", "train", "train listing", "checkpoint", "complete", "journal"])
+@pytest.mark.parametrize("kind", ["run", "batch", "manifest", "shard", "routes", "train", "checkpoint", "complete", "journal"])
 def test_verify_of_what_is_undamaged(made, capsys, kind) -> None:
     assert re.search(r"^all (1 file is|\d+ files are) as sealed$", page(made[kind], capsys, verify=True), re.MULTILINE)
 

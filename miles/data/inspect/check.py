@@ -11,7 +11,8 @@ from miles.config.exits import UserError
 from miles.data.inspect.page import ranges
 from miles.data.inspect.recognise import recognise
 from miles.data.store.checkpoint import read_complete
-from miles.data.store.files import Damaged, Sealed, read_listing, verify
+from miles.data.store.files import Damaged, Sealed, verify
+from miles.data.store.hdf5 import verify_own
 from miles.data.store.journal import is_journal, journal_paths, last_good_end, next_record
 from miles.data.store.manifest import NAME, read_manifest
 from miles.data.store.retention import ASIDE
@@ -42,8 +43,8 @@ def check(path: Path) -> Iterator[Verdict]:
         yield from _batch(folder)
     elif kind == "checkpoint":
         yield from _checkpoint(folder)
-    elif kind == "train_files" or kind == "train":
-        yield from _train(folder, path.stem)
+    elif kind == "train":
+        yield _train(path)
     elif kind in ("rollout", "routes"):
         yield from _one_of(folder, path)
     elif kind == "journal":
@@ -62,7 +63,7 @@ def _run(run: RunDir) -> Iterator[Verdict]:
                 yield Verdict(folder, True, "unfinished: no manifest, so it counts for nothing")
     for step in steps_in(run.train_records):
         for record in sorted(run.train(step).glob("*.h5")):
-            yield from _train(record.parent, record.stem)
+            yield _train(record)
     for step in steps_in(run.checkpoints):
         yield from _checkpoint(run.checkpoint(step))
     for path in journal_paths(run.journal) if run.journal.is_dir() else ():
@@ -134,17 +135,12 @@ def _one_of(folder: Path, path: Path) -> Iterator[Verdict]:
     yield _sealed(folder, Sealed(entry.name, entry.bytes, entry.xxh3))
 
 
-def _train(folder: Path, stem: str) -> Iterator[Verdict]:
-    """A node's train record, by the listing beside it."""
-    listing = folder / f"{stem}.json"
-    if not listing.is_file():
-        yield Verdict(folder / f"{stem}.h5", True, "no checksum was recorded")
-        return
-    read = _verdict(listing, lambda: read_listing(listing))
-    yield read
-    if read.good:
-        for entry in read_listing(listing).get("files", []):
-            yield _sealed(folder, Sealed(entry["name"], entry["bytes"], entry["xxh3"]))
+def _train(path: Path) -> Verdict:
+    """A node's train record, by its own user block."""
+    try:
+        return Verdict(path, True, "" if verify_own(path) else "no checksum was recorded")
+    except UserError as error:
+        return Verdict(path, False, str(error))
 
 
 def _checkpoint(folder: Path) -> Iterator[Verdict]:

@@ -17,7 +17,7 @@ from miles.data.store import journal, manifest, routes, run_dir, shard, train_re
 from miles.data.store.checkpoint import SCHEMA as CHECKPOINT
 from miles.data.store.checkpoint import STATE
 from miles.data.store.events import name_parts
-from miles.data.store.files import Damaged, OtherSchema, read_json, read_listing
+from miles.data.store.files import Damaged, OtherSchema, read_json
 from miles.data.store.manifest import read_manifest
 from miles.data.store.metrics import read_lines
 from miles.data.store.run_dir import COMPLETE
@@ -34,7 +34,6 @@ JSON: dict[str, tuple[str, Describe]] = {
     "miles.checkpoint": (CHECKPOINT, run_files.checkpoint_page),
     "miles.provenance": (run_dir.PROVENANCE_SCHEMA, run_files.provenance_page),
     "miles.plan": (run_dir.PLAN_SCHEMA, run_files.plan_page),
-    "miles.train_files": (train_record.LISTING_SCHEMA, lambda path: run_files.train_files_page(path, read_listing(path))),
 }
 
 

@@ -128,12 +128,6 @@ def _presence(path: Path, kind: str, size: int) -> str:
     return "there" if path.stat().st_size == size else f"OTHER SIZE: {path.stat().st_size}"
 
 
-def train_files_page(path: Path, listing: dict[str, Any]) -> Page:
-    """The listing of a node's train record."""
-    rows = [[entry.get(name) for name in ("name", "bytes", "xxh3", "sequences", "tokens")] for entry in listing.get("files", [])]
-    return Page(path, "checksum of a train record", str(listing.get("schema")), {}, [Table("files", ["name", "bytes", "xxh3", "sequences", "tokens"], rows)])
-
-
 def checkpoint_page(path: Path) -> Page:
     """A checkpoint, by its folder, its state.json or its COMPLETE."""
     folder = path if path.is_dir() else path.parent

@@ -12,28 +12,64 @@ from typing import Any
 
 import h5py
 import numpy as np
+import xxhash
 
 from miles.data.store.epoch import Fence
 from miles.data.store.files import Damaged, Sealed, plain, schema_kind, seal
 
 STRING = h5py.string_dtype("utf-8")
 BLOCK_BYTES = 4 << 20
+USER_BLOCK = 512  # bytes before the HDF5 part, which the format leaves to others
+SIGNATURE = b"\x89HDF\r\n\x1a\n"  # what an HDF5 file without a user block begins with
 
 
-def seal_hdf5(path: Path, schema: str, attributes: dict[str, Any], fill: Callable[[h5py.File], None], fence: Fence | None = None) -> Sealed:
-    """Write an HDF5 file once and seal it. Raises OSError with its errno when the disk is full; nothing is left then."""
+def seal_hdf5(
+    path: Path, schema: str, attributes: dict[str, Any], fill: Callable[[h5py.File], None], fence: Fence | None = None, *, own_checksum: bool = False
+) -> Sealed:
+    """Write an HDF5 file once and seal it. Raises OSError with its errno when the disk is full; nothing is left then.
+
+    own_checksum: the file's user block vouches for the rest of it (verify_own), where no other file does.
+    """
 
     def write(temporary: Path) -> None:
         try:
-            with h5py.File(temporary, "x", libver=("v110", "v110")) as file:
+            with h5py.File(temporary, "x", libver=("v110", "v110"), userblock_size=USER_BLOCK if own_checksum else 0) as file:
                 file.attrs["schema"] = schema
                 for name, value in attributes.items():
                     set_attribute(file, name, value)
                 fill(file)
+            if own_checksum:
+                with open(temporary, "r+b") as sealed:
+                    sealed.write(_user_block(temporary))
         except (OSError, RuntimeError) as error:
             raise _with_errno(error, path) from error
 
     return seal(path, write, fence)
+
+
+def verify_own(path: Path) -> bool:
+    """Hold a file against the checksum in its user block: Damaged when they differ, False for a file without one."""
+    with open(path, "rb") as file:
+        block = file.read(USER_BLOCK)
+    if block.startswith(SIGNATURE):
+        return False
+    if block != (expected := _user_block(path)):
+        raise Damaged(f"{path}: {_shown(expected)} expected in its first {USER_BLOCK} bytes, {_shown(block)} found")
+    return True
+
+
+def _user_block(path: Path) -> bytes:
+    """xxh3_64 of everything after the user block, as a line of text filled up with zeros."""
+    digest = xxhash.xxh3_64()
+    with open(path, "rb") as file:
+        file.seek(USER_BLOCK)
+        while block := file.read(BLOCK_BYTES):
+            digest.update(block)
+    return f"miles xxh3 {digest.hexdigest()}\n".encode().ljust(USER_BLOCK, b"\0")
+
+
+def _shown(block: bytes) -> str:
+    return repr(block.rstrip(b"\0").decode("ascii", "backslashreplace"))
 
 
 def open_hdf5(path: Path, schema: str) -> h5py.File:

@@ -11,11 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from miles.data.store.epoch import Fence
-from miles.data.store.files import Sealed, seal_listing
+from miles.data.store.files import Sealed
 from miles.data.store.hdf5 import attributes, open_hdf5, put_blocks, seal_hdf5
 
 SCHEMA = "miles.train/1"
-LISTING_SCHEMA = "miles.train_files/1"
 TOKENS = {
     "train_logprob": np.float32,
     "old_logprob": np.float32,
@@ -109,12 +108,7 @@ def write_train_record(path: Path, parts: Sequence[RecordPart], attrs: dict[str,
             data = tokens.create_dataset(name, (int(offset[-1]),), dtype)
             put_blocks(data, (block for part in parts for block in _column(part, name, dtype)))
 
-    listing = path.with_suffix(".json")
-    if listing.exists():  # of an attempt before: it must not speak for this file
-        listing.unlink() if fence is None else fence.discard(listing)
-    sealed = seal_hdf5(path, SCHEMA, attrs or {}, fill, fence)
-    seal_listing(listing, {"schema": LISTING_SCHEMA, "files": [{**vars(sealed), "sequences": sum(counts), "tokens": int(offset[-1])}]}, fence)
-    return sealed
+    return seal_hdf5(path, SCHEMA, attrs or {}, fill, fence, own_checksum=True)
 
 
 class TrainRecord:

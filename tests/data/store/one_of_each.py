@@ -21,7 +21,7 @@ from miles.data.store.run_dir import COMPLETE, RunDir, record_attempt, write_pla
 from miles.data.store.shard import write_routes, write_shard
 from miles.data.store.train_record import TrainPart, write_train_record
 
-SEALED = ("shard", "routes", "manifest", "train", "train listing", "state", "weights", "complete")
+SEALED = ("shard", "routes", "manifest", "train", "state", "weights", "complete")
 EVERY = (*SEALED, "journal", "metrics", "events", "provenance", "plan", "run.yaml", "batch", "checkpoint", "run")
 
 
@@ -80,7 +80,7 @@ def make(folder: Path) -> dict[str, Path]:
     seal_listing(checkpoint / COMPLETE, {"schema": CHECKPOINT, "step": 3, "files": [vars(file) for file in files]})
     return {
         "shard": batch / "rollout.0.h5", "routes": batch / "routes.0.h5", "manifest": batch / "manifest.json", "train": run.train(3) / "node_0000.h5",
-        "train listing": run.train(3) / "node_0000.json", "state": checkpoint / STATE, "weights": checkpoint / "model" / "weights.safetensors", "complete": checkpoint / COMPLETE,
+        "state": checkpoint / STATE, "weights": checkpoint / "model" / "weights.safetensors", "complete": checkpoint / COMPLETE,
         "journal": run.journal_file(0, epoch), "metrics": run.metrics, "events": events.path, "provenance": run.provenance, "plan": run.plan, "run.yaml": run.run_yaml,
         "batch": batch, "checkpoint": checkpoint, "run": run.path,
     }  # fmt: skip
