@@ -50,7 +50,7 @@ def extrapolate(found: dict[str, Found], rates: dict[str, float], prompt: int) -
         Line("bytes of shards", f"tokens × {TOKEN_BYTES} B", f"{total * TOKEN_BYTES / 1e9:,.2f} GB"),
         Line("bytes of routes", f"tokens × {ROUTE_BYTES} B", f"{total * ROUTE_BYTES / 1e9:,.1f} GB"),
         Line("bytes of train records", f"tokens × {RECORD_BYTES} B", f"{total * RECORD_BYTES / 1e9:,.2f} GB"),
-        Line("new files", f"1 manifest + {WORKERS} workers × 2 + {RANKS // RANKS_A_NODE} trainer nodes × 2", f"{1 + 2 * WORKERS + 2 * RANKS // RANKS_A_NODE}"),
+        Line("new files", f"1 manifest + {WORKERS} workers × 2 + {RANKS // RANKS_A_NODE} trainer nodes × 1", f"{1 + 2 * WORKERS + RANKS // RANKS_A_NODE}"),
         Line("memory of a worker", f"at most 1 GB + 2 × a group of {SAMPLES} × {TOKENS + prompt:,} tokens × {TOKEN_BYTES + ROUTE_BYTES} B", f"{(1e9 + 2 * group) / 1e9:,.2f} GB"),
         Line("memory of a rank's reading", f"(2 ahead + 1) micro-batches of {TOKENS + prompt:,} tokens × {TOKEN_BYTES} B", f"{3 * (TOKENS + prompt) * TOKEN_BYTES / 1e6:,.1f} MB"),
         Line("memory of a rank's record", f"its share: {share:,} tokens × {RECORD_BYTES} B, a micro-batch at a time to the node's writer", f"{share * RECORD_BYTES / 1e6:,.1f} MB"),
