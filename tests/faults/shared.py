@@ -37,10 +37,14 @@ class Undisturbed:
 
 
 def words(ranks: int = 1) -> list[str]:
-    """The recipe: ten steps with a warm start, evaluations and checkpoints."""
+    """The recipe: ten steps with a warm start, evaluations and checkpoints.
+
+    Samples of so small a model are hardly ever rewarded; the entropy bonus makes every step move the weights.
+    """
     return [
         "recipes/tiny", f"warm_start.steps={WARM_STEPS}", f"num_rollout={STEPS - WARM_STEPS}", "checkpoint.save_interval=2", "eval.interval=3",
-        "rollout.generate_path=counted.generate", "cluster.restarts=1000", f"train.num_gpus_per_node={ranks}",
+        "rollout.generate_path=counted.generate", "cluster.restarts=1000", "algorithm.entropy_coef=0.01",
+        f"train.num_gpus_per_node={ranks}",
     ]  # fmt: skip
 
 
