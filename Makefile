@@ -34,7 +34,7 @@ chromium:
 	@command -v chromium >/dev/null || (apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium >/dev/null)
 
 test: $(VENV)/.dev chromium lint  ## install, then lint and run every test, with coverage
-	$(BIN)/pytest -n 2 --dist loadgroup --no-loadscope-reorder --cov=miles --cov-report=term --cov-fail-under=85
+	$(BIN)/pytest -n 2 --dist loadscope --no-loadscope-reorder --cov=miles --cov-report=term --cov-fail-under=85
 
 SEED ?= 1
 COUNT ?= 100

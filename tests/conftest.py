@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 HERE = Path(__file__).parent
 # The longest first, so that no worker is left alone with one at the end.
 FIRST = ("end_to_end", "bad_input", "training", "rollout", "sync", "engine")
 
 
-def group_of(path: Path) -> str:
-    """What stays in one worker: a folder, since its fixtures of the session are made once there."""
-    return path.relative_to(HERE).parts[0]
+class ByFolder(LoadScopeScheduling):
+    """A folder's tests stay in one worker: its fixtures of the session are made once there."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return Path(nodeid.partition("::")[0]).parts[1]
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if not config.pluginmanager.hasplugin("xdist"):
-        return
-    groups = {item: group_of(item.path) for item in items}
-    for item, group in groups.items():
-        item.add_marker(pytest.mark.xdist_group(group))
-    items.sort(key=lambda item: FIRST.index(groups[item]) if groups[item] in FIRST else len(FIRST))
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFolder:
+    return ByFolder(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    folders = {item: item.path.relative_to(HERE).parts[0] for item in items}
+    items.sort(key=lambda item: FIRST.index(folders[item]) if folders[item] in FIRST else len(FIRST))
