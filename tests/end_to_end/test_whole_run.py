@@ -169,6 +169,6 @@ def test_every_role_tells_its_phases(undisturbed: Path) -> None:
 
 def test_a_run_that_goes_on_with_other_threads_says_what_it_can_promise(undisturbed: Path, tmp_path: Path) -> None:
     shutil.copytree(undisturbed, tmp_path / "run", symlinks=True)
-    said = runs.run(tmp_path / "run", str(tmp_path / "run"), "cluster.threads=2", "num_rollout=7")
+    said = runs.run(tmp_path / "run", *runs.STEPS, "cluster.threads=2", "num_rollout=7")
     assert "guarantee: replayed from attempt 2 on (before: exact): threads 1 → 2" in said.splitlines()
     assert "guarantee: replayed since attempt 2: threads 1 → 2" in command("status", str(tmp_path / "run")).stdout.splitlines()
