@@ -50,16 +50,11 @@ def test_training_alone_has_the_bits_of_the_live_run(undisturbed_two: Path, tmp_
 
 
 def test_rollouts_alone_and_then_training_on_them(tmp_path: Path) -> None:
-    """All batches by the first weights, in two attempts; trained on later, the weights differ from the second rollout on, which is said once."""
+    """All batches by the first weights; trained on later, the weights differ from the second rollout on, which is said once."""
     words = ["recipes/tiny", "num_rollout=3", "warm_start.steps=0", "eval.interval=1", "algorithm.entropy_coef=0.01", "debug.rollout_only=true"]
     made = RunDir(tmp_path / "rollouts")
-    assert "go on with: miles-submit run" in runs.run(made.path, *words, "debug.stop_after=2")
-    assert steps_in(made.batches) == [1, 2]
-    sealed = (made.batch(2) / "manifest.json").read_bytes()
     runs.run(made.path, *words)
-
     assert steps_in(made.batches) == [1, 2, 3]
-    assert (made.batch(2) / "manifest.json").read_bytes() == sealed
     manifests = [read_manifest(made.batch(step)) for step in (1, 2, 3)]
     first = weight_checksum(load_state(made.path / "model"))
     assert {(manifest.policy.weight_version, manifest.policy.weight_checksum) for manifest in manifests} == {(0, first)}

@@ -27,24 +27,6 @@ def test_kill_9_of_every_role(undisturbed: Path, tmp_path: Path) -> None:
     runs.same_run(undisturbed, tmp_path / "run")
 
 
-def test_two_ranks_survive_a_killed_rank_a_killed_sync_and_a_stop_in_evaluation(undisturbed_two: Path, tmp_path: Path) -> None:
-    run_dir = tmp_path / "run"
-    launched = runs.Launched(run_dir, *runs.TWO_RANKS, "cluster.restarts=4")
-    launched.until(lambda: runs.trained(run_dir) >= 3, "step 3")
-    launched.kill_role("trainer", rank=1)
-    launched.until((run_dir / "attempts/000001/exit.json").exists, "end of attempt 1")
-    assert json.loads((run_dir / "attempts/000001/exit.json").read_text())["reason"] == "trainer 1 was killed by SIGKILL"
-    launched.until((run_dir / "attempts/000002/sync/version_000004").exists, "sync after step 4 in attempt 2")
-    launched.kill_role("engine")
-    launched.until((run_dir / "attempts/000002/exit.json").exists, "end of attempt 2")
-    assert json.loads((run_dir / "attempts/000002/exit.json").read_text())["code"] == 75
-    launched.until(lambda: (run_dir / "attempts/000003").exists() and runs.status(run_dir).get("kind") == "eval", "an evaluation in attempt 3")
-    launched.process.send_signal(signal.SIGINT)
-    assert launched.wait() == 130, launched.text()
-    runs.run(run_dir, *runs.TWO_RANKS)
-    runs.same_run(undisturbed_two, run_dir)
-
-
 def test_interrupt_saves_and_resumes(undisturbed: Path, tmp_path: Path) -> None:
     launched = runs.Launched(tmp_path / "run")
     launched.until(lambda: runs.trained(tmp_path / "run") >= 4, "step 4")
