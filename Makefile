@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 RUN ?= runs/quickstart
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install quickstart test test-faults lint bench rehearse smollm2 chromium clean
+.PHONY: help install quickstart test suite test-faults lint bench rehearse smollm2 chromium clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,7 +33,10 @@ quickstart: $(VENV)/.train  ## install, then train a small model from nothing: S
 chromium:
 	@command -v chromium >/dev/null || (apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium >/dev/null)
 
-test: $(VENV)/.dev chromium lint  ## install, then lint and run every test, with coverage
+test: $(VENV)/.dev chromium  ## install, then lint and run every test, with coverage
+	@$(MAKE) --no-print-directory -j2 lint suite
+
+suite: $(VENV)/.dev chromium  # the tests without lint; two workers, for two cores
 	$(BIN)/pytest -n 2 --dist loadscope --no-loadscope-reorder --cov=miles --cov-report=term --cov-fail-under=85
 
 SEED ?= 1

@@ -10,10 +10,9 @@ import numpy as np
 import whole_runs as runs
 
 from miles.data.store.manifest import read_manifest
-from miles.data.store.run_dir import RunDir, steps_in
+from miles.data.store.run_dir import RunDir
 from miles.data.store.shard import open_shard
 from miles.data.store.train_record import open_train_record
-from miles.models.hf_folder import load_state, weight_checksum
 
 
 def logs_of(run_dir: Path) -> set[str]:
@@ -47,41 +46,6 @@ def test_training_alone_has_the_bits_of_the_live_run(undisturbed_two: Path, tmp_
     assert runs.weights(replay) == runs.weights(undisturbed_two)
     assert logs_of(replay) == {"service.0.log", "trainer.0.log", "trainer.1.log"}
     assert not (replay / "batches").exists()
-
-
-def test_rollouts_alone_and_then_training_on_them(tmp_path: Path) -> None:
-    """All batches by the first weights; trained on later, the weights differ from the second rollout on, which is said once."""
-    words = ["recipes/tiny", "num_rollout=3", "warm_start.steps=0", "eval.interval=1", "algorithm.entropy_coef=0.01", "debug.rollout_only=true"]
-    made = RunDir(tmp_path / "rollouts")
-    runs.run(made.path, *words)
-    assert steps_in(made.batches) == [1, 2, 3]
-    manifests = [read_manifest(made.batch(step)) for step in (1, 2, 3)]
-    first = weight_checksum(load_state(made.path / "model"))
-    assert {(manifest.policy.weight_version, manifest.policy.weight_checksum) for manifest in manifests} == {(0, first)}
-    assert [draw for manifest in manifests for draw in manifest.draws] == list(range(3 * 4))
-    lines = runs.metrics(made.path)
-    assert [(line["kind"], line["step"]) for line in lines] == [("eval", 0), ("rollout", 1), ("rollout", 2), ("rollout", 3)]
-    for line, manifest in zip(lines[1:], manifests, strict=True):
-        with open_shard(made.batch(manifest.step) / manifest.shards[0].name) as shard:
-            assert line["rollout/raw_reward"] == np.mean(shard.sequences()["reward"], dtype=np.float64)
-    assert not any((made.path / name).exists() for name in ("checkpoints", "train", "hf"))
-
-    trained = tmp_path / "trained"
-    said = runs.run(trained, str(made.run_yaml), "debug.rollout_only=false", f"debug.train_only={made.path}")
-    notices = [line for line in (trained / "latest/logs/trainer.0.log").read_text().splitlines() if "made the recorded batch" in line]
-    assert len(notices) == 1, said
-    assert f"step 2: weights {first} made the recorded batch" in notices[0]
-    assert said.count("made the recorded batch") == 1, said
-    assert [line["step"] for line in runs.metrics(trained)] == [1, 2, 3]
-
-    shard = made.batch(3) / "rollout.0.h5"
-    content = bytearray(shard.read_bytes())
-    content[len(content) // 2] ^= 1
-    shard.write_bytes(content)
-    refused = runs.Launched(tmp_path / "refused", str(made.run_yaml), "debug.rollout_only=false", f"debug.train_only={made.path}")
-    assert refused.wait() == 78
-    assert f"{shard}: xxh3 " in refused.text()
-    assert not (tmp_path / "refused").exists(), "nothing was started"
 
 
 def test_scoring_again_has_the_recorded_bits(undisturbed: Path, tmp_path: Path) -> None:

@@ -81,17 +81,6 @@ def test_a_second_run_has_the_same_bits(undisturbed: Path, tmp_path: Path) -> No
     assert ("at http://[::1]:" if host else "at http://127.0.0.1:") in served
 
 
-def test_a_run_goes_on_in_another_place(tmp_path: Path) -> None:
-    """The reference of the KL loss lies in the run directory: it is found again there."""
-    words = ["recipes/tiny", "warm_start.steps=1", "algorithm.use_kl_loss=true", "algorithm.kl_loss_coef=0.1", "eval.interval=null"]
-    runs.run(tmp_path / "here", *words, "num_rollout=1")
-    (tmp_path / "here").rename(tmp_path / "there")
-    runs.run(tmp_path / "there", *words, "num_rollout=2")
-    assert [line["step"] for line in runs.metrics(tmp_path / "there")] == [1, 2, 3]
-    assert runs.metrics(tmp_path / "there")[-1]["train/kl_loss"] > 0
-    assert not (tmp_path / "here").exists()
-
-
 def test_transformers_loads_the_export(undisturbed: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -43,3 +43,11 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, request: pytest.Fixtur
         return made[ranks]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def calm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An undisturbed run of the recipe that tests/end_to_end has."""
+    folder = tmp_path_factory.mktemp("calm") / "run"
+    runs.run(folder)
+    return folder
