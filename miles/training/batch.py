@@ -67,7 +67,7 @@ class Batch:
                 yield pack(self.parts, each, tokens, self.ranks.device)
 
     def whole(self, step: int) -> Denominators:
-        """Samples and unmasked predicted tokens of an optimizer step over all ranks. The first call is collective."""
+        """Samples and unmasked predicted tokens of an optimizer step over all ranks. The first call is collective, and not beside packed()."""
         if self._whole is None:
             tokens = torch.tensor([self._own_tokens(index) for index in range(self.steps)], dtype=torch.int64)
             counts = self.ranks.all_reduce(tokens).tolist()

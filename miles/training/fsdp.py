@@ -147,15 +147,16 @@ class FsdpTrainer:
         sums = StepSums(self.ranks.device)
         kept: list[Seen] = []
         self.optimizer.zero_grad(set_to_none=True)
+        whole = batch.whole(step)  # collective, and it reads, too: before the thread that reads ahead
         for number, packed in enumerate(batch.packed(step)):
             logprob, entropy = self._forward(self.model, packed, batch.temperature)
             old = batch.old_logprob[step][number] if batch.old_logprob else logprob.detach()
             values = {"train_logprob": old, "entropy": entropy.detach()}
             if self.phase == "sft":
-                loss = supervised_loss(packed, logprob, entropy, batch.whole(step), sums)
+                loss = supervised_loss(packed, logprob, entropy, whole, sums)
             else:
                 ref = reference[number] if reference is not None else None
-                loss, weight = reinforcement_loss(packed, logprob, entropy, old, ref, batch.whole(step), self.config.algorithm, sums)
+                loss, weight = reinforcement_loss(packed, logprob, entropy, old, ref, whole, self.config.algorithm, sums)
                 sums.add_mismatch(old, packed.rollout_logprob, packed.mask)
                 values["advantage"] = packed.advantage[packed.sequence]
                 values |= {name: value for name, value in (("ref_logprob", ref), ("weight", weight)) if value is not None}
@@ -176,13 +177,14 @@ class FsdpTrainer:
         """Log-probs and entropies of an optimizer step's micro-batches under the present weights, kept for the record; public metrics."""
         sums = StepSums(self.ranks.device)
         kept: list[Seen] = []
+        whole = batch.whole(step)  # as in train_step
         for packed in batch.packed(step):
             logprob, entropy = self._forward(self.model, packed, batch.temperature)
             values = {"train_logprob": logprob, "entropy": entropy}
             if batch.manifest.kind == "sft":
-                supervised_loss(packed, logprob, entropy, batch.whole(step), sums)
+                supervised_loss(packed, logprob, entropy, whole, sums)
             else:
-                weight = token_weight(packed, self.config.algorithm.calculate_per_token_loss, batch.whole(step))
+                weight = token_weight(packed, self.config.algorithm.calculate_per_token_loss, whole)
                 sums.add(entropy_loss=weighted_sum(entropy, packed.mask, weight))
                 sums.add_mismatch(logprob, packed.rollout_logprob, packed.mask)
                 values["advantage"] = packed.advantage[packed.sequence]

@@ -27,7 +27,7 @@ AHEAD = 2  # micro-batches that are read before they are asked for
 
 
 class Reader:
-    """Slices of a batch's shards, in the manifest's order, for the ranks of one group (None: this rank alone)."""
+    """Slices of a batch's shards, in the manifest's order, for the ranks of one group (None: this rank alone). One call at a time."""
 
     def __init__(self, paths: Sequence[Path], group: dist.ProcessGroup | None = None) -> None:
         self.paths, self.group = list(paths), group

@@ -1,5 +1,7 @@
 """The trainer in this process: it learns, splits don't show in the gradient, log-probs are those of transformers, files are right."""
 
+import threading
+
 import numpy as np
 import pytest
 import tiny
@@ -10,6 +12,7 @@ from miles.data.store.shard import open_shard
 from miles.data.store.train_record import open_train_record
 from miles.training.fsdp import FsdpTrainer
 from miles.training.optimizer import Diverged
+from miles.training.reader import Reader
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +150,24 @@ def test_sft_loss_falls(model, ranks, tmp_path):
         losses.append(trainer.train_step(batch, 0)["train/loss"])
         batch.close()
     assert losses[-1] < 0.5 * losses[0]
+
+
+@pytest.mark.parametrize("what", ["train_step", "score"])
+def test_the_denominators_are_read_before_a_thread_reads_ahead(model, ranks, tmp_path, monkeypatch, what):
+    """Both open shards, and a reader is for one caller at a time."""
+    read, beside = Reader.first_tokens, []
+
+    def note(reader, rows):
+        beside.append([thread.name for thread in threading.enumerate() if thread.name == "prefetch"])
+        return read(reader, rows)
+
+    monkeypatch.setattr(Reader, "first_tokens", note)
+    trainer = FsdpTrainer(tiny.make_config(), model, ranks)
+    trainer.start_phase("rollout")
+    batch = trainer.open_batch(tiny.make_batch(tmp_path, tiny.make_samples(5), max_tokens=25), tmp_path)
+    getattr(trainer, what)(batch, 0)
+    batch.close()
+    assert beside == [[]]
 
 
 def test_grpo_raises_the_probability_of_rewarded_samples(model, ranks, tmp_path):
