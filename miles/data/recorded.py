@@ -77,12 +77,15 @@ def _fits(config: RunConfig, step: int, manifest: Manifest, folder: Path) -> Non
 
 
 def check_recording(config: RunConfig) -> None:
-    """Verify every batch that will be read. Raises UserError as recorded_batch does, and where there is nothing to score."""
+    """Verify every batch that will be read, and divide anew what will be. Raises UserError as recorded_batch and reassigned do, and where there is
+    nothing to score."""
     steps = chosen_steps(config)
     if not steps:
         raise UserError(f"{recording(config).batches}: no recorded batch; name a run that has some")
     for step in steps:
-        recorded_batch(config, step)
+        manifest = recorded_batch(config, step)
+        if config.debug.reassign or any(len(ranks) != data_parallel_size(config) for ranks in manifest.assignment):
+            reassigned(manifest, recording(config).batch(step), config)
 
 
 def differences(config: RunConfig) -> list[str]:
@@ -109,7 +112,7 @@ def _decisive(config: RunConfig) -> dict[str, Any]:
 
 
 def reassigned(manifest: Manifest, folder: Path, config: RunConfig) -> Manifest:
-    """The same batch divided anew over this run's ranks. Reads the small arrays of its shards."""
+    """The same batch divided anew over this run's ranks. Reads the small arrays of its shards. Raises UserError where it has too few draws."""
     parts: dict[str, list[np.ndarray]] = {name: [] for name in ("lengths", "draws", "samples", "shards", "rows")}
     for index, entry in enumerate(manifest.shards):
         with open_shard(folder / entry.name) as shard:
@@ -121,4 +124,9 @@ def reassigned(manifest: Manifest, folder: Path, config: RunConfig) -> Manifest:
         ):  # fmt: skip
             parts[name].append(column)
     steps = 1 if manifest.kind == "sft" else config.train.num_steps_per_rollout or 1
-    return manifest.model_copy(update={"assignment": assign_by(config, steps, **{name: np.concatenate(arrays) for name, arrays in parts.items()})})
+    sequences = {name: np.concatenate(arrays) for name, arrays in parts.items()}
+    try:
+        return manifest.model_copy(update={"assignment": assign_by(config, steps, **sequences)})
+    except ValueError as error:
+        found = len(np.unique(sequences["draws"]))
+        raise UserError(f"{folder}: its {found} prompt draws can't be divided over {steps} optimizer steps; lower train.num_steps_per_rollout") from error

@@ -113,6 +113,13 @@ def test_divided_anew_every_sequence_is_trained_on_once(recorded: RunDir) -> Non
         assert rows == [2 * step, 2 * step + 1], "the samples of one draw, siblings together"
 
 
+@pytest.mark.parametrize("mode", ["train_only", "rescore"])
+def test_too_few_draws_for_the_optimizer_steps_are_found_by_check(recorded: RunDir, mode: str) -> None:
+    more = ["debug.reassign=true"] if mode == "train_only" else []
+    config = replay(recorded, "train.num_gpus_per_node=1", "train.num_steps_per_rollout=3", "train.global_batch_size=null", *more, mode=mode)
+    assert refused(config) == f"{recorded.batch(2)}: its 2 prompt draws can't be divided over 3 optimizer steps; lower train.num_steps_per_rollout"
+
+
 def test_settings_that_change_the_bits_are_named(recorded: RunDir) -> None:
     changes: dict[str, Any] = {"train.optimizer.lr": "0.5", "algorithm.eps_clip": "0.1", "num_rollout": "1", "checkpoint.retain": "7", "cluster.port": "99"}
     assert differences(replay(recorded)) == []
