@@ -1,6 +1,7 @@
 """Finished groups that a worker holds until they are sealed, and those of earlier attempts that its journals still know.
 
 Up to BUDGET_BYTES of arrays are held in memory; what goes beyond is read back from the journal, group by group, when it is sealed.
+Warm-start groups are in no journal, so all of a batch stay in memory: a demonstration each, without routes.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ class Held:
     """Groups by job and draw. Warm-start groups are not journalled: making them again costs less than reading them."""
 
     def __init__(self, run_dir: RunDir, worker: int, epoch: int, samples: dict[str, int], budget: int = BUDGET_BYTES) -> None:
-        """samples: of a whole group, by kind. budget: bytes of arrays held in memory."""
+        """samples: of a whole group, by kind. budget: bytes of arrays held in memory, warm-start groups aside."""
         self.samples, self.budget = samples, budget
         self._journal = Journal(run_dir.journal_file(worker, epoch), fence=Fence(run_dir, epoch))
         self._groups: dict[Name, dict[int, list[Sample] | Place]] = {}
