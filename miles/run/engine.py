@@ -92,7 +92,7 @@ def run_sglang(role: Role, config: RunConfig, service: Coordinator, folder: str,
         server = sglang.start(config, folder, host, port, role.token, RunDir(role.run_dir).attempt(role.epoch) / f"sglang.{role.rank}.yaml")
         sglang.wait_ready(server, url)
     print(f"engine: SGLang serves {folder} at {url}", flush=True)
-    service.register(url=url, pid=server.pid)
+    service.register(url=url, pid=server.process.pid)
     raise TryAgain(f"SGLang ended with exit code {server.wait()}")
 
 

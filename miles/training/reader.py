@@ -1,7 +1,8 @@
 """Reading a batch at scale: who reads which bytes, and how those who don't read get them.
 
 Ranks of one model-parallel group train on the same sequences. The group's first rank reads their slices, ahead of their use, and
-broadcasts them; the others open no file. No backend splits a model yet, so each rank is alone so far. Files are opened when a slice of them is first asked for.
+broadcasts them; the others open no file. No backend splits a model yet, so each rank is alone so far. Files are opened when a slice of
+them is first asked for.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ import yaml
 
 from miles.config.schema import RunConfig
 from miles.engine import sglang
+from miles.engine.child import around_proxies
 
 TOKEN = "secret-of-the-run"
 # Where SGLang would be: prints what its server prints at its start, then sleeps.
@@ -30,9 +31,41 @@ from pathlib import Path
 from miles.config.schema import RunConfig
 from miles.engine import sglang
 server = sglang.start(RunConfig(), "model", "127.0.0.1", 1234, sys.argv[1], Path(sys.argv[2]))
-print(server.pid, flush=True)
+print(server.process.pid, flush=True)
 time.sleep(600)
 """
+# One that refuses its arguments, and leaves it to a process of its own to say why, a little later.
+REFUSES = """
+import os, sys, time
+if os.fork() == 0:
+    time.sleep(1)
+    print("last words", flush=True)
+    os._exit(0)
+sys.exit(2)
+"""
+STARTS = """
+import sys
+from pathlib import Path
+from miles.config.schema import RunConfig
+from miles.engine import sglang
+sglang.wait_ready(sglang.start(RunConfig(), "model", "127.0.0.1", 9, "token", Path(sys.argv[1])), "http://127.0.0.1:9")
+"""
+RELAYS = """
+import os, subprocess, sys
+from miles.engine.child import relay
+talker = subprocess.Popen([sys.executable, "-c", "for _ in range(20000): print('a line of some length, and many of them')"], stdout=subprocess.PIPE)
+relay(talker.stdout, "token")
+os._exit(talker.wait(20))
+"""
+
+
+def installed(folder: Path, server: str) -> dict[str, str]:
+    """Environment in which `server` is what sglang.launch_server runs."""
+    package = folder / "packages" / "sglang"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "launch_server.py").write_text(server)
+    return {**os.environ, "PYTHONPATH": f"{package.parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
 
 
 def test_arguments_do_not_have_the_token() -> None:
@@ -46,13 +79,9 @@ def test_arguments_do_not_have_the_token() -> None:
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
 def test_token_stays_private_and_the_child_dies_with_the_role(tmp_path: Path, how: signal.Signals) -> None:
-    package = tmp_path / "packages" / "sglang"
-    package.mkdir(parents=True)
-    (package / "__init__.py").touch()
-    (package / "launch_server.py").write_text(SERVER)
+    env = installed(tmp_path, SERVER)
     private, log = tmp_path / "sglang.0.yaml", tmp_path / "log"
     private.write_text("an older one")
-    env = {**os.environ, "PYTHONPATH": f"{package.parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
     with log.open("wb") as out:
         role = subprocess.Popen([sys.executable, "-c", ROLE, TOKEN, str(private)], stdout=out, stderr=out, env=env)
     deadline = time.monotonic() + 60
@@ -72,3 +101,33 @@ def test_token_stays_private_and_the_child_dies_with_the_role(tmp_path: Path, ho
     while child.is_running() and child.status() != psutil.STATUS_ZOMBIE:
         assert time.monotonic() < deadline, "it outlives the role"
         time.sleep(0.02)
+
+
+def test_last_lines_of_a_server_that_ends_are_in_the_log(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", STARTS, str(tmp_path / "sglang.0.yaml")], env=installed(tmp_path, REFUSES), capture_output=True, text=True)
+    assert "UserError: rollout.sglang: SGLang refused its arguments" in done.stderr
+    assert done.stdout == "last words\n"
+
+
+def test_a_child_is_heard_out_when_the_log_is_full() -> None:
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run([sys.executable, "-c", RELAYS], stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("present", "expected"),
+    [
+        ({}, ("::1", "::1")),
+        ({"NO_PROXY": "a.example"}, ("a.example,::1", "a.example,::1")),
+        ({"NO_PROXY": "a.example", "no_proxy": "b.example,c"}, ("a.example,::1", "b.example,c,::1")),
+        ({"no_proxy": "*"}, ("*", "*")),
+    ],
+)
+def test_hosts_that_need_no_proxy_stay(monkeypatch: pytest.MonkeyPatch, present: dict[str, str], expected: tuple[str, str]) -> None:
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in present.items():
+        monkeypatch.setenv(name, value)
+    found = around_proxies("::1")
+    assert (found["NO_PROXY"], found["no_proxy"]) == expected
