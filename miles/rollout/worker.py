@@ -31,6 +31,7 @@ from miles.rollout.generate import GenerateContext, generate, supervised
 from miles.rollout.held import Held, HeldSamples, Lineage, Place, name_of
 from miles.rollout.imports import load_function
 from miles.rollout.rewards import Scorer
+from miles.rollout.threads import in_thread
 from miles.rollout.tokenizer import Tokenizer
 
 Call = Callable[[dict[str, Any]], Coroutine[Any, Any, dict[str, Any]]]  # POST /work
@@ -134,7 +135,7 @@ class Worker:
             return
         if name not in self._contexts:
             async with self._journal:
-                await asyncio.to_thread(self.held.begin, job)
+                await in_thread(self.held.begin, job)
             self._contexts[name] = self._context(job)
             self._recalled[name] = self.held.recall(job)
         for draw in draws:
@@ -163,15 +164,15 @@ class Worker:
         try:
             place = self._recalled[name_of(job)].pop(draw.draw, None)
             if place is not None:
-                group = await asyncio.to_thread(read_group, *place)
+                group = await in_thread(read_group, *place)
             else:
                 group = await self._make(draw, self._contexts[name_of(job)], aside)
                 await self._scorer(kind).score(draw, group)
             async with self._journal:  # one whole group with its routes in memory, and one thread in `held`
                 with self._engines.budget.hold(aside.bytes):
-                    await asyncio.to_thread(aside.restore, group)
+                    await in_thread(aside.restore, group)
                     dropped = self._verdict(group) if kind == "rollout" else None
-                    await asyncio.to_thread(self.held.add, job, group, place, hold=dropped is None)
+                    await in_thread(self.held.add, job, group, place, hold=dropped is None)
             self._done(job, group, dropped)
         finally:
             aside.close()
@@ -184,9 +185,13 @@ class Worker:
         async with self._turn:
             for _ in range(places):
                 await self._places.acquire()
+        siblings = [asyncio.create_task(self._finish(draw, index, context, aside)) for index in range(count)]
         try:
-            return list(await asyncio.gather(*(self._finish(draw, index, context, aside) for index in range(count))))
+            return list(await asyncio.gather(*siblings))
         finally:
+            for task in siblings:
+                task.cancel()  # when one fails, nobody waits for the others
+            await asyncio.gather(*siblings, return_exceptions=True)
             for _ in range(places):
                 self._places.release()
 
@@ -195,7 +200,7 @@ class Worker:
         sample = await self._sample(draw, index, context)
         if sample.routes is not None:
             with self._engines.budget.hold(sample.routes.nbytes):  # a slow disk holds the engines up, not the memory
-                await asyncio.to_thread(aside.put, sample)
+                await in_thread(aside.put, sample)
         return sample
 
     async def _sample(self, draw: Draw, index: int, context: GenerateContext) -> Sample:
@@ -259,7 +264,7 @@ class Worker:
         began = time.time()
         async with self._journal:
             samples = self.held.take(job, sorted(draws))
-        shard, routes, rows = await asyncio.to_thread(self._write, job, samples)
+        shard, routes, rows = await in_thread(self._write, job, samples)
         described = [] if job["kind"] == "sft" else await self._engines.describe()
         entry = {"sequences": len(rows), "tokens": sum(length for _, _, length in rows)}
         self._sealed.append(
