@@ -142,15 +142,20 @@ def steps_behind(status: dict[str, Any]) -> int | None:
 
 
 def guarantee_tier(record: RunRecord) -> tuple[str | None, int | None, str]:
-    """(exact, replayed or accounted: the weakest that any attempt recorded; the attempt since which, if another was stronger; why)."""
+    """(exact, replayed or accounted, as the last attempt recorded it; the attempt since which, if one before could promise more; why).
+
+    What binds an attempt is in its own entry: one between that left nothing doesn't count.
+    """
     order = ("exact", "replayed", "accounted")
     entries = [entry for entry in record.provenance.get("attempts", []) if entry.get("tier")]
     if not entries:
         return None, None, ""
-    weakest = max(entries, key=lambda entry: order.index(entry["tier"]) if entry["tier"] in order else len(order))  # the first of equals
-    fell = any(entry["tier"] != weakest["tier"] for entry in entries if entry["epoch"] < weakest["epoch"])
-    why = ", ".join(weakest.get("changed") or []) if fell else ""
-    return str(weakest["tier"]), int(weakest["epoch"]) if fell else None, why or str(weakest.get("why") or "")
+    ranks = [order.index(entry["tier"]) if entry["tier"] in order else len(order) for entry in entries]
+    first = next((index + 1 for index in reversed(range(len(entries))) if ranks[index] != ranks[-1]), 0)  # of those with the last one's tier, at the end
+    fell = any(rank < ranks[-1] for rank in ranks[:first])
+    found = entries[first]
+    why = ", ".join(found.get("changed") or []) if fell else ""
+    return str(found["tier"]), int(found["epoch"]) if fell else None, why or str(found.get("why") or "")
 
 
 def step_seconds(record: RunRecord) -> float | None:

@@ -23,7 +23,8 @@ from miles.config.schema import RunConfig
 from miles.data.store.epoch import Fence, new_epoch
 from miles.data.store.files import Damaged, read_json, seal_json
 from miles.data.store.import_roots import import_roots
-from miles.data.store.run_dir import RunDir, environment, has_results, newest_complete_checkpoint, read_provenance, record_attempt
+from miles.data.store.results import last_with_results
+from miles.data.store.run_dir import RunDir, environment, newest_complete_checkpoint, read_provenance, record_attempt
 from miles.plan.tier import facts, promise
 from miles.slurm.local import LocalComponent, LocalRunner
 
@@ -74,9 +75,9 @@ class Attempt:
         self.promise(restart)
 
     def promise(self, restart: bool) -> None:
-        """Record what this attempt can promise and why; say it when that is less than the attempt before it could."""
-        earlier = [entry for entry in read_provenance(self.run)["attempts"] if entry["epoch"] < self.epoch]
-        before = earlier[-1] if earlier and has_results(self.run) else None
+        """Record what this attempt can promise and why; say it when that is less than the last attempt could that left something."""
+        earlier = {entry["epoch"]: entry for entry in read_provenance(self.run)["attempts"] if entry["epoch"] < self.epoch}
+        before = earlier.get(last_with_results(self.run, earlier))
         here = {**environment(), **facts(self.config)}
         tier, changed = promise(self.config, before, here)
         told: dict[str, Any] = {"tier": tier.name, "promise": tier.promise, "why": tier.why, "changed": changed}

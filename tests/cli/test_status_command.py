@@ -193,11 +193,15 @@ def test_an_ended_attempt_is_not_asked(tmp_path: Path, service: tuple[str, dict[
     assert state_of(run.path).state == "finished"
 
 
-def test_weakest_tier_counts(tmp_path: Path) -> None:
+def test_the_last_attempt_says_the_tier(tmp_path: Path) -> None:
+    """A promise rises only past an attempt that left nothing."""
     run = empty_run(tmp_path / "run")
-    for tier in ("exact", "accounted", "replayed"):
+    found = []
+    for tier in ("replayed", "exact", "exact", "accounted", "replayed", "replayed", "exact"):
         begin_attempt(run, tier)
-    assert state_of(run.path).tier == "accounted"
+        state = state_of(run.path)
+        found.append((state.tier, state.tier_since))
+    assert found == [("replayed", None), ("exact", None), ("exact", None), ("accounted", 4), ("replayed", 5), ("replayed", 5), ("exact", None)]
 
 
 def test_torn_files_do_not_matter(tmp_path: Path) -> None:

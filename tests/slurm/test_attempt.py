@@ -8,6 +8,7 @@ import pytest
 
 from miles.cli.status import state_of, status
 from miles.config.compose import dump_config, load_config
+from miles.data.store.epoch import newest_epoch
 from miles.data.store.run_dir import RunDir, read_provenance
 from miles.report.build import build_report
 from miles.slurm.launch import Attempt
@@ -30,8 +31,32 @@ def begin(tmp_path):
 
 
 def has_saved(run: RunDir) -> None:
+    """A checkpoint of the newest attempt."""
     run.checkpoint(2).mkdir(parents=True, exist_ok=True)
+    (run.checkpoint(2) / "state.json").write_text(json.dumps({"epoch": newest_epoch(run)}))
     (run.checkpoint(2) / "COMPLETE").touch()
+
+
+def has_sealed(run: RunDir) -> None:
+    run.batch(1).mkdir(parents=True)
+    (run.batch(1) / "manifest.json").write_text(json.dumps({"epoch": newest_epoch(run)}))
+
+
+def has_evaluated(run: RunDir) -> None:
+    run.eval(0).mkdir(parents=True)
+    (run.eval(0) / "manifest.json").write_text(json.dumps({"epoch": newest_epoch(run)}))
+
+
+def has_finished_groups(run: RunDir) -> None:
+    path = run.journal_file(0, newest_epoch(run))
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"groups")
+
+
+def has_sealed_a_shard(run: RunDir) -> None:
+    run.batch(2).mkdir(parents=True)
+    (run.batch(2) / "rollout.0.h5").write_bytes(b"rows")
+    run.journal_file(0, newest_epoch(run)).touch()
 
 
 def test_an_attempt_records_what_bits_depend_on(begin):
@@ -51,6 +76,7 @@ def test_a_promise_that_falls_is_said_recorded_and_shown(begin, capsys):
     assert begin("cluster.threads=2") == []
     assert state_of(begin.run.path).tier_since is None
     assert begin("cluster.threads=1") == ["guarantee: replayed from attempt 3 on (before: exact): threads 2 → 1"]
+    has_saved(begin.run)
     assert begin("cluster.threads=1") == []
     entries = read_provenance(begin.run)["attempts"]
     assert [(entry["tier"], entry["changed"]) for entry in entries] == [("exact", []), ("exact", []), ("replayed", ["threads 2 → 1"]), ("replayed", [])]
@@ -68,3 +94,21 @@ def test_an_attempt_that_left_nothing_binds_nobody(begin):
     assert [entry["tier"] for entry in read_provenance(begin.run)["attempts"]] == ["exact", "exact"]
     has_saved(begin.run)
     assert begin("cluster.threads=1") == []
+
+
+def test_an_attempt_between_two_binds_nobody_if_it_left_nothing(begin):
+    begin("cluster.threads=2")
+    has_saved(begin.run)
+    assert begin("cluster.threads=1") == ["guarantee: replayed from attempt 2 on (before: exact): threads 2 → 1"]
+    has_sealed_a_shard(begin.run)  # without a manifest it counts for nothing
+    assert begin("cluster.threads=2") == []
+    assert [entry["tier"] for entry in read_provenance(begin.run)["attempts"]] == ["exact", "replayed", "exact"]
+    assert (state_of(begin.run.path).tier, state_of(begin.run.path).tier_since) == ("exact", None)
+
+
+@pytest.mark.parametrize("leave", [has_saved, has_sealed, has_evaluated, has_finished_groups])
+def test_whatever_an_attempt_leaves_binds_those_after_it(begin, leave):
+    begin("cluster.threads=2")
+    leave(begin.run)
+    begin("cluster.threads=2")
+    assert begin("cluster.threads=1") == ["guarantee: replayed from attempt 3 on (before: exact): threads 2 → 1"]

@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 PLAN_SCHEMA = "miles.plan/1"
 PROVENANCE_SCHEMA = "miles.provenance/1"
 COMPLETE = "COMPLETE"
-PACKAGES = ("miles", "torch", "transformers", "tokenizers", "numpy", "h5py", "numba", "llvmlite", "safetensors", "sglang", "megatron-core", "submitit", "pydantic")
+PACKAGES = (
+    "miles", "torch", "transformers", "tokenizers", "numpy", "h5py", "numba", "llvmlite", "safetensors", "sglang", "megatron-core", "submitit", "pydantic",
+    "math-verify", "sympy", "reasoning-gym",
+)  # fmt: skip
 STEP = re.compile(r"step_(\d{6,})")
 
 
@@ -148,11 +151,6 @@ def newest_complete_checkpoint(run_dir: RunDir) -> int | None:
     """Step of the newest checkpoint that carries COMPLETE (its content is the trainer's to verify); None without any."""
     complete = [step for step in steps_in(run_dir.checkpoints) if (run_dir.checkpoint(step) / COMPLETE).is_file()]
     return complete[-1] if complete else None
-
-
-def has_results(run_dir: RunDir) -> bool:
-    """Whether an earlier attempt left anything that the next one goes on from: a complete checkpoint, a batch, finished groups."""
-    return newest_complete_checkpoint(run_dir) is not None or any(path.is_file() and path.stat().st_size for path in run_dir.batches.rglob("*"))
 
 
 def read_run_yaml(run_dir: RunDir) -> dict[str, Any]:
