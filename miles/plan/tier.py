@@ -17,7 +17,7 @@ PROMISES = {
 # What bits depend on, as an attempt's entry in provenance.json has it. Another layout sums in another order: replay is gone, too.
 LAYOUT = ("layout",)
 BITS = ("threads", "kernels", "schedule", "machine", "cpu", "gpus")
-PACKAGES = ("miles", "torch", "numba", "llvmlite", "numpy", "transformers", "tokenizers", "sglang", "megatron-core")
+PACKAGES = ("miles", "torch", "numba", "llvmlite", "numpy", "transformers", "tokenizers", "sglang", "megatron-core", "math-verify", "sympy", "reasoning-gym")
 
 
 @dataclass(frozen=True)
@@ -38,19 +38,26 @@ def guarantee(config: RunConfig) -> Tier:
         return _tier("accounted", "batches are divided anew, so sums run in another order")
     if config.debug.recorded:
         return _tier("replayed", "deterministic on cpu, same ranks and threads")
+    # Evaluations are in the promise, too.
+    scored = [("reward", rollout.reward)]
+    if config.eval.interval and config.eval.reward not in (None, rollout.reward):
+        scored.append(("eval reward", config.eval.reward))
+    types = {(reward.type or "").removeprefix("boxed_") for _, reward in scored}
     broken = [
         reason
         for reason, holds in [
             (f"engine {rollout.engine} is not batch-invariant", rollout.engine != "embedded"),
             ("rollout.batch_invariant is off", rollout.engine == "embedded" and not rollout.batch_invariant),
             (f"batch-invariant kernels are float32, not {config.model.dtype}", config.model.dtype != "float32"),
-            ("a remote reward may answer differently", (rollout.reward.type or "").removeprefix("boxed_") == "remote_rm"),
+            ("a remote reward may answer differently", "remote_rm" in types),
+            ("reward math gives 0 where math-verify runs out of time, as it may on a busy machine", "math" in types),
         ]
         if holds
     ]
     if broken:
         return _tier("replayed", "; ".join(broken))
-    own = [name for name, path in [("reward", rollout.reward.path), ("generate", rollout.generate_path), ("filter", rollout.filter_path)] if path]
+    paths = [*((name, reward.path) for name, reward in scored), ("generate", rollout.generate_path), ("filter", rollout.filter_path)]
+    own = [name for name, path in paths if path]
     trust = f", as far as your own {' and '.join(own)} function gives the same answer twice" if own else ""
     return _tier("exact", "synchronous, batch-invariant float32 on cpu, same ranks and threads" + trust)
 

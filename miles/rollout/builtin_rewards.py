@@ -44,7 +44,11 @@ def exact_match(samples: list[Sample], context: RewardContext) -> list[Score]:
 
 
 def math(samples: list[Sample], context: RewardContext) -> list[Score]:
-    """1 where math-verify finds the response's answer equal to the label; else 0, also when it runs out of time."""
+    """1 where math-verify finds the response's answer equal to the label; else 0, also when it runs out of time.
+
+    Policies do write what takes for ever (9^{9^{9^9}}), so that is no error; but how far math-verify comes in a second depends on the machine's
+    load, and so a run with this reward is replayed, not exact (miles.plan.tier).
+    """
     import math_verify
 
     seconds = max(1, int(context.options.timeout / (2 * max(1, len(samples)))))

@@ -25,7 +25,7 @@ def sound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     (tmp_path / "model" / "tokenizer.json").write_text("{}")
     (tmp_path / "model" / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
     (tmp_path / "train.jsonl").write_text('{"input": "1+1", "label": "2"}\n')
-    return ["model.hf_checkpoint=model", "data.prompt_data=train.jsonl", "data.label_key=label", "rollout.reward.type=math", "rollout.sampling.max_prompt_len=512"]
+    return ["model.hf_checkpoint=model", "data.prompt_data=train.jsonl", "data.label_key=label", "rollout.reward.type=exact_match", "rollout.sampling.max_prompt_len=512"]
 
 
 def errors(findings: list[Finding]) -> list[str]:
@@ -62,7 +62,7 @@ BAD = [  # overrides beside the sound ones, and parts of one finding
     (["rollout.reward.type=null"], "error: rollout.reward.type: no reward is named; give --rm-type math"),
     (["rollout.reward.type=null", "rollout.reward.path=/a/b.py"], "error: rollout.reward.path: '/a/b.py' is not an import path; write package.module.function"),
     (["rollout.reward.type=reasoning_gym"], "error: rollout.reward.type: reasoning_gym scores prompts of data.reasoning_gym only"),
-    (["data.label_key=null"], "error: data.label_key: reward math compares with an answer; give --label-key KEY"),
+    (["data.label_key=null"], "error: data.label_key: reward exact_match compares with an answer; give --label-key KEY"),
     (["data.prompt_data=trian.jsonl"], "error: data.prompt_data: trian.jsonl: no such file; did you mean train.jsonl?"),
     (["data.prompt_data=trian.jsonl@[0:5]"], "error: data.prompt_data: trian.jsonl: no such file; did you mean train.jsonl?"),
     (["data.prompt_data=model/config.yaml"], "error: data.prompt_data: model/config.yaml: no such file"),
@@ -156,6 +156,12 @@ TIERS = [
     (["rollout.batch_invariant=false"], "replayed", "batch_invariant is off"),
     (["model.dtype=bfloat16"], "replayed", "float32, not bfloat16"),
     (["rollout.reward.type=remote_rm", "rollout.reward.url=http://localhost"], "replayed", "remote reward"),
+    (["rollout.reward.type=math"], "replayed", "reward math gives 0 where math-verify runs out of time"),
+    (["rollout.reward.type=boxed_math"], "replayed", "runs out of time"),
+    (["eval.interval=1", "eval.reward.type=math"], "replayed", "runs out of time"),
+    (["eval.interval=1", "eval.reward.type=boxed_remote_rm", "eval.reward.url=http://localhost"], "replayed", "remote reward"),
+    (["eval.interval=1", "eval.reward.path=own.grade"], "exact", "as far as your own eval reward function"),
+    (["eval.reward.type=math"], "exact", "same ranks and threads"),
     (["cluster.device=cuda"], "accounted", "not deterministic"),
     (["debug.rollout_only=true"], "exact", "synchronous"),
     (["debug.train_only=runs/a", "rollout.reward.type=null"], "replayed", "deterministic on cpu"),
@@ -165,7 +171,7 @@ TIERS = [
 
 @pytest.mark.parametrize(("overrides", "name", "why"), TIERS)
 def test_guarantee(overrides: list[str], name: str, why: str) -> None:
-    tier = guarantee(load_config([], ["rollout.reward.type=math", *overrides]))
+    tier = guarantee(load_config([], ["rollout.reward.type=exact_match", *overrides]))
     assert tier.name == name
     assert why in tier.why
 

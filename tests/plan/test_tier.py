@@ -10,11 +10,11 @@ from miles.config.compose import load_config
 from miles.config.schema import RunConfig
 from miles.plan.tier import facts, promise
 
-HOST = {"machine": "x86_64", "cpu": "Xeon A", "gpus": [], "versions": {"torch": "2.9.1", "numba": "0.62", "transformers": "4.57", "h5py": "3.1"}, "cpus": 8, "host": "a", "time": 1.0}
+HOST = {"machine": "x86_64", "cpu": "Xeon A", "gpus": [], "versions": {"torch": "2.9.1", "numba": "0.62", "transformers": "4.57", "h5py": "3.1", "sympy": "1.14", "reasoning-gym": "0.1"}, "cpus": 8, "host": "a", "time": 1.0}
 
 
 def configuration(*overrides: str) -> RunConfig:
-    return load_config([], ["rollout.reward.type=math", *overrides])
+    return load_config([], ["rollout.reward.type=exact_match", *overrides])
 
 
 def entry(config: RunConfig, **more: Any) -> dict[str, Any]:
@@ -33,7 +33,8 @@ def entry(config: RunConfig, **more: Any) -> dict[str, Any]:
         ([], {"machine": "aarch64", "cpu": None}, "replayed", ["machine x86_64 → aarch64"]),
         ([], {"gpus": ["H200"]}, "replayed", ["gpus none → H200"]),
         ([], {"versions": {**HOST["versions"], "torch": "2.10.0", "numba": "0.63"}}, "replayed", ["torch 2.9.1 → 2.10.0", "numba 0.62 → 0.63"]),
-        ([], {"versions": {"torch": "2.9.1", "numba": "0.62"}}, "replayed", ["transformers 4.57 → none"]),
+        ([], {"versions": {k: v for k, v in HOST["versions"].items() if k != "transformers"}}, "replayed", ["transformers 4.57 → none"]),
+        ([], {"versions": {**HOST["versions"], "reasoning-gym": "0.2", "sympy": "1.15"}}, "replayed", ["sympy 1.14 → 1.15", "reasoning-gym 0.1 → 0.2"]),
         (["train.num_gpus_per_node=2"], {}, "accounted", ["ranks 1 → 2"]),
         (["train.num_gpus_per_node=2", "cluster.threads=1"], {}, "accounted", ["ranks 1 → 2", "threads 2 → 1"]),
         (["rollout.batch_invariant=false"], {}, "replayed", ["kernels embedded, batch-invariant, float32, cpu → embedded, not batch-invariant, float32, cpu"]),
