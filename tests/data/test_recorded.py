@@ -116,7 +116,8 @@ def test_divided_anew_every_sequence_is_trained_on_once(recorded: RunDir) -> Non
 @pytest.mark.parametrize("mode", ["train_only", "rescore"])
 def test_too_few_draws_for_the_optimizer_steps_are_found_by_check(recorded: RunDir, mode: str) -> None:
     more = ["debug.reassign=true"] if mode == "train_only" else []
-    config = replay(recorded, "train.num_gpus_per_node=1", "train.num_steps_per_rollout=3", "train.global_batch_size=null", *more, mode=mode)
+    steps = ["rollout.batch_size=3", "rollout.over_sampling_batch_size=3", "train.num_steps_per_rollout=3", "train.global_batch_size=null"]
+    config = replay(recorded, "train.num_gpus_per_node=1", *steps, *more, mode=mode)
     assert refused(config) == f"{recorded.batch(2)}: its 2 prompt draws can't be divided over 3 optimizer steps; lower train.num_steps_per_rollout"
 
 

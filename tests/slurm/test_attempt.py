@@ -56,6 +56,7 @@ def has_finished_groups(run: RunDir) -> None:
 def has_sealed_a_shard(run: RunDir) -> None:
     run.batch(2).mkdir(parents=True)
     (run.batch(2) / "rollout.0.h5").write_bytes(b"rows")
+    run.journal.mkdir()
     run.journal_file(0, newest_epoch(run)).touch()
 
 
