@@ -23,6 +23,7 @@ from miles.engine.child import die_with_parent
 from miles.run.role import load_run
 
 PRIMARY = {"train": "trainer", "rollout": "worker"}
+SETTLE_SECONDS = 1.0
 GRACE_SECONDS = 10.0
 
 
@@ -161,7 +162,10 @@ def watch(roles: list[RoleProcess], primary: str, run_dir: Path, epoch: int) -> 
     while True:
         failed = [role for role in roles if role.code not in (None, OK)]
         if failed:
-            time.sleep(0.2)
+            # One failure brings others: on a busy machine the first that is seen is not always the one that began it.
+            deadline = time.monotonic() + SETTLE_SECONDS
+            while any(role.code is None for role in roles) and time.monotonic() < deadline:
+                time.sleep(0.05)
             failed = [role for role in roles if role.code not in (None, OK)]
             return first_cause([verdict(role, run_dir, epoch) for role in failed])
         primaries = [role for role in roles if role.name == primary]

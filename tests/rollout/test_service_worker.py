@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import time
 
 import httpx
@@ -140,10 +141,10 @@ def test_peers_and_values_are_waited_for(attempts) -> None:
 )
 def test_a_port_in_use_is_one_line(attempts, port: int, code: int, line: str) -> None:
     """A port that somebody chose has to be chosen anew; one that was free a moment ago is just tried again."""
-    first = attempts(f"cluster.port={port}").start("service")
-    second = attempts()
-    second.url = first.url
-    second.start("service", wait=False)
-    assert second.code("service") == code
-    assert line in second.log("service").read_text()
-    assert "Traceback" not in second.log("service").read_text()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        attempt = attempts(f"cluster.port={port}")
+        attempt.url = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        attempt.start("service", wait=False)
+        assert attempt.code("service") == code
+    assert line in attempt.log("service").read_text()
+    assert "Traceback" not in attempt.log("service").read_text()
