@@ -61,6 +61,7 @@ def run(role: Role) -> None:
     service = Coordinator(role)
     service.register()
     service.keep_alive()
+    service.publish("resumed", None)
     ranks = start_ranks(0, 1, threads=1, seed=0)
     for line in sys.stdin:
         print(json.dumps(step(int(line), role, service, ranks)), flush=True)

@@ -11,7 +11,7 @@ from miles.data.store.manifest import Assignment, Dropped, Manifest, Policy, Sha
 from miles.rollout.jobs import BatchJob, ShardReport
 
 
-def compose(batch: BatchJob, config: RunConfig, run_id: str, epoch: int, parent_checkpoint: str | None) -> Manifest:
+def compose(batch: BatchJob, config: RunConfig, run_id: str, epoch: int) -> Manifest:
     """The manifest of a complete job; shards in the order of their workers. Raises UserError when the batch can't be divided."""
     assert batch.complete, "every part is sealed"
     job = batch.job
@@ -23,7 +23,7 @@ def compose(batch: BatchJob, config: RunConfig, run_id: str, epoch: int, parent_
         step=job.step,
         kind=job.kind,
         policy=Policy(weight_version=job.weight_version, weight_checksum=job.weight_checksum),
-        parent_checkpoint=parent_checkpoint,
+        parent_checkpoint=job.parent_checkpoint,
         tokenizer_hash=reports[0].tokenizer_hash,
         sampling=sampling,
         engines=[engine for report in reports for engine in report.engines],

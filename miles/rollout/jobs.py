@@ -24,6 +24,7 @@ class Job:
     weight_version: int = 0
     weight_checksum: str = ""
     next_draw: int | None = None
+    parent_checkpoint: str | None = None  # that the attempt began from: for the record, no part of the lineage
 
     @classmethod
     def parse(cls, fields: dict[str, Any]) -> Job:

@@ -19,7 +19,7 @@ from miles.data.store.epoch import Fence, Fenced
 from miles.data.store.events import Events
 from miles.data.store.manifest import NAME as MANIFEST
 from miles.data.store.manifest import Manifest, find_batch, read_manifest, seal_manifest, set_aside
-from miles.data.store.run_dir import RunDir, newest_complete_checkpoint, step_name
+from miles.data.store.run_dir import RunDir
 from miles.rollout.compose import compose
 from miles.rollout.draws import SOURCES, first_draw, number_in_source
 from miles.rollout.jobs import BatchJob, Finished, Job, ShardReport
@@ -48,8 +48,6 @@ class RolloutService:
         self.config, self.run_dir, self.epoch, self.prompts, self.silence = config, run_dir, epoch, prompts, silence
         self.fence = Fence(run_dir, epoch)
         self.events = Events(run_dir, "service", 0, epoch)
-        complete = newest_complete_checkpoint(run_dir)
-        self.parent_checkpoint = None if complete is None else step_name(complete)
         self.jobs: dict[tuple[str, int], BatchJob] = {}
         self.sealed: dict[tuple[str, int], tuple[Job, Manifest]] = {}
         self.peers: list[dict[str, Any]] = []
@@ -202,13 +200,13 @@ class RolloutService:
         key = "sft", following
         if key in self.jobs or key in self.sealed or (self.run_dir.batch(following) / MANIFEST).exists():
             return
-        self.jobs[key] = self._begin(Job("sft", following))
+        self.jobs[key] = self._begin(Job("sft", following, parent_checkpoint=job.parent_checkpoint))
         self.changed()
 
     def _seal(self, key: tuple[str, int]) -> None:
         batch = self.jobs.pop(key)
         with self.events.phase("compose", batch.job.step, kind=batch.job.kind) as facts:
-            manifest = compose(batch, self.config, self.run_dir.run_id(), self.epoch, self.parent_checkpoint)
+            manifest = compose(batch, self.config, self.run_dir.run_id(), self.epoch)
             seal_manifest(self.run_dir.batch_of(*key), manifest, self.fence)
             facts.update(sequences=manifest.sequences, tokens=manifest.tokens)
         self.sealed = {k: v for k, v in self.sealed.items() if k[1] >= key[1] - 2}

@@ -19,7 +19,7 @@ from miles.data.store.events import Events
 from miles.data.store.manifest import Manifest, read_manifest
 from miles.data.store.metrics import Metrics, read_metrics
 from miles.data.store.retention import Bounds, retire_batches
-from miles.data.store.run_dir import RunDir
+from miles.data.store.run_dir import RunDir, step_of
 from miles.data.store.shard import open_shard
 from miles.rollout.evaluate import summarise_sequences
 from miles.rollout.imports import load_function
@@ -46,6 +46,7 @@ class Run:
         self.trained = 0
         self.next_draw = 0
         self.saved: int | None = None
+        self.parent: str | None = None  # the checkpoint that this attempt began from
         self.checksum = ""
         self.engines: list[str] = []
         self.metrics: dict[str, float] = {}
@@ -88,12 +89,15 @@ class Run:
             )
         if said:
             self.service.announce(notices=[f"{line}; the run goes on from {found.name if found else 'its start'}" for line in said])
+        if self.role.rank == 0:
+            self.service.publish("resumed", step_of(found.name) if found else None)
         folder = self.ranks.broadcast_json(str(found) if found else None)
         if folder is None:
             if self.role.rank == 0:
                 self.told.cut_back(-1)
             self.begin()
             return
+        self.parent = Path(folder).name
         progress = self.trainer.load(Path(folder))
         self.trained, self.next_draw, self.checksum = progress["trained"], progress["next_draw"], progress["checksum"]
         self.saved = self.trained
@@ -165,7 +169,7 @@ class Run:
         """What is asked of the service: this kind of batch, by these weights."""
         return {
             "kind": kind, "step": number, "weight_version": self.version, "weight_checksum": "" if kind == "sft" else self.checksum,
-            "next_draw": self.next_draw,
+            "next_draw": self.next_draw, "parent_checkpoint": self.parent,
         }  # fmt: skip
 
     def train(self, step: Step, folder: Path) -> None:
@@ -248,7 +252,7 @@ class Run:
             self.trainer.save(self.folder.checkpoints, self.trained, progress, self.fence)
             self.saved = self.trained
             if self.role.rank == 0:
-                retire_batches(self.fence, retention(self.config.checkpoint))
+                retire_batches(self.fence, retention(self.config.checkpoint), self.trained)
 
     def finish(self) -> None:
         """Export the final weights and let the others go."""

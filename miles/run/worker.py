@@ -52,9 +52,9 @@ def work(role: Role) -> None:
     service.register(pid=os.getpid(), host=socket.gethostname())
     service.keep_alive()
     Scorer.check(config)
-    if role.rank == 0:
-        _tidy_journals(run_dir, role)
     tokenizer = Tokenizer(service.lookup("model"))
+    if role.rank == 0:
+        _tidy_journals(run_dir, role, service.lookup("resumed"))
 
     async def find() -> list[EngineClient]:
         count = config.rollout.num_gpus // config.rollout.num_gpus_per_engine
@@ -70,9 +70,9 @@ def work(role: Role) -> None:
     asyncio.run(body())
 
 
-def _tidy_journals(run_dir: RunDir, role: Role) -> None:
+def _tidy_journals(run_dir: RunDir, role: Role, resumed: int | None) -> None:
     try:
-        retire_journals(Fence(run_dir, role.epoch))
+        retire_journals(Fence(run_dir, role.epoch), resumed)
     except Damaged as error:
         print(f"worker: old journals are kept: {error}", flush=True)
 

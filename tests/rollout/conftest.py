@@ -92,6 +92,7 @@ class Attempt:
             self.wait_for(lambda: self.alive("service") is False or self.healthy(), 60)
             if self.healthy():
                 self.post("/value", key="model", value=str(self.model))
+                self.post("/value", key="resumed", value=None)
         return self
 
     def healthy(self) -> bool:

@@ -35,10 +35,13 @@ def test_groups_in_the_journal_are_not_generated_again(attempts, tmp_path: Path,
     first.kill(*killed)
     first.kill()
     gate.touch()
+    first.run.checkpoint(5).mkdir(parents=True)
+    (first.run.checkpoint(5) / "COMPLETE").touch()  # damaged: the trainer passes over it, and the journal is as it was
     second = attempts(environment=environment).start()
     folder = second.batch("rollout", 3, weight_version=2, weight_checksum="aa", next_draw=0)
     count = collections.Counter(calls.read_text().split())
     assert {f"{draw}.{sample}" for draw in (0, 1) for sample in range(4)} <= {name for name, times in count.items() if times == 1}
+    assert read_manifest(folder).parent_checkpoint is None
     rows = tokens_of(folder)
     assert [(draw, sample) for draw, sample, _, _ in rows] == [(draw, sample) for draw in range(4) for sample in range(4)]
     # Other weights: nothing in the journal counts.

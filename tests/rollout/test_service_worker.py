@@ -17,12 +17,13 @@ from miles.data.store.shard import open_shard
 def test_warm_start_batches_hold_what_is_to_be_learnt(attempts) -> None:
     attempt = attempts().start()
     eos = json.loads((attempt.model / "config.json").read_text())["eos_token_id"]
-    folders = [attempt.batch("sft", step) for step in (1, 2)]
+    folders = [attempt.batch("sft", step, parent_checkpoint="step_000000") for step in (1, 2)]
     prompts = []
     for step, folder in enumerate(folders, 1):
         manifest = read_manifest(folder)
         assert (manifest.kind, manifest.step, manifest.epoch, manifest.sequences) == ("sft", step, attempt.epoch, 16)
         assert manifest.policy.weight_checksum == ""
+        assert manifest.parent_checkpoint == "step_000000"
         assert manifest.draws == sorted(manifest.draws)
         assert len(set(manifest.draws)) == 16
         assert sum(b - a for steps in manifest.assignment for rank in steps for micro in rank for _, a, b in micro) == 16

@@ -15,7 +15,7 @@ from miles.config.exits import UserError
 from miles.data.store.epoch import Fence
 from miles.data.store.journal import Group, journal_paths, read_journal
 from miles.data.store.manifest import NAME, read_manifest
-from miles.data.store.run_dir import newest_complete_checkpoint, steps_in
+from miles.data.store.run_dir import steps_in
 
 log = logging.getLogger(__name__)
 
@@ -90,11 +90,13 @@ class Record:
         self.folders = []
 
 
-def retire_batches(fence: Fence, bounds: Bounds, now: float | None = None) -> list[Path]:
-    """Delete what the newest COMPLETE checkpoint has made superfluous; returns the paths deleted, in order.
+def retire_batches(fence: Fence, bounds: Bounds, newest: int, now: float | None = None) -> list[Path]:
+    """Delete what a checkpoint has made superfluous; returns the paths deleted, in order.
+
+    newest: step of the newest checkpoint that is known to be good. A later one may be COMPLETE and damaged: its mark says nothing of that.
 
     Never touched: batches newer than that checkpoint (a resume trains on them again), and evaluations from it on (a resume may ask
-    for them). The newest batch keeps all but its routes. Without a COMPLETE checkpoint nothing is deleted.
+    for them). The newest batch keeps all but its routes.
 
     1. Routes of everything else, unless bounds.bytes gives them room.
     2. What is older than bounds.seconds; then batches beyond the newest bounds.count, with what was set aside at steps before those.
@@ -103,9 +105,6 @@ def retire_batches(fence: Fence, bounds: Bounds, now: float | None = None) -> li
     now: unix seconds, default the present. Raises Fenced when a newer attempt exists.
     """
     fence.check()
-    newest = newest_complete_checkpoint(fence.run_dir)
-    if newest is None:
-        return []
     everything = list(_records(fence, newest))
     free = [record for record in everything if record.free]
     if bounds.bytes is None:
@@ -160,20 +159,19 @@ def _fit(everything: list[Record], most: int, newest: int) -> None:
             total -= sizes[id(record)]
     if total > most:
         log.warning(
-            "recorded batches take %d bytes, over checkpoint.retain_batches_bytes %d, and what is left is newer than the newest complete checkpoint "
+            "recorded batches take %d bytes, over checkpoint.retain_batches_bytes %d, and what is left is newer than the newest good checkpoint "
             "(step %d) or the newest batch: save more often, or raise the bound", total, most, newest,
         )  # fmt: skip
 
 
-def retire_journals(fence: Fence) -> list[Path]:
+def retire_journals(fence: Fence, newest: int | None) -> list[Path]:
     """Delete journals of attempts before this one whose every group is done with; returns the paths deleted.
 
-    A group is done with when its draw lies in a batch sealed up to the newest COMPLETE checkpoint, or retention took the batch of its
-    step since. The present attempt's journals are shortened by their writers (Journal.compact).
+    newest: step of the checkpoint that the run goes on from; None when it begins, and nothing is deleted. A group is done with when its
+    draw lies in a batch sealed up to that step, or retention took the batch of its step since. The present attempt's journals are shortened by their writers (Journal.compact).
     """
     fence.check()
     run_dir = fence.run_dir
-    newest = newest_complete_checkpoint(run_dir)
     if newest is None:
         return []
     done: dict[str, set[int]] = {"rollout": set(), "sft": set(), "eval": set()}

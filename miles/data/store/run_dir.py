@@ -139,12 +139,18 @@ def step_name(step: int) -> str:
     return f"step_{step:06d}"
 
 
+def step_of(name: str) -> int | None:
+    """12 of step_000012; None for a set-aside or foreign name."""
+    match = STEP.fullmatch(name)
+    return None if match is None else int(match[1])
+
+
 def steps_in(folder: Path) -> list[int]:
     """Steps that have a folder here, ascending; set-aside and foreign names are passed over."""
     if not folder.is_dir():
         return []
-    found = (STEP.fullmatch(entry.name) for entry in folder.iterdir() if entry.is_dir())
-    return sorted(int(match.group(1)) for match in found if match)
+    found = (step_of(entry.name) for entry in folder.iterdir() if entry.is_dir())
+    return sorted(step for step in found if step is not None)
 
 
 def newest_complete_checkpoint(run_dir: RunDir) -> int | None:

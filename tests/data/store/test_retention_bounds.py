@@ -59,7 +59,7 @@ def histories(draw):
         "batches": [(step, draw(sizes), draw(maybe), draw(maybe), ages[step - 1]) for step in range(1, steps + 1)],
         "evals": [(step, draw(sizes), draw(maybe), ages[step - 1]) for step in sorted(draw(st.sets(st.integers(1, steps))))],
         "asides": [(step, draw(sizes), draw(maybe), ages[step - 1]) for step in sorted(draw(st.sets(st.integers(1, steps))))],
-        "newest": draw(st.none() | st.integers(1, steps)),
+        "newest": draw(st.integers(1, steps)),
     }
 
 
@@ -72,9 +72,6 @@ def make(run_dir, history):
         put(run_dir.eval(step), step, "eval", size, routes, age)
     for step, size, routes, age in history["asides"]:
         put(run_dir.batches / f"step_{step:06d}.aside.1", step, "rollout", size, routes, age)
-    if history["newest"] is not None:
-        run_dir.checkpoint(history["newest"]).mkdir(parents=True)
-        (run_dir.checkpoint(history["newest"]) / "COMPLETE").touch()
 
 
 BOUNDS = st.builds(Bounds, st.none() | st.integers(1, 9), st.none() | st.integers(0, 10 * DAY), st.none() | st.integers(1, 60_000))
@@ -87,14 +84,12 @@ def test_what_stays_is_what_the_rules_say(tmp_path, history, bounds):
     run_dir = RunDir(tmp_path / "run")
     make(run_dir, history)
     before, had = whole(run_dir), total(run_dir)
-    deleted = retire_batches(owner(run_dir), bounds, now=NOW)
-    after, newest = whole(run_dir), history["newest"]
+    newest = history["newest"]
+    deleted = retire_batches(owner(run_dir), bounds, newest, now=NOW)
+    after = whole(run_dir)
     assert steps_in(run_dir.batches) == steps_in(run_dir.train_records), "a batch and its train record go together"
     assert all(not path.exists() for path in deleted)
     assert set(after) <= set(before)
-    if newest is None:
-        assert (after, deleted) == (before, [])
-        return
 
     last = len(history["batches"])
     ages = {step: age for step, *_, age in history["batches"]}  # evaluations and set-aside batches were given their step's age
@@ -129,7 +124,7 @@ def test_what_stays_is_what_the_rules_say(tmp_path, history, bounds):
         assert {key[1] for key in stripped} == {key[1] for key in candidates[: len(stripped)]}, "routes of the oldest go first"
     if not gone and not stripped:
         assert total(run_dir) == had
-    assert retire_batches(owner(run_dir), bounds, now=NOW) == [], "nothing more goes when nothing has changed"
+    assert retire_batches(owner(run_dir), bounds, newest, now=NOW) == [], "nothing more goes when nothing has changed"
 
 
 def test_no_more_goes_than_the_bytes_ask_for(run_dir):
@@ -137,7 +132,7 @@ def test_no_more_goes_than_the_bytes_ask_for(run_dir):
 
     def fresh():
         shutil.rmtree(run_dir.path, ignore_errors=True)
-        make(run_dir, {"batches": [(step, 1000, 4000, 500, 0) for step in (1, 2, 3)], "evals": [], "asides": [(2, 700, 0, 0)], "newest": 3})
+        make(run_dir, {"batches": [(step, 1000, 4000, 500, 0) for step in (1, 2, 3)], "evals": [], "asides": [(2, 700, 0, 0)]})
         return total(run_dir)
 
     everything = fresh()
@@ -155,21 +150,21 @@ def test_no_more_goes_than_the_bytes_ask_for(run_dir):
     ]
     for less, left, with_routes, aside in steps:
         fresh()
-        retire_batches(owner(run_dir), Bounds(bytes=everything - less))
+        retire_batches(owner(run_dir), Bounds(bytes=everything - less), 3)
         assert (steps_in(run_dir.batches), sum(whole(run_dir).values()), (run_dir.batches / "step_000002.aside.1").exists()) == (left, with_routes, aside), less
 
 
 def test_what_had_been_set_aside_is_not_deleted_silently(run_dir, caplog):
-    make(run_dir, {"batches": [(1, 9, 0, 0, 0), (2, 9, 0, 0, 0)], "evals": [], "asides": [(1, 9, 0, 0)], "newest": 2})
+    make(run_dir, {"batches": [(1, 9, 0, 0, 0), (2, 9, 0, 0, 0)], "evals": [], "asides": [(1, 9, 0, 0)]})
     with caplog.at_level(logging.WARNING):
-        retire_batches(owner(run_dir), Bounds(count=1))
+        retire_batches(owner(run_dir), Bounds(count=1), 2)
     assert "step_000001.aside.1, which had been set aside, is deleted by retention" in caplog.text
 
 
 def test_a_bound_that_cannot_be_met_is_said(run_dir, caplog):
-    make(run_dir, {"batches": [(1, 900, 0, 0, 0), (2, 900, 0, 0, 0), (3, 900, 0, 0, 0)], "evals": [], "asides": [], "newest": 1})
+    make(run_dir, {"batches": [(1, 900, 0, 0, 0), (2, 900, 0, 0, 0), (3, 900, 0, 0, 0)], "evals": [], "asides": []})
     with caplog.at_level(logging.WARNING):
-        retire_batches(owner(run_dir), Bounds(bytes=1000))
+        retire_batches(owner(run_dir), Bounds(bytes=1000), 1)
     assert steps_in(run_dir.batches) == [2, 3]
     assert "over checkpoint.retain_batches_bytes 1000" in caplog.text
     assert "save more often, or raise the bound" in caplog.text
@@ -182,33 +177,31 @@ def test_a_batch_whose_routes_are_gone_is_whole(run_dir, make_sample):
     files = [write_shard(folder / "rollout.0.h5", samples), write_routes(folder / "routes.0.h5", samples)]
     entries = [ShardEntry(name=file.name, bytes=file.bytes, xxh3=file.xxh3, sequences=1, tokens=5) for file in files]
     seal_manifest(folder, Manifest(run_id="r", epoch=1, step=1, kind="rollout", policy=Policy(weight_version=0, weight_checksum=""), shards=entries[:1], routes=entries[1:]))
-    run_dir.checkpoint(1).mkdir(parents=True)
-    (run_dir.checkpoint(1) / "COMPLETE").touch()
     size = total(run_dir)
-    assert retire_batches(owner(run_dir), Bounds(bytes=size)) == [], "it fits"
-    assert retire_batches(owner(run_dir), Bounds(bytes=size - 1)) == [folder / "routes.0.h5"]
+    assert retire_batches(owner(run_dir), Bounds(bytes=size), 1) == [], "it fits"
+    assert retire_batches(owner(run_dir), Bounds(bytes=size - 1), 1) == [folder / "routes.0.h5"]
     verify_files(folder, read_manifest(folder))
 
 
 def test_an_old_attempt_deletes_nothing(run_dir):
     old = Fence(run_dir, new_epoch(run_dir))
-    make(run_dir, {"batches": [(1, 9, 9, 0, 0), (2, 9, 9, 0, 0)], "evals": [], "asides": [], "newest": 2})
+    make(run_dir, {"batches": [(1, 9, 9, 0, 0), (2, 9, 9, 0, 0)], "evals": [], "asides": []})
     new_epoch(run_dir)
     with pytest.raises(Fenced):
-        retire_batches(old, Bounds(count=1, seconds=0, bytes=1), NOW)
+        retire_batches(old, Bounds(count=1, seconds=0, bytes=1), 2, NOW)
     assert total(run_dir) > 36
 
 
 def test_journals_of_batches_that_retention_took_go_too(run_dir, make_sample):
     """Else a journal of an early attempt would stay for good: no manifest could say any more that its draws are done."""
-    make(run_dir, {"batches": [(step, 9, 0, 0, 0) for step in (1, 2, 3, 4)], "evals": [(2, 9, 0, 0)], "asides": [], "newest": 3})
+    make(run_dir, {"batches": [(step, 9, 0, 0, 0) for step in (1, 2, 3, 4)], "evals": [(2, 9, 0, 0)], "asides": []})
     for worker, groups in (("past", [("rollout", 1), ("rollout", 2)]), ("evaluated", [("eval", 2)]), ("evaluating", [("eval", 3)]), ("ahead", [("rollout", 2), ("rollout", 5)])):
         with Journal(run_dir.journal_file(worker, 1)) as journal:
             for kind, step in groups:
                 journal.append([make_sample(step + 100, 0)], {"kind": kind, "step": step})
-    assert retire_journals(owner(run_dir, 2)) == [], "their draws lie in no batch, and the batches are there to say so"
-    retire_batches(owner(run_dir), Bounds(bytes=1))
+    assert retire_journals(owner(run_dir, 2), 3) == [], "their draws lie in no batch, and the batches are there to say so"
+    retire_batches(owner(run_dir), Bounds(bytes=1), 3)
     assert steps_in(run_dir.batches) == [4]
     assert steps_in(run_dir.evals) == []
-    assert [path.name for path in retire_journals(owner(run_dir, 2))] == ["evaluated.1.log", "past.1.log"]
+    assert [path.name for path in retire_journals(owner(run_dir, 2), 3)] == ["evaluated.1.log", "past.1.log"]
     assert sorted(path.name for path in run_dir.journal.iterdir()) == ["ahead.1.log", "evaluating.1.log"], "evaluation 3 may be asked for again"
