@@ -13,12 +13,14 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import quote, unquote
 
 from miles.config.exits import AGAIN, TryAgain
 from miles.data.store.files import make_folder, sync_folder
 from miles.data.store.run_dir import RunDir
 
 STAGING = "staging"
+MOVING = "moving."  # before the quoted path, in the run directory, of what is on its way there
 
 
 class Fenced(TryAgain):
@@ -107,6 +109,17 @@ class Fence:
         sync_folder(folder.parent)
         shutil.rmtree(older, ignore_errors=True)  # what is left goes with the staging folder
 
+    def move(self, path: Path, target: Path) -> None:
+        """Rename something in the run directory, by way of staging: an attempt that takes the folder in between completes the move.
+
+        Raises Fenced when a newer attempt exists.
+        """
+        place = self.staging / (MOVING + quote(str(target.relative_to(self.run_dir.path)), safe=""))
+        with self.staged():
+            os.rename(path, place)
+            os.rename(place, target)
+        sync_folder(target.parent)
+
     def discard(self, path: Path) -> None:
         """Delete a file or folder by way of staging: a kill never leaves half of it under its name. Raises Fenced when a newer attempt exists."""
         with self.staged():
@@ -126,4 +139,9 @@ def _take_staging(run_dir: RunDir, epoch: int) -> None:
         with contextlib.suppress(FileNotFoundError):  # taken already by an attempt between that one and ours
             os.rename(attempt / STAGING, taken)
     for taken in run_dir.attempts.glob(f"*/{STAGING}.taken.*"):
+        for place in taken.glob(f"{MOVING}*"):
+            target = run_dir.path / unquote(place.name.removeprefix(MOVING))
+            with contextlib.suppress(FileNotFoundError):  # moved by another attempt
+                os.rename(place, target)
+            sync_folder(target.parent)
         shutil.rmtree(taken, ignore_errors=True)  # an old process may still write into it; the next attempt sweeps again

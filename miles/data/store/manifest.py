@@ -117,19 +117,10 @@ def verify_files(folder: Path, manifest: Manifest) -> None:
             verify(folder / routes.name, routes.bytes, routes.xxh3)
 
 
-def find_batch(
-    run_dir: RunDir,
-    step: int,
-    kind: Kind,
-    weight_checksum: str | None,
-    *,
-    parent_checkpoint: str | None = None,
-    fence: Fence | None = None,
-) -> Manifest | None:
+def find_batch(run_dir: RunDir, step: int, kind: Kind, weight_checksum: str | None, *, fence: Fence | None = None) -> Manifest | None:
     """The sealed batch of this step to train on again, or None when there is none (then it is generated).
 
-    A batch counts only if it descends from the weights we have: same weight_checksum (and same parent_checkpoint, if one is
-    given), same kind, files undamaged. Otherwise its folder is set aside as step_000012.aside.<epoch that sealed it>, never
+    A batch counts only if it descends from the weights we have: same weight_checksum, same kind, files undamaged. Otherwise its folder is set aside as step_000012.aside.<epoch that sealed it>, never
     deleted, and a warning says so. weight_checksum None accepts any weights (replay with other ones).
     """
     folder = run_dir.batch_of(kind, step)
@@ -137,7 +128,7 @@ def find_batch(
         return None
     try:
         manifest = read_manifest(folder)
-        why = _mismatch(manifest, step, kind, weight_checksum, parent_checkpoint)
+        why = _mismatch(manifest, step, kind, weight_checksum)
         if why is None:
             verify_files(folder, manifest)
             return manifest
@@ -150,23 +141,22 @@ def find_batch(
 
 
 def set_aside(folder: Path, epoch: str, fence: Fence | None = None) -> Path:
-    """Rename a batch's folder to <folder>.aside.<epoch>[.n]; returns the new path."""
-    if fence is not None:
-        fence.check()
+    """Rename a batch's folder to <folder>.aside.<epoch>[.n]; returns the new path. With a fence: Fenced when a newer attempt exists."""
     aside, count = folder.with_name(f"{folder.name}.aside.{epoch}"), 1
     while aside.exists():
         count += 1
         aside = folder.with_name(f"{folder.name}.aside.{epoch}.{count}")
-    folder.rename(aside)
-    sync_folder(folder.parent)
+    if fence is not None:
+        fence.move(folder, aside)
+    else:
+        folder.rename(aside)
+        sync_folder(folder.parent)
     return aside
 
 
-def _mismatch(manifest: Manifest, step: int, kind: Kind, weight_checksum: str | None, parent_checkpoint: str | None) -> str | None:
+def _mismatch(manifest: Manifest, step: int, kind: Kind, weight_checksum: str | None) -> str | None:
     if manifest.step != step or manifest.kind != kind:
         return f"it is the {manifest.kind} batch of step {manifest.step}"
     if weight_checksum is not None and manifest.policy.weight_checksum != weight_checksum:
         return f"it was made by weights {manifest.policy.weight_checksum}, not by the present {weight_checksum}"
-    if parent_checkpoint is not None and manifest.parent_checkpoint != parent_checkpoint:
-        return f"it descends from checkpoint {manifest.parent_checkpoint}, not from {parent_checkpoint}"
     return None

@@ -61,7 +61,6 @@ def test_round_trip_and_what_the_file_says(run_dir, make_batch):
 def test_found_again_with_its_lineage(run_dir, make_batch):
     manifest = make_batch()
     assert find_batch(run_dir, 12, "rollout", "abc") == manifest
-    assert find_batch(run_dir, 12, "rollout", "abc", parent_checkpoint="step_000010") == manifest
     assert find_batch(run_dir, 12, "rollout", None) == manifest
     assert find_batch(run_dir, 13, "rollout", "abc") is None
     evaluation = make_batch(kind="eval")
@@ -69,17 +68,13 @@ def test_found_again_with_its_lineage(run_dir, make_batch):
 
 
 @pytest.mark.parametrize(
-    ("kind", "checksum", "parent", "why"),
-    [
-        ("rollout", "xyz", None, "made by weights abc, not by the present xyz"),
-        ("sft", "abc", None, "the rollout batch of step 12"),
-        ("rollout", "abc", "step_000011", "descends from checkpoint step_000010, not from step_000011"),
-    ],
+    ("kind", "checksum", "why"),
+    [("rollout", "xyz", "made by weights abc, not by the present xyz"), ("sft", "abc", "the rollout batch of step 12")],
 )
-def test_another_lineage_is_set_aside_and_said(run_dir, make_batch, caplog, kind, checksum, parent, why):
+def test_another_lineage_is_set_aside_and_said(run_dir, make_batch, caplog, kind, checksum, why):
     make_batch()
     with caplog.at_level(logging.WARNING):
-        assert find_batch(run_dir, 12, kind, checksum, parent_checkpoint=parent) is None
+        assert find_batch(run_dir, 12, kind, checksum) is None
     assert why in caplog.text
     assert "step_000012.aside.3" in caplog.text
     assert not run_dir.batch(12).exists()

@@ -1,11 +1,13 @@
 """An attempt that is stopped right after a look at the fence, and goes on when a newer one has begun: it changes nothing any more."""
 
 import contextlib
+import os
 
 import pytest
 
 from miles.data.store.epoch import Fence, Fenced, new_epoch, point_latest
 from miles.data.store.files import seal_bytes, seal_json
+from miles.data.store.manifest import set_aside
 from miles.data.store.metrics import Metrics, read_metrics
 from miles.data.store.run_dir import record_attempt
 
@@ -67,6 +69,7 @@ ACTIONS = {
     "a sealed file": lambda run_dir, fence: seal_json(run_dir.path / "sealed", {"epoch": "older"}, fence),
     "a folder": replaced,
     "a deletion": lambda run_dir, fence: fence.discard(run_dir.path / "folder"),
+    "a batch set aside": lambda run_dir, fence: set_aside(run_dir.path / "folder", "1", fence),
     "the link latest": lambda run_dir, fence: point_latest(run_dir, fence),
     "provenance": lambda run_dir, fence: record_attempt(run_dir, fence.epoch, fence),
 }
@@ -90,6 +93,32 @@ def test_stopped_after_any_look(tmp_path, run_dir, action, exists):
         assert tree(fresh) == fence.after, f"stopped after look {at}"
         assert not [found for found in read_metrics(fresh.metrics) if found["step"] == 2]
     assert 1 < at < 19, "stopped at least once"
+
+
+@pytest.mark.parametrize("newer_begins", [False, True])
+def test_what_is_being_set_aside_is_never_lost(run_dir, monkeypatch, newer_begins):
+    """The process dies between the two renames, or a newer attempt begins there: that attempt finds the folder under its new name."""
+    fence, rename = Fence(run_dir, new_epoch(run_dir)), os.rename
+    for step in (1, 2):
+        seal_bytes(run_dir.batch(step) / "content", b"before")
+
+    def stopped(path, target):
+        rename(path, target)
+        if str(path).endswith("step_000002"):
+            if not newer_begins:
+                raise KeyboardInterrupt
+            new_epoch(run_dir)
+
+    set_aside(run_dir.batch(1), "1", fence)
+    with monkeypatch.context() as patch:
+        patch.setattr("os.rename", stopped)
+        with pytest.raises(Fenced if newer_begins else KeyboardInterrupt):
+            set_aside(run_dir.batch(2), "1", fence)
+    if not newer_begins:
+        new_epoch(run_dir)
+    assert sorted(folder.name for folder in run_dir.batches.iterdir()) == ["step_000001.aside.1", "step_000002.aside.1"]
+    assert {path.read_bytes() for path in run_dir.batches.glob("*/content")} == {b"before"}
+    assert not list(run_dir.attempts.glob("*/staging*/*"))
 
 
 def test_discarded_and_replaced_folders(run_dir):
