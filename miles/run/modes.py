@@ -5,6 +5,7 @@ Every batch is on disk before it is trained on, so each mode is the same run wit
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from pathlib import Path
@@ -121,6 +122,7 @@ class Rescore(Replay):
         self.begin()
         self.sync()
         if self.role.rank == 0:
+            self.told.cut_back(math.inf)  # this attempt's copy: an older one goes on with a file that has no name any more
             print(f"trainer: scoring with weights {self.checksum}", flush=True)
 
     def steps(self) -> list[Step]:

@@ -50,7 +50,6 @@ class Run:
         self.checksum = ""
         self.engines: list[str] = []
         self.metrics: dict[str, float] = {}
-        self.seconds: dict[str, float] = {}
 
     @classmethod
     def start(cls, role: Role) -> Run:
@@ -115,9 +114,9 @@ class Run:
         self.ranks.barrier()
         self.trainer.load_weights(Path(named))
 
-    def phase(self, name: str, number: int | None = None) -> AbstractContextManager[dict[str, Any]]:
+    def phase(self, name: str, number: int) -> AbstractContextManager[dict[str, Any]]:
         """Time a phase of a step for the timeline."""
-        return self.events.phase(name, self.trained + 1 if number is None else number)
+        return self.events.phase(name, number)
 
     # --- the verbs of the loop -----------------------------------------------------------------------------------------------
 
@@ -150,7 +149,7 @@ class Run:
     def batch(self, step: Step) -> Path:
         """Folder of the sealed batch of a step; raises StopRequested on every rank together."""
         answer: str | None = None
-        with self.phase("wait"):
+        with self.phase("wait", step.number):
             if self.role.rank == 0:
                 try:
                     answer = str(self.ask(step))
@@ -179,7 +178,7 @@ class Run:
             self.service.announce(phase="train", kind=step.kind, step=step.number, total_steps=self.config.total_steps)
         self.trainer.start_phase(step.kind)
         manifest = self.manifest(folder)
-        with self.phase("train") as facts, self.profiled(step):
+        with self.phase("train", step.number) as facts, self.profiled(step):
             batch = self.trainer.open_batch(manifest, folder)
             found = [self.trainer.train_step(batch, index) for index in range(batch.steps)]
             self.metrics = {name: combine(name, [values[name] for values in found]) for name in found[0]} | batch.metrics()

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import whole_runs as runs
 
+from miles.data.store.events import read_events
 from miles.data.store.manifest import read_manifest
 from miles.data.store.run_dir import RunDir
 from miles.data.store.shard import open_shard
@@ -59,6 +60,8 @@ def test_scoring_again_has_the_recorded_bits(undisturbed: Path, tmp_path: Path) 
 
     four, seven = runs.metrics(scored)
     assert (four["step"], seven["step"]) == (4, 7)
+    waits = [event["step"] for event in read_events(RunDir(scored)) if event["phase"] == "wait"]
+    assert sorted(waits) == [4, 4, 7, 7], "of each rank"
     assert seven["train/train_rollout_logprob_abs_diff"] == 0.0
     folder = RunDir(undisturbed).batch(4)
     k3 = []

@@ -59,8 +59,8 @@ class Metrics:
         assert self._handle is not None, "taken"
         _append(self._handle, record)
 
-    def cut_back(self, step: int) -> int:
-        """Drop the lines after this step (evaluations too) and torn ones, atomically; returns how many lines went."""
+    def cut_back(self, step: float) -> int:
+        """Drop the lines after this step (evaluations too; math.inf keeps all) and torn ones, atomically; returns how many lines went."""
         if not self.path.exists():
             return 0
         lines = [line for line in self.path.read_bytes().split(b"\n") if line]
