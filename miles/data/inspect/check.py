@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from miles.data.store.hdf5 import verify_own
 from miles.data.store.journal import is_journal, journal_paths, last_good_end, next_record
 from miles.data.store.manifest import NAME, read_manifest
 from miles.data.store.retention import ASIDE
-from miles.data.store.run_dir import COMPLETE, RunDir, newest_complete_checkpoint, steps_in
+from miles.data.store.run_dir import COMPLETE, RunDir, newest_complete_checkpoint, read_run_yaml, steps_in
 
 
 @dataclass(frozen=True)
@@ -74,9 +75,16 @@ def _run(run: RunDir) -> Iterator[Verdict]:
 def _accounts(run: RunDir) -> Iterator[Verdict]:
     """No draw is lost and none is used twice: the rollouts that were trained on take up one another's draws without a gap.
 
-    Up to the newest complete checkpoint; what lies beyond may be of an earlier attempt, and is judged when it is asked for.
+    Up to the newest complete checkpoint; what lies beyond may be of an earlier attempt, and is judged when it is asked for. Of rollouts
+    alone all are judged: they are the progress.
     """
-    newest = newest_complete_checkpoint(run)
+    newest: float | None = newest_complete_checkpoint(run)
+    try:
+        if run.run_yaml.exists() and read_run_yaml(run).get("debug", {}).get("rollout_only"):
+            newest = math.inf
+    except Damaged as error:
+        yield Verdict(run.run_yaml, False, str(error))
+    unjudged = 0
     before: tuple[int, int] | None = None  # step, first draw not handed out yet
     for step in steps_in(run.batches):
         try:
@@ -84,7 +92,10 @@ def _accounts(run: RunDir) -> Iterator[Verdict]:
         except (Damaged, FileNotFoundError):
             before = None  # said already
             continue
-        if newest is None or step > newest or manifest.kind != "rollout":
+        if manifest.kind != "rollout":
+            continue
+        if newest is None or step > newest:
+            unjudged += 1
             continue
         taken = sorted([*manifest.draws, *(each.draw for each in manifest.dropped)])
         first = before[1] if before is not None and before[0] == step - 1 else taken[0] if taken else manifest.next_draw
@@ -94,6 +105,8 @@ def _accounts(run: RunDir) -> Iterator[Verdict]:
             wrong = [f"{words} {ranges(draws)}" for words, draws in (("used twice: draws", twice), ("lost: draws", lost)) if draws]
             yield Verdict(run.batch(step) / NAME, False, f"{run.batch(step) / NAME}: {'; '.join(wrong) or f'draws up to {taken[-1]}, and the next is {manifest.next_draw}'}")
         before = step, manifest.next_draw
+    if newest is None and unjudged:
+        yield Verdict(run.batches, True, f"draws of {unjudged} batch{'es' if unjudged > 1 else ''} not judged: no checkpoint is complete")
 
 
 def _verdict(path: Path, look: Callable[[], object], aside: bool = False) -> Verdict:

@@ -205,7 +205,8 @@ def test_a_listing_without_its_own_checksum_is_read(files):
         ([([0, 1], [], 2), None, ([7, 8], [], 9)], None),  # retention took the one between
     ],
 )
-def test_every_draw_is_accounted_for(tmp_path, batches, wrong):
+@pytest.mark.parametrize("rollouts_alone", [False, True])
+def test_every_draw_is_accounted_for(tmp_path, batches, wrong, rollouts_alone):
     run = RunDir(tmp_path / "run")
     run.attempts.mkdir(parents=True)
     for step, batch in enumerate(batches, 1):
@@ -214,9 +215,16 @@ def test_every_draw_is_accounted_for(tmp_path, batches, wrong):
             policy = Policy(weight_version=step, weight_checksum="a")
             fates = [Dropped(draw=draw, why="equal rewards") for draw in dropped]
             seal_manifest(run.batch(step), Manifest(run_id="r", epoch=1, step=step, kind="rollout", policy=policy, shards=[], draws=draws, dropped=fates, next_draw=following))
-    assert all(verdict.good for verdict in check(run.path)), "nothing has been trained on for good"
-    run.checkpoint(len(batches)).mkdir(parents=True)
-    seal_listing(run.checkpoint(len(batches)) / "COMPLETE", {"schema": "miles.checkpoint/1", "files": []})
+    run.run_yaml.write_text("debug: {}")
+    found = list(check(run.path))
+    assert all(verdict.good for verdict in found), "nothing has been trained on for good"
+    assert re.fullmatch(r"draws of \d batch(es)? not judged: no checkpoint is complete", found[-1].message)
+    if rollouts_alone:
+        run.run_yaml.write_text("debug: {rollout_only: true}")
+    else:
+        run.checkpoint(len(batches)).mkdir(parents=True)
+        seal_listing(run.checkpoint(len(batches)) / "COMPLETE", {"schema": "miles.checkpoint/1", "files": []})
+    assert not any("not judged" in verdict.message for verdict in check(run.path))
     bad = [verdict.message for verdict in check(run.path) if not verdict.good]
     if wrong is None:
         assert bad == []
