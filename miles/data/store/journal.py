@@ -1,7 +1,7 @@
 """The journal: finished groups as they finish, in a growing file of which any prefix is valid.
 
 Record: u32 length and u64 xxh3_64 of the payload, both little-endian, then the payload: msgpack of
-{schema, context, group: [sample]}, arrays as {dtype, shape, raw little-endian bytes}. Nothing in it is executed on reading:
+{schema, context, group: [sample]}, arrays as [dtype, shape, raw little-endian bytes]. Nothing in it is executed on reading:
 msgpack without hooks, and dtypes from a short list.
 """
 
@@ -93,16 +93,21 @@ class Journal:
         """Rewrite the journal with the groups worth keeping (those not in a sealed batch yet), atomically.
 
         Without it a journal of routes grows by tens of gigabytes a step. Returns {position before: position now} of those kept.
+        Damaged, and the file stays as it was, when a record no longer has its checksum: what stands after it would go with it.
         """
         moved: dict[int, int] = {}
 
         def write(temporary: Path) -> None:
+            end = 0
             with open(temporary, "xb") as file:
                 for position, payload in _payloads(self.path):
                     if keep(*decode_group(payload, self.path)):
                         moved[position] = file.tell()
                         file.write(HEADER.pack(len(payload), xxhash.xxh3_64_intdigest(payload)))
                         file.write(payload)
+                    end = position + HEADER.size + len(payload)
+            if end != self._end:
+                raise Damaged(f"{self.path}: the record at byte {end} doesn't have its checksum; run it again: the groups from there on are made anew")
 
         seal(self.path, write, self.fence)
         os.close(self._handle)

@@ -144,6 +144,21 @@ def test_compact_keeps_what_is_asked_and_goes_on(tmp_path, make_sample):
     assert [each.name for each in tmp_path.iterdir()] == ["w.1.log"]
 
 
+def test_a_damaged_journal_is_not_compacted(tmp_path, make_sample):
+    """What stands after the bad record is good, and would be gone."""
+    path = tmp_path / "w.1.log"
+    with Journal(path) as journal:
+        positions = [journal.append([make_sample(draw, 0)], {"step": draw}) for draw in range(4)]
+        content = bytearray(path.read_bytes())
+        content[positions[2] + 20] ^= 1
+        path.write_bytes(content)
+        with pytest.raises(Damaged, match=rf"w\.1\.log: the record at byte {positions[2]} doesn't have its checksum"):
+            journal.compact(lambda context, group: context["step"] > 0)
+        assert path.read_bytes() == content
+        assert_same(read_group(path, positions[3])[0], make_sample(3, 0))
+    assert [each.name for each in tmp_path.iterdir()] == ["w.1.log"]
+
+
 def test_positions_lead_back_to_groups(tmp_path, make_sample):
     path = tmp_path / "w.1.log"
     with Journal(path) as journal:
