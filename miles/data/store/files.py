@@ -44,11 +44,12 @@ class Sealed:
     xxh3: str
 
 
-def checksum(path: Path) -> str:
-    """xxh3_64 of a file's bytes, 16 hex digits."""
+def checksum(path: Path, start: int = 0) -> str:
+    """xxh3_64 of a file's bytes from `start` on, 16 hex digits."""
     digest = xxhash.xxh3_64()
     buffer = memoryview(bytearray(BLOCK))
     with open(path, "rb", buffering=0) as file:
+        file.seek(start)
         while count := file.readinto(buffer):
             digest.update(buffer[:count])
     return digest.hexdigest()

@@ -12,10 +12,9 @@ from typing import Any
 
 import h5py
 import numpy as np
-import xxhash
 
 from miles.data.store.epoch import Fence
-from miles.data.store.files import Damaged, Sealed, plain, schema_kind, seal
+from miles.data.store.files import Damaged, Sealed, checksum, plain, schema_kind, seal
 
 STRING = h5py.string_dtype("utf-8")
 BLOCK_BYTES = 4 << 20
@@ -60,12 +59,7 @@ def verify_own(path: Path) -> bool:
 
 def _user_block(path: Path) -> bytes:
     """xxh3_64 of everything after the user block, as a line of text filled up with zeros."""
-    digest = xxhash.xxh3_64()
-    with open(path, "rb") as file:
-        file.seek(USER_BLOCK)
-        while block := file.read(BLOCK_BYTES):
-            digest.update(block)
-    return f"miles xxh3 {digest.hexdigest()}\n".encode().ljust(USER_BLOCK, b"\0")
+    return f"miles xxh3 {checksum(path, USER_BLOCK)}\n".encode().ljust(USER_BLOCK, b"\0")
 
 
 def _shown(block: bytes) -> str:
