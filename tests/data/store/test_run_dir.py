@@ -6,7 +6,15 @@ import pytest
 import yaml
 
 from miles.data.store.files import Damaged, seal_bytes
-from miles.data.store.run_dir import RunDir, read_provenance, read_run_yaml, record_attempt, steps_in, write_plan
+from miles.data.store.run_dir import (
+    RunDir,
+    newest_complete_checkpoint,
+    read_provenance,
+    read_run_yaml,
+    record_attempt,
+    steps_in,
+    write_plan,
+)
 
 
 def test_paths_of_the_format():
@@ -57,3 +65,11 @@ def test_provenance_has_one_entry_an_attempt(run_dir):
 def test_plan_carries_its_schema(run_dir):
     write_plan(run_dir, {"nodes": 3})
     assert json.loads(run_dir.plan.read_text()) == {"schema": "miles.plan/1", "nodes": 3}
+
+
+def test_a_checkpoint_without_its_mark_is_not_complete(run_dir):
+    for step in (2, 4):
+        run_dir.checkpoint(step).mkdir(parents=True)
+    assert newest_complete_checkpoint(run_dir) is None
+    (run_dir.checkpoint(2) / "COMPLETE").touch()
+    assert newest_complete_checkpoint(run_dir) == 2
