@@ -38,7 +38,7 @@ time.sleep(600)
 REFUSES = """
 import os, sys, time
 if os.fork() == 0:
-    time.sleep(1)
+    time.sleep(2)
     print("last words", flush=True)
     os._exit(0)
 sys.exit(2)
