@@ -27,6 +27,7 @@ from miles.report.token_text import TokenText, load_token_text
 
 COUNTS = ("status", "sources", "engines", "dropped")  # objects that count what they name
 TEXTS = ("prompt", "response", "label", "text")
+TIMES = ("time", "start", "end")  # seconds since 1970, which have more digits than f32
 SIZES = ("B", "KB", "MB", "GB", "TB", "PB")
 
 
@@ -71,7 +72,7 @@ def words(name: str, value: Any) -> str:
 def exact(name: str, value: Any) -> str:
     """A value of one row: floats to the digits that f32 has, text in quotes."""
     if isinstance(value, float):
-        return f"{value:.9g}" if name != "time" else f"{value:.3f}"
+        return f"{value:.3f}" if name in TIMES else f"{value:.9g}"
     return f'"{printable(value)}"' if isinstance(value, str) and name in TEXTS else words(name, value)
 
 

@@ -116,6 +116,8 @@ def check(config: RunConfig, origin: Mapping[Key, str]) -> None:
         raise wrong(f"debug.{modes[1]}", f"debug.{modes[0]} is given too; keep one of them")
     if debug.rescore_steps and not debug.rescore:
         raise wrong("debug.rescore_steps", "nothing is scored without debug.rescore; set it, or leave the steps out")
+    if any(step < 1 for step in debug.rescore_steps):
+        raise wrong("debug.rescore_steps", f"{min(debug.rescore_steps)} is no step; steps are numbered from 1")
     if debug.reassign and not debug.train_only:
         raise wrong("debug.reassign", "only recorded batches are divided anew; set debug.train_only, or leave it out")
     if debug.rescore and debug.stop_after:

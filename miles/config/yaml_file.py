@@ -72,8 +72,9 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[Key, str]]:
         raise ConfigError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from None
-    loader = Loader(text)
+    loader = None
     try:
+        loader = Loader(text)
         node = loader.get_single_node()
         lines: dict[Key, str] = {}
         if node is None:
@@ -90,7 +91,8 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[Key, str]]:
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not YAML ({_problem(error)})") from None
     finally:
-        loader.dispose()
+        if loader is not None:
+            loader.dispose()
 
 
 def _walk(path: Path, node: yaml.Node, key: Key, lines: dict[Key, str]) -> None:

@@ -142,7 +142,7 @@ def read_run(path: Path) -> RunRecord:
             return default
 
     record.config = attempt_to(lambda: read_run_yaml(run_dir), {})
-    record.metrics = attempt_to(lambda: [line for line in read_metrics(run_dir.metrics) if isinstance(line.get("step"), int)], [])
+    record.metrics = attempt_to(lambda: read_metrics(run_dir.metrics), [])
     record.provenance = attempt_to(lambda: read_provenance(run_dir), {})
     record.attempts = read_attempts(run_dir)
     record.checkpoint = newest_complete_checkpoint(run_dir)

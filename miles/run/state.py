@@ -229,7 +229,7 @@ class Run:
                     for name, values in shard.sequences().items():
                         rows.setdefault(name, []).append(values)
         found = summarise_sequences(join_sequences(rows))
-        if not any(line["kind"] == "eval" and line["step"] == number for line in read_metrics(self.folder.metrics)):
+        if not any(line.get("kind") == "eval" and line["step"] == number for line in read_metrics(self.folder.metrics)):
             self.told.append({"step": number, "kind": "eval", "time": time.time(), **found})
         self.service.announce(phase="eval", kind="eval", step=number, total_steps=self.config.total_steps, accuracy=found["eval/accuracy"])
 

@@ -268,3 +268,25 @@ def test_words() -> None:
     told: dict[int, Any] = {0: "0 B", 999: "999 B", 1000: "1 KB", 1234: "1.23 KB", 999_999: "1 MB", 64 * 10**9: "64 GB", 10**18: "1e+03 PB"}
     assert {count: size(count) for count in told} == told
     assert printable("a\x1b[2J\n\ud800é😀") == "a\\x1b[2J\\n\\ud800é😀"
+
+
+def test_steps_that_are_no_numbers_are_passed_over(made, tmp_path, capsys) -> None:
+    shutil.copytree(made["run"], tmp_path / "run", symlinks=True)
+    run = RunDir(tmp_path / "run")
+    before = facts(page(run.metrics, capsys))["lines"]
+    with open(run.metrics, "a") as file:
+        file.write('{"step": null, "kind": "rollout"}\n{"step": "text", "kind": "rollout"}\n')
+    with open(run.event_file("trainer", 0, 1), "a") as file:
+        file.write('{"phase": "odd", "step": null, "start": 1795000000.25, "end": 1795000001.5}\n')
+    assert facts(page(run.metrics, capsys))["lines"] == before
+    assert re.search(r"^odd +1  – +1\.25 ", page(run.event_file("trainer", 0, 1), capsys), re.MULTILINE)
+    row = facts("\n" + page(run.event_file("trainer", 0, 1), capsys, rows="-1:"))
+    assert (row["start"], row["end"]) == ("1795000000.250", "1795000001.500")
+
+
+def test_provenance_of_another_shape_is_named(made, tmp_path) -> None:
+    shutil.copytree(made["run"], tmp_path / "run", symlinks=True)
+    path = RunDir(tmp_path / "run").provenance
+    path.write_text('{"schema": "miles.provenance/1", "attempts": 3}')
+    with pytest.raises(UserError, match="attempts: a list of objects with an epoch expected, 3 found"):
+        inspect(path, None, False, as_json=False)

@@ -14,6 +14,7 @@ import xxhash
 from miles.config.exits import UserError
 from miles.config.schema import RunConfig
 from miles.data.sample import Sample, Status
+from miles.recipes.quickstart import demonstrations
 from miles.rollout import builtin_rewards, filters, generate
 from miles.rollout.draws import EVAL_BASE, SFT_BASE, first_draw, number_in_source, sampling_seed
 from miles.rollout.evaluate import summarise, wilson
@@ -141,6 +142,7 @@ def test_signatures_of_user_functions_are_frozen() -> None:
         assert str(inspect.signature(function)) == "(samples: 'list[Sample]', context: 'RewardContext') -> 'list[Score]'"
     for function in (filters.check_reward_nonzero_std, filters.check_no_aborted):
         assert str(inspect.signature(function)) == "(group: 'list[Sample]') -> 'bool | str'"
+    assert list(inspect.signature(demonstrations).parameters) == ["prompt", "label", "metadata"]
     public = [field.name for field in dataclasses.fields(generate.GenerateContext) if not field.name.startswith("_")]
     assert public == ["config", "kind", "sampling", "tokenizer", "engines", "weight_version", "route_shape", "route_dtype"]
     assert [field.name for field in dataclasses.fields(builtin_rewards.RewardContext)] == ["draw", "options", "config", "http", "calls"]

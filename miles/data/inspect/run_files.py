@@ -21,7 +21,7 @@ from miles.data.store.journal import journal_paths
 from miles.data.store.manifest import NAME, SCHEMA, Manifest, read_manifest
 from miles.data.store.metrics import read_lines, read_metrics
 from miles.data.store.retention import ASIDE, size_of
-from miles.data.store.run_dir import COMPLETE, PLAN_SCHEMA, PROVENANCE_SCHEMA, RunDir, read_provenance, read_run_yaml, steps_in
+from miles.data.store.run_dir import COMPLETE, PLAN_SCHEMA, RunDir, read_provenance, read_provenance_file, read_run_yaml, steps_in
 from miles.data.store.shard import open_shard
 
 
@@ -38,7 +38,7 @@ def run_page(path: Path) -> Page:
             return None
 
     config = told("run.yaml", lambda: read_run_yaml(run)) or {}
-    lines = [line for line in read_metrics(run.metrics) if isinstance(line.get("step"), int)]
+    lines = read_metrics(run.metrics)
     attempts = (told("provenance.json", lambda: read_provenance(run)) or {}).get("attempts", [])
     complete = [step for step in steps_in(run.checkpoints) if (run.checkpoint(step) / COMPLETE).is_file()]
     asides = [folder.name for parent in (run.batches, run.evals) if parent.is_dir() for folder in sorted(parent.iterdir()) if ASIDE.fullmatch(folder.name)]
@@ -151,9 +151,8 @@ def checkpoint_page(path: Path) -> Page:
 
 def provenance_page(path: Path) -> Page:
     """provenance.json: every attempt, where and with what."""
-    content = read_json(path)
-    schema_kind(content.get("schema"), PROVENANCE_SCHEMA, path)
-    attempts = content.get("attempts", [])
+    content = read_provenance_file(path)
+    attempts = content["attempts"]
     page = Page(path, "provenance: what ran where, with which versions and which guarantee", content["schema"], {"run": content.get("run_id"), "attempts": len(attempts), "guarantee": _tier(attempts)})
     columns = ["epoch", "time", "host", "cpu", "gpus", "threads", "ranks", "kernels", "tier", "changed"]
     rows = [
@@ -196,10 +195,10 @@ def metrics_page(path: Path) -> Page:
     kinds: dict[str, list[dict[str, Any]]] = {}
     for line in lines:
         kinds.setdefault(str(line.get("kind")), []).append(line)
-    page.tables.append(Table("kinds", ["kind", "lines", "steps"], [[kind, len(found), ranges([int(line["step"]) for line in found if "step" in line])] for kind, found in kinds.items()]))
+    page.tables.append(Table("kinds", ["kind", "lines", "steps"], [[kind, len(found), ranges([line["step"] for line in found])] for kind, found in kinds.items()]))
     for kind, found in kinds.items():
         values = {name: value for name, value in found[-1].items() if name not in ("step", "kind", "time")}
-        page.tables.append(Table(f"last {kind} (step {found[-1].get('step')})", ["metric", "value"], [[name, value] for name, value in values.items()]))
+        page.tables.append(Table(f"last {kind} (step {found[-1]['step']})", ["metric", "value"], [[name, value] for name, value in values.items()]))
     _torn(page, path)
     return page
 
@@ -212,7 +211,7 @@ def events_page(path: Path) -> Page:
     phases: dict[str, list[dict[str, Any]]] = {}
     for line in lines:
         phases.setdefault(str(line.get("phase")), []).append(line)
-    rows = [[phase, len(found), ranges([int(line.get("step", 0)) for line in found]), sum(line["end"] - line["start"] for line in found), sum(1 for line in found if "error" in line)] for phase, found in phases.items()]
+    rows = [[phase, len(found), ranges([step for line in found if isinstance(step := line.get("step", 0), int)]), sum(line["end"] - line["start"] for line in found), sum(1 for line in found if "error" in line)] for phase, found in phases.items()]
     page.tables.append(Table("phases", ["phase", "times", "steps", "seconds", "errors"], rows))
     if lines:
         page.facts |= {"from": when(lines[0]["start"]), "to": when(max(line["end"] for line in lines))}

@@ -52,8 +52,8 @@ def verify_own(path: Path) -> bool:
         block = file.read(USER_BLOCK)
     if block.startswith(SIGNATURE):
         return False
-    if block != (expected := _user_block(path)):
-        raise Damaged(f"{path}: {_shown(expected)} expected in its first {USER_BLOCK} bytes, {_shown(block)} found")
+    if block != (found := _user_block(path)):
+        raise Damaged(f"{path}: {_shown(block)} expected by its first {USER_BLOCK} bytes, {_shown(found)} found")
     return True
 
 

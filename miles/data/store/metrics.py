@@ -60,11 +60,11 @@ class Metrics:
         _append(self._handle, record)
 
     def cut_back(self, step: float) -> int:
-        """Drop the lines after this step (evaluations too; math.inf keeps all) and torn ones, atomically; returns how many lines went."""
+        """Drop the lines after this step (evaluations too; math.inf keeps all), torn ones and those without a step, atomically; returns how many lines went."""
         if not self.path.exists():
             return 0
         lines = [line for line in self.path.read_bytes().split(b"\n") if line]
-        kept = [line for line in lines if (record := _parse(line)) is not None and int(record.get("step", 0)) <= step]
+        kept = [line for line in lines if (record := _parse(line)) is not None and _has_step(record) and record["step"] <= step]
         seal_bytes(self.path, b"".join(line + b"\n" for line in kept), self.fence)
         self.close()
         self._take()
@@ -87,8 +87,12 @@ class Metrics:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Lines of metrics.jsonl, in the order written."""
-    return read_lines(path)
+    """Lines of metrics.jsonl, in the order written; a line whose step is no whole number is passed over, as a torn one is."""
+    return [line for line in read_lines(path) if _has_step(line)]
+
+
+def _has_step(record: dict[str, Any]) -> bool:
+    return isinstance(record.get("step"), int)
 
 
 def _open(path: Path) -> int:

@@ -179,9 +179,19 @@ def read_provenance(run_dir: RunDir) -> dict[str, Any]:
     """provenance.json, or an empty one: {schema, run_id, attempts: [...]}."""
     if not run_dir.provenance.exists():
         return {"schema": PROVENANCE_SCHEMA, "run_id": run_dir.run_id(), "attempts": []}
-    provenance = read_json(run_dir.provenance)
-    schema_kind(provenance.get("schema"), PROVENANCE_SCHEMA, run_dir.provenance)
-    return dict(provenance)
+    return read_provenance_file(run_dir.provenance)
+
+
+def read_provenance_file(path: Path) -> dict[str, Any]:
+    """What read_provenance gives, of a file by any name. Damaged when it is no object with a list of attempts."""
+    provenance = read_json(path)
+    if not isinstance(provenance, dict):
+        raise Damaged(f"{path}: an object expected, {type(provenance).__name__} found")
+    schema_kind(provenance.get("schema"), PROVENANCE_SCHEMA, path)
+    attempts = provenance.get("attempts")
+    if not isinstance(attempts, list) or not all(isinstance(entry, dict) and isinstance(entry.get("epoch"), int) for entry in attempts):
+        raise Damaged(f"{path}: attempts: a list of objects with an epoch expected, {attempts!r:.60} found")
+    return provenance
 
 
 def record_attempt(run_dir: RunDir, epoch: int, fence: Fence | None = None, **facts: Any) -> dict[str, Any]:

@@ -50,6 +50,15 @@ def test_cut_back_keeps_steps_up_to_the_checkpoint(run_dir):
     assert read_metrics(run_dir.metrics) == []
 
 
+@pytest.mark.parametrize("without", ['{"kind": "rollout"}', '{"step": null}', '{"step": "three"}', "[]"])
+def test_a_line_without_a_step_counts_as_a_torn_one(run_dir, without):
+    run_dir.metrics.parent.mkdir(parents=True, exist_ok=True)
+    run_dir.metrics.write_text(f'{{"step": 1}}\n{without}\n{{"step": 2}}\n')
+    assert read_metrics(run_dir.metrics) == [{"step": 1}, {"step": 2}]
+    assert Metrics(run_dir.metrics).cut_back(2) == 1
+    assert run_dir.metrics.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
 def test_old_attempt_writes_no_metrics(run_dir):
     old = Fence(run_dir, new_epoch(run_dir))
     Metrics(run_dir.metrics, old).append(line(0))

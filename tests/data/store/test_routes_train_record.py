@@ -1,7 +1,10 @@
 import h5py
 import numpy as np
 import pytest
+import xxhash
 
+from miles.data.store.files import Damaged
+from miles.data.store.hdf5 import verify_own
 from miles.data.store.routes import open_routes, write_routes
 from miles.data.store.train_record import TrainPart, open_train_record, write_train_record
 
@@ -61,6 +64,17 @@ def test_record_of_a_node(tmp_path):
         assert found["train_logprob"].tobytes() == parts[0].train_logprob.tobytes()
         assert found["ref_logprob"].tobytes() == parts[0].ref_logprob.tobytes()
         assert np.isnan(record.tokens(0, 1, ["ref_logprob"])["ref_logprob"]).all()
+
+
+def test_a_record_expects_what_its_user_block_says(tmp_path):
+    path = tmp_path / "node_0000.h5"
+    write_train_record(path, [part(0, [3])])
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    said, is_now = content[:512].rstrip(b"\0\n").decode(), f"miles xxh3 {xxhash.xxh3_64_hexdigest(bytes(content[512:]))}"
+    with pytest.raises(Damaged, match=rf"'{said}\\n' expected .*, '{is_now}\\n' found"):
+        verify_own(path)
 
 
 def test_record_of_nothing(tmp_path):

@@ -73,3 +73,11 @@ def test_a_checkpoint_without_its_mark_is_not_complete(run_dir):
     assert newest_complete_checkpoint(run_dir) is None
     (run_dir.checkpoint(2) / "COMPLETE").touch()
     assert newest_complete_checkpoint(run_dir) == 2
+
+
+@pytest.mark.parametrize("content", ["[]", '{"schema": "miles.provenance/1"}', '{"schema": "miles.provenance/1", "attempts": 3}', '{"schema": "miles.provenance/1", "attempts": [3]}'])
+def test_provenance_of_another_shape_is_named(run_dir, content):
+    run_dir.path.mkdir(parents=True, exist_ok=True)
+    run_dir.provenance.write_text(content)
+    with pytest.raises(Damaged, match=r"provenance\.json: .* expected, .* found"):
+        read_provenance(run_dir)
