@@ -290,3 +290,21 @@ def test_provenance_of_another_shape_is_named(made, tmp_path) -> None:
     path.write_text('{"schema": "miles.provenance/1", "attempts": 3}')
     with pytest.raises(UserError, match="attempts: a list of objects with an epoch expected, 3 found"):
         inspect(path, None, False, as_json=False)
+
+
+@pytest.mark.parametrize("kind", ["shard", "routes", "train"])
+def test_a_flipped_byte_of_hdf5s_own_is_damage_and_no_traceback(made, tmp_path, kind, capsys) -> None:
+    shutil.copytree(made["run"], tmp_path / "run", symlinks=True)
+    path = tmp_path / "run" / made[kind].relative_to(made["run"])
+    whole = path.read_bytes()
+    refused: list[str] = []
+    for at in {600, *range(0, len(whole), max(len(whole) // 100, 1))}:
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 0x11]) + whole[at + 1 :])
+        assert inspect(path, None, True, as_json=False) == WRONG
+        for rows in (None, "0:2") if kind != "routes" else (None,):
+            try:
+                inspect(path, rows, False, as_json=False)
+            except UserError as error:
+                refused.append(str(error))
+    assert len(refused) > 5
+    assert [line for line in refused if not line.startswith(str(path)) or "\n" in line] == []

@@ -13,7 +13,7 @@ from miles.data.inspect.page import ranges
 from miles.data.inspect.recognise import recognise
 from miles.data.store.checkpoint import read_complete
 from miles.data.store.files import Damaged, Sealed, verify
-from miles.data.store.hdf5 import verify_own
+from miles.data.store.hdf5 import has_own_checksum, verify_own
 from miles.data.store.journal import is_journal, journal_paths, last_good_end, next_record
 from miles.data.store.manifest import NAME, read_manifest
 from miles.data.store.retention import ASIDE
@@ -32,6 +32,9 @@ class Verdict:
 
 def check(path: Path) -> Iterator[Verdict]:
     """Verdicts on everything at a path that has a checksum. UserError for a kind that has none."""
+    if path.suffix == ".h5" and path.is_file() and (verdict := _vouched(path)) is not None:
+        yield verdict
+        return
     try:
         kind = recognise(path).kind
     except Damaged as error:
@@ -47,11 +50,23 @@ def check(path: Path) -> Iterator[Verdict]:
     elif kind == "train":
         yield _train(path)
     elif kind in ("rollout", "routes"):
-        yield from _one_of(folder, path)
+        why = "the manifest beside it doesn't name it" if (folder / NAME).is_file() else "no manifest beside it vouches for it"
+        raise UserError(f"{path}: {why}, so there is nothing to compare with")
     elif kind == "journal":
         yield _journal(path)
     else:
         raise UserError(f"{path}: nothing vouches for a {kind} file; --verify checks run directories, batches, shards, train records, checkpoints and journals")
+
+
+def _vouched(path: Path) -> Verdict | None:
+    """Of an HDF5 file that a manifest or its own user block vouches for: judged unopened, for damage may hide even its kind."""
+    if has_own_checksum(path):
+        return _train(path)
+    if not (path.parent / NAME).is_file():
+        return None
+    manifest = read_manifest(path.parent)
+    entry = next((entry for entry in (*manifest.shards, *manifest.routes) if entry.name == path.name), None)
+    return None if entry is None else _sealed(path.parent, Sealed(entry.name, entry.bytes, entry.xxh3))
 
 
 def _run(run: RunDir) -> Iterator[Verdict]:
@@ -136,16 +151,6 @@ def _batch(folder: Path, aside: bool = False) -> Iterator[Verdict]:
         else:
             yield Verdict(folder / routes.name, True, "deleted by retention")
 
-
-def _one_of(folder: Path, path: Path) -> Iterator[Verdict]:
-    """One file of a batch, by the manifest beside it."""
-    if not (folder / NAME).is_file():
-        raise UserError(f"{path}: no manifest beside it vouches for it, so there is nothing to compare with")
-    manifest = read_manifest(folder)
-    entry = next((entry for entry in (*manifest.shards, *manifest.routes) if entry.name == path.name), None)
-    if entry is None:
-        raise UserError(f"{path}: the manifest beside it doesn't name it, so there is nothing to compare with")
-    yield _sealed(folder, Sealed(entry.name, entry.bytes, entry.xxh3))
 
 
 def _train(path: Path) -> Verdict:

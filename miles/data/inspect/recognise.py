@@ -18,6 +18,7 @@ from miles.data.store.checkpoint import SCHEMA as CHECKPOINT
 from miles.data.store.checkpoint import STATE
 from miles.data.store.events import name_parts
 from miles.data.store.files import Damaged, OtherSchema, read_json
+from miles.data.store.hdf5 import reading
 from miles.data.store.manifest import read_manifest
 from miles.data.store.metrics import read_lines
 from miles.data.store.run_dir import COMPLETE
@@ -85,11 +86,13 @@ def _file(path: Path) -> Found:
 
 
 def _hdf5_schema(path: Path) -> Any:
-    try:
-        with h5py.File(path, "r", locking=False) as file:
+    with reading(path):
+        try:
+            file = h5py.File(path, "r", locking=False)
+        except OSError as error:
+            raise Damaged(f"{path}: an HDF5 file expected; {error}") from None
+        with file:
             return file.attrs.get("schema")
-    except OSError as error:
-        raise Damaged(f"{path}: an HDF5 file expected; {error}") from None
 
 
 def _by_schema(path: Path, known: dict[str, tuple[str, Describe]], schema: Any) -> Found:

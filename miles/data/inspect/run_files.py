@@ -17,12 +17,13 @@ from miles.data.store.checkpoint import SCHEMA as CHECKPOINT
 from miles.data.store.checkpoint import STATE, read_complete, read_state
 from miles.data.store.events import name_parts
 from miles.data.store.files import read_json, schema_kind
+from miles.data.store.hdf5 import reading
 from miles.data.store.journal import journal_paths
 from miles.data.store.manifest import NAME, SCHEMA, Manifest, read_manifest
 from miles.data.store.metrics import read_lines, read_metrics
 from miles.data.store.retention import ASIDE, size_of
 from miles.data.store.run_dir import COMPLETE, PLAN_SCHEMA, RunDir, read_provenance, read_provenance_file, read_run_yaml, steps_in
-from miles.data.store.shard import open_shard
+from miles.data.store.shard import Shard, open_shard
 
 
 def run_page(path: Path) -> Page:
@@ -108,11 +109,16 @@ def batch_page(path: Path) -> Page:
     page.tables.append(Table("files", ["kind", "name", "bytes", "sequences", "tokens", "on disk"], rows))
     present = [folder / entry.name for entry in manifest.shards if (folder / entry.name).is_file()]
     if len(present) == len(manifest.shards):
-        with ExitStack() as stack:
+        with reading(folder), ExitStack() as stack:
             engines = page.facts.pop("engines")
-            summarise_shards(page, [stack.enter_context(open_shard(shard)) for shard in present])
+            summarise_shards(page, [stack.enter_context(_opened(shard)) for shard in present])
             page.facts["engines"] = engines or page.facts["engines"]
     return page
+
+
+def _opened(path: Path) -> Shard:
+    with reading(path):
+        return open_shard(path)
 
 
 def _tier_of(run: Path, epoch: int) -> str | None:

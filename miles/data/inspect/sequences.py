@@ -12,6 +12,7 @@ import numpy as np
 
 from miles.data.inspect.page import SPREAD, Page, Table, ranges, spread
 from miles.data.sample import Sample, Status
+from miles.data.store.hdf5 import reading
 from miles.data.store.journal import SCHEMA as JOURNAL
 from miles.data.store.journal import last_good_end, read_journal
 from miles.data.store.routes import open_routes
@@ -24,7 +25,7 @@ MOST = 1 << 24  # tokens that a distribution is taken of
 
 def shard_page(path: Path) -> Page:
     """A shard: who made it, how many sequences of which fate, rewards and lengths."""
-    with open_shard(path) as shard:
+    with reading(path), open_shard(path) as shard:
         attrs = shard.attrs
         page = Page(path, "shard: sequences that one worker made", str(attrs.pop("schema")), {"bytes": path.stat().st_size, **attrs})
         summarise_shards(page, [shard])
@@ -66,7 +67,7 @@ def summarise_shards(page: Page, shards: Sequence[Shard]) -> None:
 
 def routes_page(path: Path) -> Page:
     """Routes: which experts, how evenly."""
-    with open_routes(path) as routes:
+    with reading(path), open_routes(path) as routes:
         attrs = routes.attrs
         layers, top_k = routes.shape
         page = Page(path, "routes: the experts that each token went to", str(attrs.pop("schema")), {"bytes": path.stat().st_size, **attrs})
@@ -92,7 +93,7 @@ def routes_page(path: Path) -> Page:
 
 def train_page(path: Path) -> Page:
     """A train record: whose it is, and the distribution of each value over the tokens that have one."""
-    with open_train_record(path) as record:
+    with reading(path), open_train_record(path) as record:
         attrs = record.attrs
         page = Page(path, "train record: what training saw on one node", str(attrs.pop("schema")), {"bytes": path.stat().st_size, **attrs})
         table = record.sequences()
@@ -144,7 +145,7 @@ def shard_rows(paths: Sequence[Path], first: int, last: int) -> Iterator[tuple[s
     """(place, sample) of rows first to last of some shards, counted through."""
     start = 0
     for path in paths:
-        with open_shard(path) as shard:
+        with reading(path), open_shard(path) as shard:
             low, high = max(first - start, 0), min(last - start, len(shard))
             for row in range(low, high):
                 yield f"{path.name} row {row}", shard.samples(row, row + 1)[0]
@@ -165,7 +166,7 @@ def count_sequences(paths: Sequence[Path]) -> int:
     """Sequences of some shards."""
     total = 0
     for path in paths:
-        with open_shard(path) as shard:
+        with reading(path), open_shard(path) as shard:
             total += len(shard)
     return total
 
@@ -204,7 +205,7 @@ def sample_tokens(sample: Sample, pieces: Callable[[Sequence[int]], list[str]]) 
 
 def train_rows(path: Path, first: int, last: int) -> Iterator[tuple[dict[str, Any], Table]]:
     """(facts, values a token) of rows first to last of a train record."""
-    with open_train_record(path) as record:
+    with reading(path), open_train_record(path) as record:
         table, names = record.sequences(), record.names
         for row in range(first, last):
             values = record.tokens(row, row + 1, names)
@@ -216,7 +217,7 @@ def train_rows(path: Path, first: int, last: int) -> Iterator[tuple[dict[str, An
 
 def train_count(path: Path) -> int:
     """Sequences of a train record."""
-    with open_train_record(path) as record:
+    with reading(path), open_train_record(path) as record:
         return len(record.sequences()["row"])
 
 

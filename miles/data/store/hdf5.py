@@ -6,13 +6,15 @@ import errno
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
 
+from miles.config.exits import UserError
 from miles.data.store.epoch import Fence
 from miles.data.store.files import Damaged, Sealed, checksum, plain, schema_kind, seal
 
@@ -20,6 +22,8 @@ STRING = h5py.string_dtype("utf-8")
 BLOCK_BYTES = 4 << 20
 USER_BLOCK = 512  # bytes before the HDF5 part, which the format leaves to others
 SIGNATURE = b"\x89HDF\r\n\x1a\n"  # what an HDF5 file without a user block begins with
+OWN = b"miles xxh3 "  # what a user block with a checksum begins with
+UNREADABLE = (KeyError, IndexError, AttributeError, TypeError, ValueError, RuntimeError, ArithmeticError, MemoryError, OSError)
 
 
 def seal_hdf5(
@@ -57,9 +61,15 @@ def verify_own(path: Path) -> bool:
     return True
 
 
+def has_own_checksum(path: Path) -> bool:
+    """Whether a user block that vouches for the file begins it."""
+    with open(path, "rb") as file:
+        return file.read(len(OWN)) == OWN
+
+
 def _user_block(path: Path) -> bytes:
     """xxh3_64 of everything after the user block, as a line of text filled up with zeros."""
-    return f"miles xxh3 {checksum(path, USER_BLOCK)}\n".encode().ljust(USER_BLOCK, b"\0")
+    return (OWN + f"{checksum(path, USER_BLOCK)}\n".encode()).ljust(USER_BLOCK, b"\0")
 
 
 def _shown(block: bytes) -> str:
@@ -82,6 +92,20 @@ def open_hdf5(path: Path, schema: str) -> h5py.File:
         file.close()
         raise
     return file
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Whatever h5py and numpy raise over bytes that are not as they were written becomes Damaged. OSError with an errno is the disk's, and passes."""
+    try:
+        yield
+    except UserError:
+        raise
+    except UNREADABLE as error:
+        if isinstance(error, OSError) and error.errno:
+            raise
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise Damaged(f"{path}: damaged: what it should hold can't be read ({why}); inspect --verify holds it against its checksum") from error
 
 
 def set_attribute(target: h5py.File | h5py.Group | h5py.Dataset, name: str, value: Any) -> None:
