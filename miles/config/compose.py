@@ -20,7 +20,7 @@ from miles.config.explain import explain, place, section_keys
 from miles.config.options import check_sglang, flag_values
 from miles.config.resolve import resolved
 from miles.config.schema import RunConfig
-from miles.config.yaml_file import Dumper, Key, parse_value, read_yaml
+from miles.config.yaml_file import Dumper, Key, parse_value, read_yaml, shortened
 
 SGLANG = ("rollout", "sglang")
 
@@ -43,8 +43,9 @@ def load_config(paths: Sequence[Path | str] = (), overrides: Sequence[str] = (),
     for override in overrides:
         dotted, equals, text = override.partition("=")
         if not equals or not dotted.strip():
-            raise ConfigError(f"{override}: not an override; write key=value, such as train.optimizer.lr=1e-4")
-        _set(tree, origin, tuple(dotted.strip().split(".")), parse_value(text, override), override)
+            raise ConfigError(f"{shortened(override)}: not an override; write key=value, such as train.optimizer.lr=1e-4")
+        where = f"{dotted}={shortened(text)}"
+        _set(tree, origin, tuple(dotted.strip().split(".")), parse_value(text, where), where)
     try:
         config = RunConfig.model_validate(tree, strict=True)
     except ValidationError as error:

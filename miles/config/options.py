@@ -21,6 +21,7 @@ from miles.config.exits import ConfigError
 from miles.config.explain import fields, without_none
 from miles.config.schema import RunConfig
 from miles.config.sglang import followed
+from miles.config.yaml_file import shortened
 
 HERE = Path(__file__).parent
 
@@ -239,8 +240,8 @@ def _convert(kind: str) -> Any:
             if kind == "bool":
                 return {"true": True, "false": False}[text.lower()]
             return CONVERT[kind](text)
-        except (ValueError, KeyError):
-            raise argparse.ArgumentTypeError(f"expected {WORDS[kind]}, got {text!r}") from None
+        except (ValueError, KeyError, RecursionError):  # the last of JSON in thousands of brackets
+            raise argparse.ArgumentTypeError(f"expected {WORDS[kind]}, got {shortened(text)!r}") from None
 
     return convert
 

@@ -28,12 +28,17 @@ ROWS = [f'{{"question": "{a} + {b} =", "answer": "{a + b}"}}\n' for a in range(4
 
 @dataclass(frozen=True)
 class Case:
-    """One fault. words: of the command line; make: puts the fault into the folder; parts: texts of the one line."""
+    """One fault. words: of the command line (a list where one has a space in it); make: puts the fault into the folder; parts: texts of the one line."""
 
     name: str
-    words: str
+    words: str | list[str]
     parts: list[str]
     make: Callable[[Path], object] = field(default=lambda folder: None)
+
+    @property
+    def command(self) -> list[str]:
+        """The words one by one."""
+        return self.words.split() if isinstance(self.words, str) else self.words
 
 
 def prepare(folder: Path, model: Path) -> None:

@@ -97,6 +97,9 @@ CASES = [
     Case("override without =", "run recipe seed --run-dir here", ["seed: no such file"]),
     Case("override of an unknown key", "run recipe train.optimizr.lr=1 --run-dir here", ["train.optimizr.lr: unknown key; did you mean train.optimizer.lr?"]),
     Case("override not YAML", "run recipe name=[1, --run-dir here", ["'[1,' is not a YAML value"]),
+    Case("override of a tag that it is not", ["run", "recipe", "seed=!!int abc", "--run-dir", "here"], ["seed=!!int abc: '!!int abc' is not a YAML value (abc is no !!int); quote it"]),
+    Case("override of 5000 digits", f"check recipe seed={'9' * 5000}", ["seed=999999", "…: ", "is not a YAML value (a number of 5000 digits); quote it"]),
+    Case("override without end", ["check", "recipe", "rollout.sglang=&a {x: *a}"], ["rollout.sglang=&a {x: *a}: an anchor (&) holds an alias (*) of itself, so it has no end; remove the alias"]),
     Case("unknown option", "run recipe --lrr 1 --run-dir here", ["--lrr: unknown option"]),
     Case("unknown option with a neighbour", "check recipe --tis-clp 2", ["--tis-clp: unknown option; did you mean --tis-clip?"]),
     Case("option refused by name", "check recipe --critic-load DIR", ["--critic-load: not there yet: critics"]),
@@ -186,13 +189,13 @@ def done(request: pytest.FixtureRequest, tiny_model: Path, tmp_path_factory: pyt
 @pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
 def test_refused(case: Case, done) -> None:
     result, before, after = done[case.name]
-    if case.words.endswith("--json") and case.words.startswith("check"):
+    if case.command[0] == "check" and case.command[-1] == "--json":
         assert result.returncode == 78
         found = json.loads(result.stdout)
         assert not found["ok"]
         assert [finding["where"].endswith("train.jsonl:1") for finding in found["findings"] if finding["level"] == "error"] == [True]
         assert not result.stderr
-    elif case.words.startswith("check") and not result.stderr:
+    elif case.command[0] == "check" and not result.stderr:
         assert result.returncode == 78
         errors = [line for line in result.stdout.splitlines() if line.startswith("error: ")]
         assert len(errors) == 1, result.stdout

@@ -45,6 +45,18 @@ FILES = [  # text of recipe.yaml, and parts of the line
     ("train:\n\tlr: 1\n", ["recipe.yaml:2: not YAML", "check indentation"]),
     ("name: [1, 2\nseed: 3\n", ["recipe.yaml:2: not YAML"]),
     ("name: !!python/object:os.system x\n", ["recipe.yaml:1: not YAML"]),
+    ("seed: !!int abc\n", ["recipe.yaml:1: not YAML (abc is no !!int)"]),
+    ("name: a\nseed: " + "9" * 5000 + "\n", ["recipe.yaml:2: not YAML (a number of 5000 digits)"]),
+    ("name: !!bool abc\n", ["recipe.yaml:1: not YAML (abc is no !!bool)"]),
+    ("name: !!timestamp abc\n", ["recipe.yaml:1: not YAML", "timestamp"]),
+    ("name: a\nrollout: &r\n  sglang: {a: *r}\n", ["recipe.yaml:3: an anchor (&) holds an alias (*) of itself, so it has no end; remove the alias"]),
+    ("name: a\nrollout: &r\n  <<: *r\n", ["recipe.yaml:2: an anchor (&) holds an alias (*) of itself"]),
+    ("name: " + "[" * 60 + "]" * 60 + "\n", ["recipe.yaml:1: lists or keys are nested more than 50 deep; check the brackets"]),
+    ("name: " + "[" * 1500 + "\n", ["recipe.yaml:1: lists or keys are nested more than 50 deep"]),
+    (  # 10 to the sixth values in 60 bytes a line
+        "rollout:\n  sglang:\n    a0: &a0 1\n" + "".join(f"    a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 7)),
+        ["recipe.yaml:", "more than 100000 values, aliases (*) written out; shorten it"],
+    ),
     ("- a\n- b\n", ["recipe.yaml:1: expected keys and values at the top, got a list"]),
     ("1: a\n", ["recipe.yaml:1: key '1' is not a text; quote it or remove it"]),
     ("defaults: clusters/local\n", ["recipe.yaml:1: defaults: expected a list of files, got 'clusters/local'"]),
@@ -108,6 +120,12 @@ LINES = [  # command line, and parts of the line
     ("train.optimizer.lr=fast", ['train.optimizer.lr=fast: expected a number, got "fast"']),
     ("train.optimizr.lr=1", ["train.optimizr.lr: unknown key; did you mean train.optimizer.lr?"]),
     ("name=[1,", ["name=[1,: '[1,' is not a YAML value", "quote it"]),
+    ("seed=" + "9" * 5000, ["seed=9999", "…: '9999", "(a number of 5000 digits)"]),
+    ("seed=" + "9" * 300, ["seed=9999", "…: expected less than 9.22337e+18, got 9999"]),
+    ("train.optimizer.lr=" + "9" * 390, ["…: expected a number, got 9999"]),
+    ("--seed " + "9" * 5000, ["--seed: expected a whole number, got '9999", "…'"]),
+    ("--apply-chat-template-kwargs " + "[" * 50_000, ["--apply-chat-template-kwargs: expected a JSON value, got '[[[["]),
+    ('rollout.sglang={"a":1,"a":2}', ['rollout.sglang={"a":1,"a":2}: a: given twice; keep one']),
     ("--lr fast", ["--lr: expected a number, got 'fast'"]),
     ("--lr", ["--lr: expected a value after it"]),
     ("--tis-clip x", ["--tis-clip: expected a number, got 'x'"]),
@@ -150,7 +168,7 @@ def test_bad_file(text: str, parts: list[str], tmp_path: Path) -> None:
     one_line(error, parts)
 
 
-@pytest.mark.parametrize(("line", "parts"), LINES, ids=[line for line, _ in LINES])
+@pytest.mark.parametrize(("line", "parts"), LINES, ids=[line[:60] for line, _ in LINES])
 def test_bad_line(line: str, parts: list[str]) -> None:
     with pytest.raises(ConfigError) as error:
         load_config(*parse_flags(line.split()))
