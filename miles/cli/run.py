@@ -10,9 +10,11 @@ from rich.console import Console
 from miles.cli.check import summary
 from miles.cli.inputs import configuration, existing_run, findings
 from miles.cli.progress import Progress
+from miles.config.address import bind_host
 from miles.config.compose import dump_config, load_config
 from miles.config.exits import AGAIN, OK, UserError, disk_full
-from miles.config.schema import RunConfig, Section
+from miles.config.schema import RunConfig
+from miles.config.section import Section
 from miles.data.recorded import chosen_steps
 from miles.data.store.epoch import Fenced
 from miles.data.store.files import TEMPORARY_SUFFIX, Damaged, read_json, seal_bytes
@@ -53,7 +55,7 @@ def run(words: list[str], run_dir: Path | None) -> int:
             return OK
     else:
         refuse_foreign(folder.path)
-    free_port(config.cluster.host, config.cluster.port)
+    free_port(bind_host(config.cluster.host), config.cluster.port)
     try:
         folder.path.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 import socket
+
+
+def bind_host(host: str) -> str:
+    """The address that this process's servers bind to: as configured, or for `auto` the one that its supervisor found (MILES_HOST), else loopback."""
+    return (os.environ.get("MILES_HOST") or "127.0.0.1") if host == "auto" else host
 
 
 def family_of(host: str) -> socket.AddressFamily:

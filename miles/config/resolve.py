@@ -7,7 +7,8 @@ from typing import Any, TypeVar
 
 from miles.config.exits import ConfigError
 from miles.config.explain import named
-from miles.config.schema import Optimizer, RunConfig, Sampling, Section
+from miles.config.schema import Optimizer, RunConfig, Sampling
+from miles.config.section import Section
 from miles.config.yaml_file import Key
 
 S = TypeVar("S", bound=Section)

@@ -8,18 +8,14 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
 
+from miles.config.allocation import Groups, Slurm
+from miles.config.section import Section
 from miles.config.units import bytes_of
 
 Device = Literal["cpu", "cuda"]
 Placement = Literal["colocate", "split", "het", "jobs"]
-
-
-class Section(BaseModel):
-    """A part of the configuration. Unknown keys are errors; defaults are validated like input."""
-
-    model_config = ConfigDict(extra="forbid", validate_default=True, frozen=True, allow_inf_nan=False)
 
 
 class Cluster(Section):
@@ -28,13 +24,16 @@ class Cluster(Section):
     executor: Literal["local", "slurm"] = Field("local", description="who starts the processes")
     placement: Placement = Field("colocate", description="how trainer and engines share the allocation")
     device: Device = Field("cpu", description="device of trainer ranks and embedded engines")
-    gpus_per_node: int = Field(8, ge=1, description="accelerators of one node (device cpu: processes of one node)")
+    gpus_per_node: int = Field(8, ge=1, description="accelerators of one node (device cpu: processes of one node); a group may say otherwise")
     gpu_memory: float | None = Field(None, gt=0, description="memory of one accelerator [GiB]; known, it is held against the estimate")
     threads: int = Field(1, ge=1, description="threads of every process; pinned and recorded, since bits depend on it")
-    host: str = Field("127.0.0.1", description="address that servers bind to; loopback unless told otherwise")
+    host: str = Field("auto", description="address that servers bind to; auto: loopback on one machine, under Slurm each node's own address")
     port: int = Field(0, ge=0, le=65535, description="TCP port of the rollout service; 0 picks a free one")
-    restarts: int = Field(3, ge=0, description="new attempts after a process was killed or lost (exit code 75); other failures end the run")
+    restarts: int = Field(3, ge=0, description="new attempts in a row after a process was killed or lost (exit code 75); other failures end the run")
     stop_seconds: float = Field(60.0, gt=0, description="seconds between a stop request and the kill")
+    hang_seconds: float = Field(1800.0, gt=0, description="seconds without progress of any trainer rank after which stacks are dumped and the attempt is given up")
+    slurm: Slurm = Field(default_factory=lambda: Slurm(), description="how jobs are submitted, signalled and requeued")
+    groups: Groups = Field(default_factory=lambda: Groups(), description="what is asked of Slurm for each group of nodes")
 
 
 class Shape(Section):

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 from miles.config.address import is_loopback
-from miles.config.schema import Algorithm, Optimizer, Rollout, RunConfig, Section, Train
+from miles.config.schema import Algorithm, Optimizer, Rollout, RunConfig, Train
+from miles.config.section import Section
 
 Level = Literal["error", "warning", "note"]
 Entry = tuple[Level, str, str, str]  # level, where, message, mend
@@ -177,7 +178,7 @@ def suspicious(config: RunConfig) -> Iterator[Entry]:
         yield "warning", "debug.stop_after", f"the run ends after {config.total_steps} steps, before it would stop", "lower it, or leave it out"
     if rollout.engine == "sglang" and any(name.startswith("speculative_") for name in rollout.sglang):
         yield "warning", "rollout.sglang", "speculative decoding goes to SGLang as given; its draft model is not updated by training", ""
-    if not is_loopback(config.cluster.host):
+    if config.cluster.host != "auto" and not is_loopback(config.cluster.host):
         yield "note", "cluster.host", f"servers listen on {config.cluster.host}; control endpoints need the run's token", ""
     if config.cluster.device == "cpu" and train.num_gpus_per_node >= 8:
         yield (

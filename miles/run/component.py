@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from miles.config.address import is_loopback
+from miles.config.address import bind_host, is_loopback
 from miles.config.exits import AGAIN, OK, WRONG, first_cause
 from miles.config.schema import RunConfig
 from miles.engine.child import die_with_parent
@@ -77,7 +77,7 @@ def environment(config: RunConfig, run_dir: Path, epoch: int, name: str, rank: i
         "PYTHONUNBUFFERED": "1",
         # A worker's arrays come and go by the megabyte: each a mapping of its own, so that its memory goes back at once and leaves no holes.
         **({"MALLOC_MMAP_THRESHOLD_": os.environ.get("MALLOC_MMAP_THRESHOLD_", str(1 << 20))} if name == "worker" else {}),
-        **({"GLOO_SOCKET_IFNAME": "lo"} if is_loopback(config.cluster.host) else {}),
+        **({"GLOO_SOCKET_IFNAME": "lo"} if is_loopback(bind_host(config.cluster.host)) else {}),
     }
 
 

@@ -8,7 +8,7 @@ import sys
 import time
 import traceback
 
-from miles.config.address import family_of, url_of
+from miles.config.address import bind_host, family_of, url_of
 from miles.config.exits import OK, WRONG, TryAgain
 from miles.config.schema import RunConfig
 from miles.data.store.epoch import Fenced
@@ -39,7 +39,7 @@ def options_of(role: Role, config: RunConfig, folder: str) -> EngineOptions:
     """Options of a run's engine. The port is always a free one: several engines share a host, and peers learn it from the service."""
     return EngineOptions(
         folder=folder,
-        host=config.cluster.host,
+        host=bind_host(config.cluster.host),
         port=0,
         token=role.token,
         device=config.cluster.device,
@@ -84,7 +84,7 @@ def run(role: Role) -> None:
 
 def run_sglang(role: Role, config: RunConfig, service: Coordinator, folder: str, events: Events) -> None:
     """SGLang in a child of this process: registered when it serves; its end is ours."""
-    host = config.cluster.host
+    host = bind_host(config.cluster.host)
     with socket.create_server((host, 0), family=family_of(host)) as probe:
         port = int(probe.getsockname()[1])
     url = url_of(host, port)

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from miles.config.address import bind_host
 from miles.config.exits import UserError, disk_full
 from miles.config.schema import Checkpoint, RunConfig
 from miles.data.store.epoch import Fence
@@ -58,7 +59,7 @@ class Run:
         service = Coordinator(role)
         service.register(pid=os.getpid())
         service.keep_alive()
-        host, store = config.cluster.host, None
+        host, store = bind_host(config.cluster.host), None
         if role.world_size > 1:
             if role.rank == 0:
                 store = open_store(host, 0, role.world_size, master=True)

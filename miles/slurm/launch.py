@@ -17,8 +17,9 @@ from typing import Any
 
 import httpx
 
-from miles.config.address import family_of, url_of
+from miles.config.address import bind_host, family_of, url_of
 from miles.config.exits import AGAIN, OK, WRONG, UserError, disk_full, first_cause, full
+from miles.config.placement import components
 from miles.config.schema import RunConfig
 from miles.data.store.epoch import Fence, new_epoch
 from miles.data.store.files import Damaged, read_json, seal_json
@@ -47,28 +48,24 @@ def free_port(host: str, wanted: int) -> int:
         return int(probe.getsockname()[1])
 
 
-def components(config: RunConfig) -> tuple[str, ...]:
-    """What a run is started as: recorded batches need nobody who makes them."""
-    return ("train",) if config.debug.recorded else ("train", "rollout")
-
-
 class Attempt:
     """One attempt at the run: its epoch, its meeting point, its components."""
 
     def __init__(self, run: RunDir, config: RunConfig, say: Callable[[str], None], restart: bool = False) -> None:
-        port = free_port(config.cluster.host, config.cluster.port)
+        host = bind_host(config.cluster.host)
+        port = free_port(host, config.cluster.port)
         self.run, self.config, self.say = run, config, say
         self.noticed: list[str] = []
         self.epoch = new_epoch(run)
         self.folder = run.attempt(self.epoch)
         self.token = secrets.token_hex(24)  # no "-" in front, which would make it an option on a command line
-        self.url = url_of(config.cluster.host, port)
+        self.url = url_of(host, port)
         self.fence = Fence(run, self.epoch)
         (self.folder / "logs").mkdir()
         handle = os.open(self.folder / "token", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(handle, "w") as file:
             file.write(self.token)
-        seal_json(self.folder / "service.json", {"url": self.url, "host": config.cluster.host, "port": port})
+        seal_json(self.folder / "service.json", {"url": self.url, "host": host, "port": port})
         self.components: list[LocalComponent] = []
         self.stop_asked = 0.0
         self.stop_told = False
