@@ -46,6 +46,7 @@ class Engines:
         waiting.append((input_ids, sampling_params, future))
         if len(waiting) == 1:
             asyncio.get_running_loop().call_soon(self._flush, group)
+        del waiting  # the siblings' futures are in it, and with them replies that are used already
         return await future
 
     def _flush(self, group: int) -> None:
