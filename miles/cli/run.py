@@ -26,7 +26,9 @@ from miles.report.build import build_report
 from miles.report.records import read_run
 from miles.report.refresh import Refresher
 from miles.report.summary import summarise
-from miles.slurm.launch import free_port, launch, only_launcher
+from miles.slurm.launch import launch
+from miles.slurm.meeting import free_port
+from miles.slurm.sole import only_launcher
 
 S = TypeVar("S", bound=Section)
 

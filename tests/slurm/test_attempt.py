@@ -11,7 +11,8 @@ from miles.config.compose import dump_config, load_config
 from miles.data.store.epoch import newest_epoch
 from miles.data.store.run_dir import RunDir, read_provenance
 from miles.report.build import build_report
-from miles.slurm.launch import Attempt
+from miles.slurm.attempt import Attempt
+from miles.slurm.launch import start_here
 
 
 @pytest.fixture
@@ -23,7 +24,7 @@ def begin(tmp_path):
         run.path.mkdir(exist_ok=True)
         run.run_yaml.write_text(dump_config(config))
         said.clear()
-        Attempt(run, config, said.append)
+        Attempt(run, config, said.append, start_here)
         return said
 
     make.run = run

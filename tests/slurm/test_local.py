@@ -15,8 +15,9 @@ from miles.config.exits import TryAgain, UserError
 from miles.data.store.epoch import new_epoch
 from miles.data.store.run_dir import RunDir
 from miles.run.service import listen
-from miles.slurm.launch import free_port, refuse_if_running
 from miles.slurm.local import LocalComponent, LocalRunner
+from miles.slurm.meeting import free_port
+from miles.slurm.sole import refuse_if_running
 
 
 def wait_for(path: Path, seconds: float = 20.0) -> None:

@@ -1,0 +1,176 @@
+"""One attempt at a run: its epoch, its meeting point, its components, from their start to the outcome."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import httpx
+
+from miles.config.exits import OK, WRONG, disk_full, first_cause, full
+from miles.config.placement import components
+from miles.config.schema import RunConfig
+from miles.data.store.epoch import Fence, new_epoch
+from miles.data.store.files import seal_json
+from miles.data.store.import_roots import import_roots
+from miles.data.store.results import last_with_results
+from miles.data.store.run_dir import RunDir, environment, read_provenance, record_attempt
+from miles.plan.tier import facts, promise
+from miles.slurm.meeting import open_meeting, own_address
+
+SUPERVISE = "miles.run.component.supervise"
+POLL_SECONDS = 0.25
+ECHO_SECONDS = 1.0
+STATUS_SECONDS = 1.0
+FULL_BYTES = 64 << 10  # a disk with less room is the reason for whatever failed on it
+Watcher = Callable[[dict[str, Any]], None]
+
+
+class Component(Protocol):
+    """A started component, on one node or several."""
+
+    name: str
+
+    def running(self) -> bool:
+        """Whether any of it lives."""
+
+    def outcome(self) -> dict[str, Any]:
+        """{code, role, rank, reason, …} of an ended one."""
+
+    def terminate(self) -> None:
+        """Ask it to stop its roles and end."""
+
+    def kill(self) -> None:
+        """End it at once."""
+
+
+class Attempt:
+    """An attempt is made, submitted, watched to its end, and closed.
+
+    start: starts one of its components, on this machine or on the job's nodes. more: what else is recorded of it (job, nodes).
+    """
+
+    def __init__(self, run: RunDir, config: RunConfig, say: Callable[[str], None], start: Start, restart: bool = False, **more: Any) -> None:
+        host, port = own_address(config.cluster)
+        self.run, self.config, self.say, self.start = run, config, say, start
+        self.noticed: list[str] = []
+        self.epoch = new_epoch(run)
+        self.folder = run.attempt(self.epoch)
+        self.fence = Fence(run, self.epoch)
+        (self.folder / "logs").mkdir()
+        self.meeting = open_meeting(self.folder, host, port)
+        self.components: list[Component] = []
+        self.stop_asked = 0.0
+        self.stop_told = False
+        self.promise(restart=restart, **more)
+
+    def promise(self, **more: Any) -> None:
+        """Record what this attempt can promise and why; say it when that is less than the last attempt could that left something."""
+        earlier = {entry["epoch"]: entry for entry in read_provenance(self.run)["attempts"] if entry["epoch"] < self.epoch}
+        before = earlier.get(last_with_results(self.run, earlier))
+        here = {**environment(), **facts(self.config)}
+        tier, changed = promise(self.config, before, here)
+        told: dict[str, Any] = {"tier": tier.name, "promise": tier.promise, "why": tier.why, "changed": changed}
+        executor, roots = self.config.cluster.executor, import_roots(self.run)
+        record_attempt(self.run, self.epoch, self.fence, **here, **told, executor=executor, import_roots=roots, **more)
+        if before is not None and before.get("tier") != tier.name:
+            self.say(f"guarantee: {tier.name} from attempt {self.epoch} on (before: {before.get('tier')}): {', '.join(changed) or tier.why}")
+
+    def submit(self) -> None:
+        """Start the components."""
+        for name in components(self.config):
+            self.components.append(self.start(self, name))
+
+    def ask(self, method: str, path: str) -> dict[str, Any] | None:
+        """A call to the rollout service; None while it isn't there."""
+        try:
+            reply = httpx.request(method, self.meeting.url + path, headers={"Authorization": f"Bearer {self.meeting.token}"}, timeout=2.0, trust_env=False)
+        except httpx.HTTPError:
+            return None
+        return reply.json() if reply.status_code == 200 else None
+
+    def request_stop(self) -> None:
+        """First time: stop cleanly (save, then end). Again: end now."""
+        if self.stop_asked:
+            for component in self.components:
+                component.terminate()
+        self.stop_asked = self.stop_asked or time.monotonic()
+
+    def watch(self, update: Watcher) -> dict[str, Any]:
+        """Follow the attempt to its end; returns {code, role, rank, reason}."""
+        shown = 0.0
+        update({"run": self.config.name, "epoch": self.epoch, "waiting": "the rollout service to start and read the prompts"})
+        while all(component.running() for component in self.components):
+            if time.monotonic() - shown > STATUS_SECONDS:
+                status = self.ask("GET", "/status")
+                if status is not None:
+                    self.pass_on(status)
+                    update(status)
+                shown = time.monotonic()
+            if self.stop_asked and not self.stop_told:  # again and again: the service may be starting, or busy
+                self.stop_told = self.ask("POST", "/stop") is not None
+            if self.stop_asked and time.monotonic() - self.stop_asked > self.config.cluster.stop_seconds:
+                self.request_stop()
+            time.sleep(POLL_SECONDS)
+        return self.settle()
+
+    def pass_on(self, status: dict[str, Any]) -> None:
+        """Say what the run's processes have noticed (a damaged checkpoint), once; how it ends is said at the end, once too."""
+        status.pop("message", None)
+        for line in status.pop("notices", None) or []:
+            if line not in self.noticed:
+                self.noticed.append(line)
+                self.say(f"warning: {line}")
+
+    def settle(self) -> dict[str, Any]:
+        """End what still runs, then name the outcome: train's word counts, unless rollout failed first."""
+        train, *others = self.components
+        if train.running() and all(not other.running() and other.outcome()["code"] == OK for other in others):
+            # The worker leaves as soon as the run is finished; the trainer may still be writing its last files.
+            self.wait_for(train, self.config.cluster.stop_seconds)
+        else:
+            time.sleep(ECHO_SECONDS)  # what killed one component may have ended the other, too
+        ended = [component for component in self.components if not component.running()]
+        for component in self.components:
+            component.terminate()
+        silent = []
+        for component in self.components:
+            self.wait_for(component, 15.0)
+            if component.running():
+                silent.append(component)
+                component.kill()
+        if train.outcome()["code"] == OK:
+            return train.outcome()
+        # One that was slow to stop its roles may be the one that knows why; one that had to be killed knows nothing.
+        spoke = [*ended, *(component for component in self.components if component not in ended and component not in silent)]
+        return first_cause([component.outcome() for component in spoke or self.components])
+
+    @staticmethod
+    def wait_for(component: Component, seconds: float) -> None:
+        """Wait for a component's end, at most so long."""
+        deadline = time.monotonic() + seconds
+        while component.running() and time.monotonic() < deadline:
+            time.sleep(0.05)
+
+    def close(self, outcome: dict[str, Any]) -> None:
+        """Record how the attempt ended; on a full disk it goes unrecorded, and what the launcher says is all there is."""
+        try:
+            seal_json(self.folder / "exit.json", {**outcome, "time": time.time()})
+        except OSError as error:
+            if disk_full(error) is None:
+                raise
+
+
+def because_of_disk(run: RunDir, outcome: dict[str, Any]) -> dict[str, Any]:
+    """A failure on a full disk is the disk's, whatever each process could still say of it."""
+    if outcome["code"] == OK:
+        return outcome
+    room = os.statvfs(run.path)
+    if room.f_bavail * room.f_frsize >= FULL_BYTES and (room.f_favail or not room.f_files):
+        return outcome
+    return {**outcome, "code": WRONG, "reason": full(run.path)}
+
+
+Start = Callable[[Attempt, str], Component]

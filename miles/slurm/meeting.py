@@ -1,0 +1,50 @@
+"""Where the processes of one attempt meet: the address of its rollout service, and the token that its callers carry."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+
+from miles.config.address import bind_host, family_of, url_of
+from miles.config.exits import UserError
+from miles.config.schema import Cluster
+from miles.data.store.files import seal_json
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """An address and its token."""
+
+    url: str
+    token: str
+
+
+def free_port(host: str, wanted: int) -> int:
+    """A TCP port to bind on host: the wanted one if it is free, any free one for 0."""
+    with socket.socket(family_of(host), socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, wanted))
+        except OSError as error:
+            raise UserError(f"cluster.port: {host}:{wanted} can't be used ({error.strerror}); choose another, or 0 for a free one") from error
+        return int(probe.getsockname()[1])
+
+
+def open_meeting(folder: Path, host: str, port: int) -> Meeting:
+    """Write an attempt's token and service.json; the token first, since who finds the address asks with it."""
+    token = secrets.token_hex(24)  # no "-" in front, which would make it an option on a command line
+    handle = os.open(folder / "token", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(handle, "w") as file:
+        file.write(token)
+    url = url_of(host, port)
+    seal_json(folder / "service.json", {"url": url, "host": host, "port": port})
+    return Meeting(url, token)
+
+
+def own_address(cluster: Cluster) -> tuple[str, int]:
+    """(host, port) that this machine's rollout service can have. UserError when a port of the user's is taken."""
+    host = bind_host(cluster.host)
+    return host, free_port(host, cluster.port)

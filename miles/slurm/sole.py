@@ -1,0 +1,47 @@
+"""One launcher a run: two would only fence each other off."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator
+
+import httpx
+
+from miles.config.exits import UserError
+from miles.data.store.files import Damaged, read_json
+from miles.data.store.run_dir import RunDir
+
+
+@contextlib.contextmanager
+def only_launcher(run: RunDir) -> Iterator[None]:
+    """Two launchers on one run would only fence each other off: the second is refused, from the first's start on."""
+    handle = os.open(run.path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{run.path}: this run is going on; follow it with `miles-submit logs -f {run.path}`") from None
+        refuse_if_running(run)
+        yield
+    finally:
+        os.close(handle)
+
+
+def refuse_if_running(run: RunDir) -> None:
+    """A launcher that was killed leaves a run that goes on."""
+    latest = run.latest.resolve()
+    if (latest / "exit.json").exists():
+        return
+    try:
+        url = read_json(latest / "service.json")["url"]
+    except (FileNotFoundError, Damaged):  # the launcher was killed before it started anything
+        return
+    headers = {"Authorization": f"Bearer {(latest / 'token').read_text()}"}
+    try:
+        reply = httpx.get(url + "/status", headers=headers, timeout=2.0, trust_env=False)
+    except httpx.HTTPError:
+        return
+    if reply.status_code == 200 and reply.json().get("run") is not None:
+        raise UserError(f"{run.path}: this run is going on (attempt {latest.name}); follow it with `miles-submit logs -f {run.path}`")
