@@ -7,10 +7,10 @@ BIN := $(VENV)/bin
 RUN ?= runs/quickstart
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install quickstart test suite test-faults lint bench rehearse smollm2 chromium clean
+.PHONY: help install quickstart test suite test-faults lint bench rehearse smollm2 chromium slurm slurm-24 clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # CPU-only PyTorch comes first and pinned: any later requirement is then satisfied by it.
 $(VENV)/.train: setup.cfg requirements.txt
@@ -33,11 +33,23 @@ quickstart: $(VENV)/.train  ## install, then train a small model from nothing: S
 chromium:
 	@command -v chromium >/dev/null || (apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium >/dev/null)
 
-test: $(VENV)/.dev chromium  ## install, then lint and run every test, with coverage
+# The tests run on a real Slurm: private clusters made of Debian's packages, without the system's services.
+SLURM_PACKAGES := slurmctld slurmd slurm-client munge libpmix2 slurmdbd slurm-wlm-mysql-plugin mariadb-server debootstrap patchelf
+slurm:  ## install Debian's packages for private Slurm clusters, where we may
+	@missing=$$(dpkg-query -W -f '$${Package} $${db:Status-Status}\n' $(SLURM_PACKAGES) 2>/dev/null | awk -v all='$(SLURM_PACKAGES)' \
+	  '$$2 == "installed" {have[$$1]} END {n = split(all, names, " "); for (i = 1; i <= n; i++) if (!(names[i] in have)) printf "%s ", names[i]}'); \
+	test -n "$$missing" || exit 0; \
+	if [ "$$(id -u)" = 0 ]; then as=; elif sudo -n true 2>/dev/null; then as="sudo -n"; else as=no; fi; \
+	if [ "$$as" = no ] || ! command -v apt-get >/dev/null; then \
+	  printf '\n*** NOT INSTALLED, so tests on a real Slurm are SKIPPED: %s\n*** as root: apt-get install --no-install-recommends %s\n\n' "$$missing" "$$missing"; \
+	  exit 0; fi; \
+	$$as apt-get update -qq && $$as env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing >/dev/null
+
+test: $(VENV)/.dev chromium slurm  ## install, then lint and run every test, with coverage
 	@$(MAKE) --no-print-directory -j2 lint suite
 
-suite: $(VENV)/.dev chromium  # the tests without lint; two workers, for two cores
-	$(BIN)/pytest -n 2 --dist loadscope --no-loadscope-reorder --cov=miles --cov-report=term --cov-fail-under=85
+suite: $(VENV)/.dev chromium slurm  # the tests without lint; two workers, for two cores
+	$(if $(filter 0,$(shell id -u)),MILES_REQUIRE_SLURM=1) $(BIN)/pytest -n 2 --dist loadscope --no-loadscope-reorder --cov=miles --cov-report=term --cov-fail-under=85
 
 SEED ?= 1
 COUNT ?= 100

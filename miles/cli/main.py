@@ -109,6 +109,47 @@ def inspect(
     return show(path, rows, verify, as_json)
 
 
+minicluster = typer.Typer(
+    name="minicluster",
+    no_args_is_help=True,
+    context_settings=HELP,
+    rich_markup_mode=None,
+    epilog='Example: eval "$(miles-submit minicluster up)"; srun -p h200 -N2 hostname; miles-submit minicluster down',
+)
+app.add_typer(minicluster, help="A private Slurm on this machine, with several nodes and fake GPUs, to try things out.")
+ClusterDir = Annotated[Path | None, typer.Option("--dir", help="where the cluster lives, a short path; default /tmp/miles-slurm-UID", metavar="DIR")]
+
+
+@minicluster.command(context_settings=HELP, epilog="Example: miles-submit minicluster up --nodes train=2,infer=1,cpu=0 --accounting")
+def up(
+    folder: ClusterDir = None,
+    version: Annotated[str, typer.Option(help="this machine's Slurm, or one that make slurm-24 unpacked (24.11)")] = "22.05",
+    accounting: Annotated[bool, typer.Option("--accounting", help="with a database, so that sacct and sacctmgr work")] = False,
+    nodes: Annotated[str | None, typer.Option(help="numbers of nodes, GROUP=COUNT with commas; default train=4,infer=4,cpu=2")] = None,
+    as_json: Json = False,
+) -> int:
+    """Start it in the background. Prints the line that your shell needs; what is there goes to stderr."""
+    from miles.cli import minicluster as cluster
+
+    return cluster.up(folder or cluster.default_dir(), version, accounting, nodes, as_json)
+
+
+@minicluster.command(context_settings=HELP, epilog="Example: miles-submit minicluster down")
+def down(folder: ClusterDir = None, as_json: Json = False) -> int:
+    """End it: daemons, jobs and its directory."""
+    from miles.cli import minicluster as cluster
+
+    return cluster.down(folder or cluster.default_dir(), as_json)
+
+
+@minicluster.command("status", context_settings=HELP, epilog="Example: miles-submit minicluster status --json")
+def minicluster_status(folder: ClusterDir = None, as_json: Json = False) -> int:
+    """What runs of it, and its nodes."""
+    from miles.cli import minicluster as cluster
+
+    return cluster.status(folder or cluster.default_dir(), as_json)
+
+
 def main() -> None:
     """Entry point: a user's mistake is one line on stderr and exit code 78."""
     try:

@@ -1,0 +1,31 @@
+"""Private Slurm clusters of the session: real daemons, fake GPUs. Where packages can't be had, what needs them is skipped, unless absence is a fault."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from clusters import cluster_or_skip
+
+from miles.slurm.minicluster import Cluster
+
+
+@pytest.fixture(scope="session")
+def slurm() -> Iterator[Cluster]:
+    """Slurm 22.05 without accounting: train[0-3], infer[0-3], cpu[0-1]."""
+    with cluster_or_skip() as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="session")
+def slurm_accounting() -> Iterator[Cluster]:
+    """The same with slurmdbd: sacct, accounts research and infra, qos urgent and scavenge."""
+    with cluster_or_skip(accounting=True) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="session")
+def slurm24() -> Iterator[Cluster]:
+    """Slurm 24.11 without accounting, with topology/block in blocks of two nodes."""
+    with cluster_or_skip(version="24.11") as cluster:
+        yield cluster
