@@ -11,6 +11,7 @@ from miles.config.options import parse_flags
 from miles.config.schema import RunConfig
 from miles.plan.judge import Finding, judge
 from miles.plan.model_folder import unusable
+from miles.plan.own_functions import unusable_functions
 
 
 def configuration(words: list[str]) -> RunConfig:
@@ -38,7 +39,7 @@ def findings(config: RunConfig, roots: Sequence[str] = ()) -> list[Finding]:
 
     found = judge(config)
     if not any(finding.level == "error" for finding in found):
-        opened = [Finding(*entry) for entry in unusable(config, roots)]
+        opened = [Finding(*entry) for entry in (*unusable(config), *unusable_functions(config, roots))]
         try:
             check_files(config)
             if config.debug.recorded:

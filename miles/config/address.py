@@ -22,6 +22,20 @@ def url_of(host: str, port: int) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
+def unbindable(host: str) -> str | None:
+    """Why no server of this machine can listen on host; None when one can."""
+    if not host:
+        return "no address is given"
+    try:
+        with socket.socket(family_of(host), socket.SOCK_STREAM) as probe:
+            probe.bind((host, 0))
+    except OSError as error:
+        return error.strerror or str(error)
+    except (UnicodeError, ValueError):  # a label of more than 63 characters; NUL
+        return "no name of a host"
+    return None
+
+
 def is_loopback(host: str) -> bool:
     """Whether nothing outside this machine can reach a server on host."""
     try:

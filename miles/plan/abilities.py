@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 from miles.config.address import is_loopback
-from miles.config.schema import Algorithm, Optimizer, Rollout, RunConfig, Train
+from miles.config.schema import Algorithm, Optimizer, Parallel, Rollout, RunConfig, Train
 from miles.config.section import Section
 
 Level = Literal["error", "warning", "note"]
@@ -47,6 +47,12 @@ def refused(config: RunConfig) -> Iterator[Entry]:
         yield from unless(not kind or kind in REWARDS, f"{where}.type", f"reward {kind}", f"take one of {', '.join(REWARDS)}, or {where}.path")
         if where == "rollout.reward" and reward == config.eval.reward:
             break  # evaluation has the rollout's: one message
+
+
+def data_only(parallel: Parallel) -> str:
+    """The mend of a layout that fsdp can't have: every size back to 1."""
+    sizes = {name: size for name, size in parallel.model_dump().items() if size != 1 and not (name == "expert_tensor" and size in (None, parallel.tensor))}
+    return f"fsdp splits data only: set {' '.join(f'train.parallel.{name}=1' for name in sizes)}"
 
 
 def _engine(config: RunConfig) -> Iterator[Entry]:

@@ -1,4 +1,4 @@
-"""Inputs that a run needs: named, and there."""
+"""Inputs and places that a run needs: named, and there."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from miles.config.address import bind_host, unbindable
 from miles.config.schema import RunConfig, Source
 from miles.plan.abilities import Entry
 
@@ -16,6 +17,9 @@ SUFFIXES = (".jsonl", ".json", ".parquet")
 def missing(config: RunConfig) -> Iterator[Entry]:
     """Errors: a model, prompts or a reward that is not named, or a file that is not there. Nothing is opened."""
     model, checkpoint, reinforce = config.model, config.checkpoint, config.num_rollout > 0
+    fault = unbindable(bind_host(config.cluster.host)) if config.cluster.executor == "local" else None
+    if fault:
+        yield "error", "cluster.host", f"{config.cluster.host!r} can't be listened on here ({fault})", "give an address of this machine, or leave it out"
     if not model.hf_checkpoint and not model.build:
         yield "error", "model.hf_checkpoint", "no model is named", "give --hf-checkpoint FOLDER"
     elif model.hf_checkpoint and not model.build:

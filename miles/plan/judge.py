@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from miles.config.exits import ConfigError
 from miles.config.schema import RunConfig
@@ -39,7 +39,9 @@ def judge(config: RunConfig, memory: int | None = None) -> list[Finding]:
         found.append(Finding("error", where, message, mend))
         model = None
     found += _layout(config, model)
-    for check in (abilities.refused, inputs.missing, abilities.suspicious):
+    told = {finding.where for finding in found}  # with their arithmetic
+    found += [Finding(*entry) for entry in abilities.refused(config) if entry[1] not in told]
+    for check in (inputs.missing, abilities.suspicious):
         found += [Finding(*entry) for entry in check(config)]
     found += _family(config, model)
     found += _memory(config, model, host_memory() if memory is None else memory)
@@ -50,7 +52,10 @@ def judge(config: RunConfig, memory: int | None = None) -> list[Finding]:
 def _layout(config: RunConfig, model: Facts | None) -> Iterator[Finding]:
     train, shape = config.train, model.shape if model else None
     layout = Layout.of(train.num_nodes, train.num_gpus_per_node, train.parallel)
-    for misfit in misfits(layout, shape):
+    found = misfits(layout, shape)
+    if train.backend == "fsdp":  # one a field, since all have the same mend
+        found = [replace(each, mend=abilities.data_only(train.parallel)) for each in {each.field: each for each in reversed(found)}.values()]
+    for misfit in found:
         yield Finding("error", f"train.parallel.{misfit.field}", misfit.message, misfit.mend)
     if train.num_gpus_per_node > config.cluster.gpus_per_node:
         yield Finding(

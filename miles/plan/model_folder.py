@@ -1,65 +1,27 @@
-"""What is inside the folders and behind the import paths that a run names, as far as a look at their heads shows it."""
+"""What is inside the model folders that a run names, as far as a look at their heads shows it."""
 
 from __future__ import annotations
 
-import importlib.machinery
-import importlib.util
 import json
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from miles.config.schema import RunConfig
 from miles.plan.abilities import Entry
-from miles.plan.inputs import own_eval_reward
 
 RESTORE = "restore it from the checkpoint's origin"
 VOCABULARIES = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
 
-def unusable(config: RunConfig, roots: Sequence[str] = ()) -> Iterator[Entry]:
-    """Errors: a tokenizer or weights that are missing or cut off, a module that can't be found. No weights are read, nothing is imported.
-
-    roots: folders where functions are looked for before the working folder and the path."""
+def unusable(config: RunConfig) -> Iterator[Entry]:
+    """Errors: a tokenizer or weights that are missing or cut off. No weights are read."""
     folder = Path(config.model.hf_checkpoint) if config.model.hf_checkpoint else None
     if folder is not None and (folder / "config.json").is_file():
         yield from _tokenizer("model.hf_checkpoint", folder)
         yield from _weights("model.hf_checkpoint", folder)
     if config.checkpoint.ref_load and (Path(config.checkpoint.ref_load) / "config.json").is_file():
         yield from _weights("checkpoint.ref_load", Path(config.checkpoint.ref_load))
-    paths = [("model.build", config.model.build if folder is None or not folder.exists() else None)]
-    if config.warm_start.steps:
-        paths.append(("warm_start.response_path", config.warm_start.response_path))
-    if config.num_rollout:
-        paths += [
-            ("rollout.generate_path", config.rollout.generate_path),
-            ("rollout.filter_path", config.rollout.filter_path),
-            ("rollout.reward.path", config.rollout.reward.path),
-        ]
-    paths.append(("eval.reward.path", own_eval_reward(config)))
-    for where, path in paths:
-        module = path.replace(":", ".").rpartition(".")[0] if path else ""
-        missing = first_missing(module, roots) if module else None
-        if missing:
-            yield "error", where, f"no module {missing} ({path})", "mend the path, or put the module's folder on PYTHONPATH"
-
-
-def first_missing(module: str, roots: Sequence[str] = ()) -> str | None:
-    """The first part of a dotted module name that can't be found here or on the path; None when all are there. Runs no user code."""
-    finder, parts = importlib.machinery.PathFinder, module.split(".")
-    if parts[0] == "__main__":
-        return parts[0]  # of another process
-    spec = finder.find_spec(parts[0], [*roots, os.getcwd()]) or importlib.util.find_spec(parts[0])  # roles are started from this folder
-    for length in range(1, len(parts) + 1):
-        name = ".".join(parts[:length])
-        if length > 1:
-            folders = spec.submodule_search_locations if spec else None
-            # By its own name alone: below a folder without __init__.py the full name asks for the parent, which isn't imported.
-            spec = finder.find_spec(parts[length - 1], list(folders)) if folders is not None else None
-        if spec is None:
-            return name
-    return None
 
 
 def _tokenizer(where: str, folder: Path) -> Iterator[Entry]:

@@ -148,6 +148,14 @@ CASES = [
     Case("filter module missing", "run recipe rollout.filter_path=miles.rollout.filter.check --run-dir here", ["rollout.filter_path: no module miles.rollout.filter (miles.rollout.filter.check)"]),
     Case("generate path not a path", "run recipe rollout.generate_path=./own.py --run-dir here", ["rollout.generate_path: './own.py' is not an import path; write package.module.function"]),
     Case("model.build module missing", "run recipes/tiny model.build=nowhere.build --run-dir here", ["model.build: no module nowhere (nowhere.build)"]),
+    Case("model.build is a module", "run recipes/tiny model.build=os.path --run-dir here", ["model.build: os.path is a module, not a function; write os.path.FUNCTION"]),
+    Case("reward missing in its module", "check recipe rollout.reward.type=null rollout.reward.path=own_functions.riases", ["rollout.reward.path: own_functions has no function 'riases'; did you mean own_functions.raises?"], file("own_functions.py", (Path(__file__).parent / "own_functions.py").read_bytes())),
+    Case("reward is a number of its module", "check recipe rollout.reward.type=null rollout.reward.path=own_functions.NOT_A_FUNCTION", ["rollout.reward.path: own_functions.NOT_A_FUNCTION is a number, not a function; give a function of own_functions"], file("own_functions.py", (Path(__file__).parent / "own_functions.py").read_bytes())),
+    Case("model parallelism on fsdp", "check recipe train.parallel.tensor=4 train.num_gpus_per_node=2", ["train.parallel.tensor: TP 4 × PP 1 × CP 1 = 4 ranks for one copy of the model, but there are 1 node × 2 = 2 ranks; fsdp splits data only: set train.parallel.tensor=1"]),
+    # addresses
+    Case("host of another machine", "check recipe cluster.host=192.0.2.1", ["cluster.host: '192.0.2.1' can't be listened on here (Cannot assign requested address); give an address of this machine, or leave it out"]),
+    Case("host that has no address", "run recipe cluster.host=no_such.invalid --run-dir here", ["cluster.host: 'no_such.invalid' can't be listened on here (", "give an address of this machine"]),
+    Case("host that is empty", "check recipe cluster.host=", ["cluster.host"]),
     # the run directory
     Case("folder that is no run", RUN, ["here: not empty, and not a run; choose another --run-dir"], file("here/precious.txt", "mine")),
     Case("folder that is a file", RUN, ["here: is a file, so no run can live there; choose another --run-dir"], file("here", "mine")),

@@ -51,7 +51,6 @@ CASES = [
     Case("reward raises", f"{OWN}raises", ["reward own_functions.raises, draw ", ": KeyError: 'no such\\nanswer'"]),
     Case("reward returns too few", f"{OWN}one_too_few", ["reward own_functions.one_too_few, draw ", "returned 3 entries for a group of 4 samples; return one reward a sample"]),
     Case("reward is not a number", f"{OWN}nan", ["reward own_functions.nan, draw ", "returned nan for sample 0; a reward is a finite number"]),
-    Case("reward missing in its module", f"{OWN}riases", ["rollout.reward.path: own_functions has no function 'riases'; mend the path own_functions.riases"]),
     Case("filter answers a number", "rollout.filter_path=own_functions.answers_a_number", ["rollout.filter_path own_functions.answers_a_number, draw ", "TypeError: a filter answers True, False or a reason, not int"]),
     Case("generate function raises", "rollout.generate_path=own_functions.generate", ["generate own_functions.generate, draw ", "ZeroDivisionError: division by zero"]),
     Case("prompt too long", "rollout.sampling.max_prompt_len=12", ["data, draw 2: the prompt has ", "more than rollout.sampling.max_prompt_len 12; raise it, or remove the row ('12345678901234567890"], row(3, "1234567890" * 5)),

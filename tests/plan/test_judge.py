@@ -183,11 +183,17 @@ def configuration(line: str) -> RunConfig:
 def test_announced_lines() -> None:
     first = errors(judge(configuration("--advantage-estimator grpo --model-name qwen3-30b-a3b --hf-checkpoint DIR --rollout-batch-size 512 --n-samples-per-prompt 8"), memory=24 * GIB))
     assert any(line.startswith("cluster.device: trainer and engines need 569 GiB on cpu, this machine has 24 GiB") for line in first)
-    second = errors(judge(configuration("--actor-num-gpus-per-node 8 --hf-checkpoint DIR --tensor-model-parallel-size 8 --expert-model-parallel-size 4")))
+    second = errors(judge(configuration("--train-backend megatron --actor-num-gpus-per-node 8 --hf-checkpoint DIR --tensor-model-parallel-size 8 --expert-model-parallel-size 4")))
     assert any("= 32 ranks for one copy of the experts" in line and "8 = 8 ranks; set train.parallel.expert_tensor=2, or train.num_nodes=4" in line for line in second)
-    third = judge(configuration("--actor-num-gpus-per-node 8 --hf-checkpoint DIR --tensor-model-parallel-size 8 --pipeline-model-parallel-size 2 --use-tis --tis-threshold 0.9"))
+    third = judge(configuration("--train-backend megatron --actor-num-gpus-per-node 8 --hf-checkpoint DIR --tensor-model-parallel-size 8 --pipeline-model-parallel-size 2 --use-tis --tis-threshold 0.9"))
     assert any("= 16 ranks for one copy of the model" in line and "set train.num_nodes=2, or train.parallel.tensor=4" in line for line in errors(third))
     assert [finding.where for finding in third if finding.level == "warning"] == ["algorithm.tis_clip"]
+    fsdp = [line for line in errors(judge(configuration("--actor-num-gpus-per-node 8 --hf-checkpoint DIR --tensor-model-parallel-size 8 --pipeline-model-parallel-size 2"))) if "parallel" in line]
+    everything = "fsdp splits data only: set train.parallel.tensor=1 train.parallel.pipeline=1"
+    assert len(fsdp) == 2
+    assert all("=1" in line and "num_nodes" not in line for line in fsdp)
+    assert fsdp[0].startswith("train.parallel.pipeline: TP 8 × PP 2 × CP 1 = 16 ranks")
+    assert fsdp[0].endswith(everything)
 
 
 def test_page(sound: list[str], capsys: pytest.CaptureFixture[str]) -> None:
