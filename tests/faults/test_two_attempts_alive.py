@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import random
-import re
 import signal
 import subprocess
 import sys
@@ -13,17 +12,16 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import h5py
 import psutil
 import shared
 import whole_runs as runs
 from shared import now, say
+from trees import snapshot, written_alone, written_beside
 
 from miles.data.store.files import read_json
 from miles.data.store.run_dir import RunDir, read_provenance
 
 PATIENCE = 400.0
-GROWING = re.compile(r".*\.(\d+)\.(?:jsonl|log)")  # events and journals: the epoch is in the name
 
 
 class Attempt:
@@ -38,7 +36,7 @@ class Attempt:
 
     def stop(self) -> None:
         """SIGSTOP to all, launcher first, so that nobody sees another stand still; again until no new process is found."""
-        found = [psutil.Process(self.process.pid)]
+        found, self.stopped = [psutil.Process(self.process.pid)], []
         while found:
             for process in found:
                 with contextlib.suppress(ProcessLookupError):
@@ -68,46 +66,6 @@ def sealed_by(run_dir: Path, epoch: int) -> bool:
     return False
 
 
-def epoch_of(path: Path) -> int | None:
-    """The attempt that wrote a file, by its name or content; None where neither says."""
-    growing = GROWING.fullmatch(path.name)
-    if growing and path.parent.name in ("events", "journal"):
-        return int(growing[1])
-    if path.suffix == ".h5":
-        with h5py.File(path, "r", locking=False) as file:
-            return int(file.attrs["epoch"]) if "epoch" in file.attrs else None
-    if path.name in ("manifest.json", "state.json"):
-        return int(read_json(path)["epoch"])
-    return None
-
-
-def snapshot(run_dir: Path) -> dict[Path, tuple[int, int, int]]:
-    """Inode, size and time of every file outside attempts/."""
-    found = {}
-    for top, folders, names in os.walk(run_dir):
-        if Path(top) == run_dir:
-            folders.remove("attempts")
-        for name in names:
-            path = Path(top) / name
-            with contextlib.suppress(FileNotFoundError):
-                status = path.lstat()
-                found[path] = status.st_ino, status.st_size, status.st_mtime_ns
-    return found
-
-
-def written_by_the_old(before: dict[Path, tuple[int, int, int]], after: dict[Path, tuple[int, int, int]], old: int) -> list[str]:
-    """Files that changed and are of an attempt up to `old`; a file that is new or other, by epoch in name or content."""
-    wrong = []
-    for path, facts in after.items():
-        if before.get(path) == facts:
-            continue
-        with contextlib.suppress(FileNotFoundError):
-            epoch = epoch_of(path)
-            if epoch is not None and epoch <= old:
-                wrong.append(f"{path}: {before.get(path)} became {facts}")
-    return wrong
-
-
 def test_the_older_writes_nothing_after_the_newer_ones_first_seal(undisturbed: Callable[[int], shared.Undisturbed], tmp_path: Path, seed: int, count: int) -> None:
     """In long runs: the newer one of each round is the older one of the next."""
     rng = random.Random(f"{seed} two attempts")
@@ -118,7 +76,7 @@ def test_the_older_writes_nothing_after_the_newer_ones_first_seal(undisturbed: C
         folder.mkdir()
         made += overlap(folder, calm, rng, rounds - made, ended)
         say(f"{made} of {rounds} rounds; {now() - began:.0f} s")
-    say(f"\n{made} rounds of two attempts alive at once in {now() - began:.0f} s: no write of an older one; exit codes {sorted(set(ended))} (seed {seed})\n")
+    say(f"\n{made} rounds of two attempts alive at once in {now() - began:.0f} s: no write, renaming or deletion of an older one; exit codes {sorted(set(ended))} (seed {seed})\n")
     shared.summary(f"two_attempts.{seed}", {"seed": seed, "rounds": made, "seconds": now() - began, "exit_codes": sorted(set(ended))})
 
 
@@ -140,10 +98,10 @@ def overlap(folder: Path, calm: shared.Undisturbed, rng: random.Random, most: in
                 done += 1
             assert attempts[-1].process.wait(PATIENCE) == 0, attempts[-1].out.name
             for attempt in attempts[:-1]:  # one that was stopped when nothing was left to seal for the newer one; perhaps not for itself either
-                before = snapshot(run_dir)
+                before = snapshot(run_dir, {attempt.epoch})
                 attempt.go_on(rng)
                 assert attempt.process.wait(PATIENCE) in (0, 75)
-                assert not written_by_the_old(before, snapshot(run_dir), attempt.epoch)
+                assert not written_alone(before, snapshot(run_dir, {attempt.epoch}), attempt.epoch)
         finally:
             for attempt in attempts:
                 if attempt.process.poll() is None:
@@ -178,20 +136,29 @@ def first_seal(attempt: Attempt) -> bool:
 
 
 def round_of(run_dir: Path, old: Attempt, newer: Attempt, rng: random.Random) -> None:
-    """The newer one has sealed: the older one goes on at a random moment, writes nothing, and ends by itself."""
+    """The newer one has sealed: the older one goes on at a random moment, writes nothing, and ends by itself.
+
+    In half of the rounds the newer one stands still meanwhile, so that any difference is the older one's; in the others both are at work.
+    """
     until = now() + rng.expovariate(2.0)
     while now() < until and newer.process.poll() is None:
         time.sleep(0.005)
-    before = snapshot(run_dir)
+    alone = rng.random() < 0.5
+    if alone:
+        newer.stop()
+    apart = {old.epoch} if alone else None
+    before = snapshot(run_dir, apart)
     old.go_on(rng)
     code = old.process.wait(PATIENCE)
     _, alive = psutil.wait_procs(old.stopped, timeout=30)
-    after = snapshot(run_dir)
+    after = snapshot(run_dir, apart)
+    if alone:
+        newer.go_on(rng)
     text = Path(old.out.name).read_text()
     assert code == 75, f"exit code {code}\n{text}"
     assert not alive, f"{alive} outlived their launcher"
     assert "superseded by attempt" in text
-    assert not written_by_the_old(before, after, old.epoch)
+    assert not (written_alone(before, after, old.epoch) if alone else written_beside(before, after, old.epoch, newer.epoch))
     assert (run_dir / "latest").resolve().name == f"{newer.epoch:06d}"
     ending = read_json(RunDir(run_dir).attempt(old.epoch) / "exit.json")
     assert ending["code"] == 75, ending

@@ -20,7 +20,9 @@ from miles.data.store.manifest import Manifest, Policy, ShardEntry, seal_manifes
 from miles.data.store.metrics import Metrics, append_line
 from miles.data.store.run_dir import RunDir, record_attempt
 from miles.data.store.shard import write_shard
-from miles.data.store.train_record import TrainPart, write_train_record
+from miles.data.store.train_record import write_train_record
+from miles.training.batch import Seen
+from miles.training.record import OwnPart
 
 START = 1_780_000_000.0  # unix seconds of the first step
 SECONDS = 7.5  # of one step
@@ -138,21 +140,14 @@ def write_train(run: RunDir, step: int, shards: list[list[Sample]], rng: np.rand
     """Train records of two nodes, with log-probs that differ by `noise` (0: the same bits); returns all differences, float64."""
     differences = []
     for rank, mine in enumerate(shards):
-        lengths = [len(one.token_id) for one in mine]
+        lengths = np.array([len(one.token_id) for one in mine])
         rollout = np.concatenate([one.rollout_logprob for one in mine])
         train = rollout if noise == 0 else (rollout + rng.normal(0, 1, len(rollout)) * noise * 10.0 ** rng.uniform(-4, 1, len(rollout))).astype(np.float32)
         differences.append(train.astype(np.float64) - rollout.astype(np.float64))
         count = len(rollout)
-        part = TrainPart(
-            rank=rank,
-            shard=np.full(len(mine), rank, np.uint16),
-            row=np.arange(len(mine), dtype=np.uint32),
-            offset=np.concatenate([[0], np.cumsum(lengths)]).astype(np.uint64),
-            train_logprob=train,
-            entropy=np.zeros(count, np.float32),
-            advantage=np.zeros(count, np.float32),
-            used=np.isfinite(rollout).astype(np.uint8),
-        )
+        zeros = np.zeros(count, np.float32)
+        values = {"train_logprob": train, "entropy": zeros, "advantage": zeros, "used": np.isfinite(rollout).astype(np.uint8)}
+        part = OwnPart(rank, [Seen(np.full(len(mine), rank), np.arange(len(mine)), lengths, values)])
         run.train(step).mkdir(parents=True, exist_ok=True)
         write_train_record(run.train(step) / f"{rank}.h5", [part])
     return differences

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,49 +27,14 @@ TOKENS = {
 ALWAYS = ("train_logprob", "entropy", "advantage", "used")
 
 
-@dataclass
-class TrainPart:
+class RecordPart(Protocol):
     """What one rank saw in one step: S sequences and their N tokens, one after another in the order trained on.
 
     shard u16 [S] and row u32 [S] say which sequence; offset u64 [S+1] where its tokens are. Token arrays [N] run over all tokens
     of a sequence, prompt first, aligned with the shard: value i belongs to token i; NaN (0 for u8) where there is none.
     train_logprob, old_logprob, ref_logprob f32 natural logs; entropy f32 nats; advantage f32; weight f32 (off-policy
     correction); used u8 (loss mask after rejection); route_miss u8 (layers routed differently).
-    """
-
-    rank: int
-    shard: NDArray[np.uint16]
-    row: NDArray[np.uint32]
-    offset: NDArray[np.uint64]
-    train_logprob: NDArray[np.float32]
-    entropy: NDArray[np.float32]
-    advantage: NDArray[np.float32]
-    used: NDArray[np.uint8]
-    old_logprob: NDArray[np.float32] | None = None
-    ref_logprob: NDArray[np.float32] | None = None
-    weight: NDArray[np.float32] | None = None
-    route_miss: NDArray[np.uint8] | None = None
-
-    def __post_init__(self) -> None:
-        assert len(self.shard) == len(self.row) == len(self.offset) - 1, "one shard and one row a sequence"
-        for name in TOKENS:
-            array = getattr(self, name)
-            assert array is None or len(array) == self.offset[-1], f"{name}: {self.offset[-1]} tokens"
-
-    @property
-    def names(self) -> list[str]:
-        """Token arrays that are there."""
-        return [name for name in TOKENS if getattr(self, name) is not None]
-
-    def blocks(self, name: str) -> Iterator[np.ndarray]:
-        """A token array, in pieces."""
-        yield np.asarray(getattr(self, name), TOKENS[name])
-
-
-class RecordPart(Protocol):
-    """What writing needs of one rank's part: TrainPart, or one whose blocks come from elsewhere.
-
-    Blocks are asked for once: all of a name before the next, names in the order of TOKENS, for each name all parts by rank.
+    Blocks are pieces of them, asked for once: all of a name before the next, names in the order of TOKENS, for each name all parts by rank.
     """
 
     rank: int
@@ -85,7 +49,7 @@ class RecordPart(Protocol):
 
 
 def write_train_record(path: Path, parts: Sequence[RecordPart], attrs: dict[str, Any] | None = None, fence: Fence | None = None) -> Sealed:
-    """Seal a node's record of one step, ranks in ascending order. attrs: parallel layout, dtypes, kernels, versions.
+    """Seal a node's record of one step, ranks in ascending order. attrs: parallel layout, dtypes, kernels, versions; with a fence, its epoch is added.
 
     A token array that only some parts have is filled with NaN (0 for u8) elsewhere. Of the token arrays, some megabytes are in memory.
     """
@@ -108,7 +72,8 @@ def write_train_record(path: Path, parts: Sequence[RecordPart], attrs: dict[str,
             data = tokens.create_dataset(name, (int(offset[-1]),), dtype)
             put_blocks(data, (block for part in parts for block in _column(part, name, dtype)))
 
-    return seal_hdf5(path, SCHEMA, attrs or {}, fill, fence, own_checksum=True)
+    epoch = {} if fence is None else {"epoch": fence.epoch}
+    return seal_hdf5(path, SCHEMA, {**(attrs or {}), **epoch}, fill, fence, own_checksum=True)
 
 
 class TrainRecord:

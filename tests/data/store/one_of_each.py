@@ -11,7 +11,7 @@ from miles.config.compose import dump_config, load_config
 from miles.data.sample import Sample, Status
 from miles.data.store.checkpoint import SCHEMA as CHECKPOINT
 from miles.data.store.checkpoint import STATE
-from miles.data.store.epoch import new_epoch
+from miles.data.store.epoch import Fence, new_epoch
 from miles.data.store.events import Events
 from miles.data.store.files import Sealed, checksum, seal_json, seal_listing
 from miles.data.store.journal import Journal
@@ -19,7 +19,9 @@ from miles.data.store.manifest import Dropped, Manifest, Policy, ShardEntry, sea
 from miles.data.store.metrics import Metrics
 from miles.data.store.run_dir import COMPLETE, RunDir, record_attempt, write_plan
 from miles.data.store.shard import write_routes, write_shard
-from miles.data.store.train_record import TrainPart, write_train_record
+from miles.data.store.train_record import write_train_record
+from miles.training.batch import Seen
+from miles.training.record import OwnPart
 
 SEALED = ("shard", "routes", "manifest", "train", "state", "weights", "complete")
 EVERY = (*SEALED, "journal", "metrics", "events", "provenance", "plan", "run.yaml", "batch", "checkpoint", "run")
@@ -59,9 +61,9 @@ def make(folder: Path) -> dict[str, Path]:
     )  # fmt: skip
     lengths = [len(sample.token_id) for sample in made]
     count = sum(lengths)
-    values = {name: np.linspace(-1, 1, count).astype(np.float32) for name in ("train_logprob", "entropy", "advantage")}
-    part = TrainPart(0, np.zeros(6, np.uint16), np.arange(6, dtype=np.uint32), np.cumsum([0, *lengths]).astype(np.uint64), used=np.ones(count, np.uint8), **values)
-    write_train_record(run.train(3) / "node_0000.h5", [part], {"backend": "fsdp", "threads": 2})
+    values = {name: np.linspace(-1, 1, count).astype(np.float32) for name in ("train_logprob", "entropy", "advantage")} | {"used": np.ones(count, np.uint8)}
+    part = OwnPart(0, [Seen(np.zeros(6, np.int64), np.arange(6), np.array(lengths), values)])
+    write_train_record(run.train(3) / "node_0000.h5", [part], {"backend": "fsdp", "threads": 2}, Fence(run, epoch))
     with Journal(run.journal_file(0, epoch)) as journal:
         for first in (0, 2, 4):
             journal.append(made[first : first + 2], {"kind": "rollout", "step": 3, "weight_checksum": "abc"})

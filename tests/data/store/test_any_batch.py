@@ -15,7 +15,9 @@ from miles.data.sample import Sample, Status
 from miles.data.store.journal import Journal, read_group, read_journal
 from miles.data.store.routes import open_routes, write_routes
 from miles.data.store.shard import open_shard, write_shard
-from miles.data.store.train_record import ALWAYS, TOKENS, TrainPart, open_train_record, write_train_record
+from miles.data.store.train_record import ALWAYS, TOKENS, open_train_record, write_train_record
+from miles.training.batch import Seen
+from miles.training.record import OwnPart
 
 QUICK = settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 TEXT = st.none() | st.text(st.characters() | st.sampled_from(["\0", "\ud800", "\udfff", "é", "😀", "\u2028"]), max_size=6)  # a journal keeps what HDF5 can't
@@ -130,12 +132,15 @@ def test_any_slice_of_routes(tmp_path, make_sample, lengths, dtype, inner, data)
 
 @st.composite
 def parts(draw, rank):
-    lengths = draw(st.lists(st.integers(0, 7), max_size=4))
-    total, generator = sum(lengths), np.random.default_rng(draw(st.integers(0, 2**32)))
+    """Of no to three micro-batches."""
+    generator = np.random.default_rng(draw(st.integers(0, 2**32)))
     names = [*ALWAYS, *draw(st.sets(st.sampled_from([name for name in TOKENS if name not in ALWAYS])))]
-    columns = {name: generator.integers(0, 2**32, total, np.uint64).astype(np.uint32).view(np.float32) if TOKENS[name] is np.float32 else generator.integers(0, 256, total).astype(np.uint8) for name in names}
-    rows = [generator.integers(0, 2**16, len(lengths)).astype(np.uint16), generator.integers(0, 2**32, len(lengths), np.uint64).astype(np.uint32)]
-    return TrainPart(rank, *rows, np.cumsum([0, *lengths]).astype(np.uint64), **columns)
+    seen = []
+    for lengths in draw(st.lists(st.lists(st.integers(0, 7), max_size=4), max_size=3)):
+        total = sum(lengths)
+        values = {name: generator.integers(0, 2**32, total, np.uint64).astype(np.uint32).view(np.float32) if TOKENS[name] is np.float32 else generator.integers(0, 256, total).astype(np.uint8) for name in names}
+        seen.append(Seen(generator.integers(0, 2**16, len(lengths)), generator.integers(0, 2**32, len(lengths)), np.array(lengths, np.int64), values))
+    return OwnPart(rank, seen)
 
 
 @QUICK
@@ -145,17 +150,16 @@ def test_a_train_record_gives_back_any_parts(tmp_path, made, data):
     write_train_record(path, data.draw(st.permutations(made)) if made else [])
     with open_train_record(path) as record:
         table, start = record.sequences(), 0
-        assert table["rank"].tolist() == [part.rank for part in made for _ in part.row]
+        assert table["rank"].tolist() == [part.rank for part in made for each in part.seen for _ in each.row]
         for name in ("shard", "row"):
-            assert table[name].tolist() == [value for part in made for value in getattr(part, name).tolist()]
+            assert table[name].tolist() == [value for part in made for each in part.seen for value in getattr(each, name).tolist()]
         for part in made:
-            end = start + len(part.row)
+            end = start + sum(len(each.row) for each in part.seen)
             found = record.tokens(start, end, record.names)
             for name in record.names:
-                expected = getattr(part, name)
-                if expected is None:
+                if part.seen and name not in part.seen[0].values:
                     assert (np.isnan(found[name]) if TOKENS[name] is np.float32 else found[name] == 0).all()
                 else:
-                    assert found[name].tobytes() == expected.tobytes(), name
+                    assert found[name].tobytes() == b"".join(each.values[name].tobytes() for each in part.seen), name
             start = end
-        assert set(record.names) == {*ALWAYS, *(name for part in made for name in TOKENS if getattr(part, name) is not None)}
+        assert set(record.names) == {*ALWAYS, *(name for part in made for each in part.seen for name in each.values)}

@@ -3,10 +3,13 @@ import numpy as np
 import pytest
 import xxhash
 
+from miles.data.store.epoch import Fence, new_epoch
 from miles.data.store.files import Damaged
 from miles.data.store.hdf5 import verify_own
 from miles.data.store.routes import open_routes, write_routes
-from miles.data.store.train_record import TrainPart, open_train_record, write_train_record
+from miles.data.store.train_record import open_train_record, write_train_record
+from miles.training.batch import Seen
+from miles.training.record import OwnPart
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
@@ -35,19 +38,13 @@ def test_no_routes_no_file(tmp_path, make_sample):
     assert list(tmp_path.iterdir()) == []
 
 
-def part(rank, lengths, **more):
+def part(rank, lengths, names=()):
+    """A rank's part of one micro-batch."""
     generator = np.random.default_rng(rank)
     total = sum(lengths)
-    arrays = {name: generator.random(total, np.float32) for name in ("train_logprob", "entropy", "advantage")}
-    return TrainPart(
-        rank=rank,
-        shard=np.zeros(len(lengths), np.uint16),
-        row=np.arange(len(lengths), dtype=np.uint32) + 10 * rank,
-        offset=np.cumsum([0, *lengths]).astype(np.uint64),
-        used=np.ones(total, np.uint8),
-        **arrays,
-        **{name: generator.random(total, np.float32) for name in more.get("names", ())},
-    )
+    values = {name: generator.random(total, np.float32) for name in ("train_logprob", "entropy", "advantage", *names)}
+    values["used"] = np.ones(total, np.uint8)
+    return OwnPart(rank, [Seen(np.zeros(len(lengths), np.int64), np.arange(len(lengths)) + 10 * rank, np.array(lengths, np.int64), values)])
 
 
 def test_record_of_a_node(tmp_path):
@@ -61,8 +58,8 @@ def test_record_of_a_node(tmp_path):
         }  # fmt: skip
         assert sorted(record.names) == ["advantage", "entropy", "ref_logprob", "train_logprob", "used"]
         found = record.tokens(1, 4, ["train_logprob", "ref_logprob"])
-        assert found["train_logprob"].tobytes() == parts[0].train_logprob.tobytes()
-        assert found["ref_logprob"].tobytes() == parts[0].ref_logprob.tobytes()
+        assert found["train_logprob"].tobytes() == parts[0].seen[0].values["train_logprob"].tobytes()
+        assert found["ref_logprob"].tobytes() == parts[0].seen[0].values["ref_logprob"].tobytes()
         assert np.isnan(record.tokens(0, 1, ["ref_logprob"])["ref_logprob"]).all()
 
 
@@ -83,7 +80,22 @@ def test_record_of_nothing(tmp_path):
         assert record.sequences()["offset"].tolist() == [0]
 
 
-def test_arrays_of_other_lengths_are_our_fault():
-    good = part(0, [3])
+def test_arrays_of_other_lengths_are_our_fault(tmp_path):
+    other = part(0, [3])
+    other.seen[0].values["entropy"] = np.zeros(2, np.float32)
     with pytest.raises(AssertionError, match="entropy: 3 tokens"):
-        TrainPart(**{**vars(good), "entropy": good.entropy[:2]})
+        write_train_record(tmp_path / "node.h5", [other])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_record_names_the_attempt_that_wrote_it(tmp_path, run_dir):
+    """One without the attribute is read all the same."""
+    for _ in range(2):
+        epoch = new_epoch(run_dir)
+    write_train_record(tmp_path / "new.h5", [part(0, [3])], {"step": 5}, Fence(run_dir, epoch))
+    write_train_record(tmp_path / "old.h5", [part(0, [3])], {"step": 5})
+    found = {}
+    for name in ("new", "old"):
+        with open_train_record(tmp_path / f"{name}.h5") as record:
+            found[name] = record.attrs
+    assert found == {"new": {"schema": "miles.train/1", "step": 5, "epoch": 2}, "old": {"schema": "miles.train/1", "step": 5}}
