@@ -278,7 +278,9 @@ def test_steps_that_are_no_numbers_are_passed_over(made, tmp_path, capsys) -> No
         file.write('{"step": null, "kind": "rollout"}\n{"step": "text", "kind": "rollout"}\n')
     with open(run.event_file("trainer", 0, 1), "a") as file:
         file.write('{"phase": "odd", "step": null, "start": 1795000000.25, "end": 1795000001.5}\n')
-    assert facts(page(run.metrics, capsys))["lines"] == before
+    text = page(run.metrics, capsys)
+    assert facts(text)["lines"] == before
+    assert text.count("note: 2 lines without a step (a whole number) passed over") == 1
     assert re.search(r"^odd +1  – +1\.25 ", page(run.event_file("trainer", 0, 1), capsys), re.MULTILINE)
     row = facts("\n" + page(run.event_file("trainer", 0, 1), capsys, rows="-1:"))
     assert (row["start"], row["end"]) == ("1795000000.250", "1795000001.500")

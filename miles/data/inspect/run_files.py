@@ -197,6 +197,7 @@ def _flat(value: dict[str, Any], prefix: str) -> dict[str, Any]:
 def metrics_page(path: Path) -> Page:
     """metrics.jsonl: lines of each kind, and the last values."""
     lines = read_metrics(path)
+    without = len(read_lines(path)) - len(lines)
     page = Page(path, "metrics: one line a step", None, {"bytes": path.stat().st_size, "lines": len(lines)})
     kinds: dict[str, list[dict[str, Any]]] = {}
     for line in lines:
@@ -205,6 +206,8 @@ def metrics_page(path: Path) -> Page:
     for kind, found in kinds.items():
         values = {name: value for name, value in found[-1].items() if name not in ("step", "kind", "time")}
         page.tables.append(Table(f"last {kind} (step {found[-1]['step']})", ["metric", "value"], [[name, value] for name, value in values.items()]))
+    if without:
+        page.notes.append(f"{without} line{'s' if without > 1 else ''} without a step (a whole number) passed over")
     _torn(page, path)
     return page
 

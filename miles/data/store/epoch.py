@@ -100,13 +100,18 @@ class Fence:
             raise
 
     def replace_folder(self, draft: Path, folder: Path) -> None:
-        """Give a folder in staging its name; an older one of that name goes. Raises Fenced when a newer attempt exists."""
-        older = self.temporary(folder.name)
+        """Give a folder in staging its name; an older one of that name goes. Raises Fenced when a newer attempt exists.
+
+        A kill between the two leaves the name without a folder until the next attempt begins, which puts the older one back.
+        """
+        place, older = self._moving(folder), self.temporary(folder.name)
         with self.staged():
             if folder.exists():
-                os.rename(folder, older)
+                os.rename(folder, place)
             os.rename(draft, folder)
-        sync_folder(folder.parent)
+            sync_folder(folder.parent)
+            if place.exists():
+                os.rename(place, older)
         shutil.rmtree(older, ignore_errors=True)  # what is left goes with the staging folder
 
     def move(self, path: Path, target: Path) -> None:
@@ -114,11 +119,15 @@ class Fence:
 
         Raises Fenced when a newer attempt exists.
         """
-        place = self.staging / (MOVING + quote(str(target.relative_to(self.run_dir.path)), safe=""))
+        place = self._moving(target)
         with self.staged():
             os.rename(path, place)
             os.rename(place, target)
         sync_folder(target.parent)
+
+    def _moving(self, target: Path) -> Path:
+        """Where something lies on its way to a path in the run directory."""
+        return self.staging / (MOVING + quote(str(target.relative_to(self.run_dir.path)), safe=""))
 
     def discard(self, path: Path) -> None:
         """Delete a file or folder by way of staging: a kill never leaves half of it under its name. Raises Fenced when a newer attempt exists."""
@@ -141,6 +150,8 @@ def _take_staging(run_dir: RunDir, epoch: int) -> None:
     for taken in run_dir.attempts.glob(f"*/{STAGING}.taken.*"):
         for place in taken.glob(f"{MOVING}*"):
             target = run_dir.path / unquote(place.name.removeprefix(MOVING))
+            if target.exists():
+                continue  # the folder that replaces it has the name already
             with contextlib.suppress(FileNotFoundError):  # moved by another attempt
                 os.rename(place, target)
             sync_folder(target.parent)

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 
 import pytest
 
@@ -118,6 +119,39 @@ def test_what_is_being_set_aside_is_never_lost(run_dir, monkeypatch, newer_begin
         new_epoch(run_dir)
     assert sorted(folder.name for folder in run_dir.batches.iterdir()) == ["step_000001.aside.1", "step_000002.aside.1"]
     assert {path.read_bytes() for path in run_dir.batches.glob("*/content")} == {b"before"}
+    assert not list(run_dir.attempts.glob("*/staging*/*"))
+
+
+@pytest.mark.parametrize(("renames", "left"), [(1, b"before"), (2, b"older"), (3, b"older")])
+@pytest.mark.parametrize("newer_begins", [False, True])
+def test_a_folder_that_is_being_replaced_is_never_lost(run_dir, monkeypatch, renames, left, newer_begins):
+    """SIGKILL after any of the renames, or a newer attempt begins there: it finds the old folder or the new one, whole."""
+    fence, rename, done = Fence(run_dir, new_epoch(run_dir)), os.rename, []
+    seal_bytes(run_dir.path / "folder/content", b"before")
+
+    def stopped(path, target):
+        rename(path, target)
+        done.append(path)
+        if len(done) == renames:
+            if not newer_begins:
+                os.kill(os.getpid(), signal.SIGKILL)
+            new_epoch(run_dir)
+
+    if newer_begins:
+        with monkeypatch.context() as patch:
+            patch.setattr("os.rename", stopped)
+            with pytest.raises(Fenced) if renames == 1 else contextlib.nullcontext():
+                replaced(run_dir, fence)
+    else:
+        process = os.fork()
+        if process == 0:
+            os.rename = stopped
+            replaced(run_dir, fence)
+            os._exit(1)
+        assert os.WTERMSIG(os.waitpid(process, 0)[1]) == signal.SIGKILL
+        assert (run_dir.path / "folder").exists() == (renames > 1)
+        new_epoch(run_dir)
+    assert (run_dir.path / "folder/content").read_bytes() == left
     assert not list(run_dir.attempts.glob("*/staging*/*"))
 
 
