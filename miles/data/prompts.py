@@ -6,8 +6,11 @@ that is a function of (seed, epoch) alone. So the order of data is resumed from 
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
-from collections.abc import Iterable
+import importlib.util
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -133,22 +136,37 @@ def _prompt(value: Any, place: str, key: str) -> Prompt:
 
 
 def gym_dataset(name: str, source: Source) -> Any:
-    """The reasoning-gym data set of a section. Raises UserError for an unknown name or configuration."""
-    import reasoning_gym
-    from reasoning_gym.factory import DATASETS
+    """The reasoning-gym data set of a section; importing the package takes a second. Raises UserError for an unknown name or configuration."""
+    try:
+        import reasoning_gym
+        from reasoning_gym.factory import DATASETS
+    except ImportError as error:
+        raise UserError(f"{name}.reasoning_gym: reasoning-gym can't be imported ({error}); install it with pip install 'miles[train]', or take {name}.prompt_data") from error
 
-    wanted = source.reasoning_gym
+    wanted, config = source.reasoning_gym, source.reasoning_gym_config
     assert wanted is not None
     if wanted not in DATASETS:
         near = difflib.get_close_matches(wanted, DATASETS, n=1, cutoff=0.5)
-        raise UserError(f"{name}.reasoning_gym: no data set {wanted!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
-    if "seed" not in source.reasoning_gym_config:
+        raise UserError(f"{name}.reasoning_gym: no data set {wanted!r}; " + (f"did you mean {near[0]!r}?" if near else f"take one of reasoning-gym's {len(DATASETS)}, such as chain_sum"))
+    known = [each.name for each in dataclasses.fields(DATASETS[wanted][1])]
+    for key in config:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+            raise UserError(f"{name}.reasoning_gym_config: {wanted} has no key {key!r}; " + (f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known)}"))
+    if config.get("seed") is None:
         raise UserError(f"{name}.reasoning_gym_config: no seed; without one every start of the run would make other prompts; add seed and size")
+    with _gym_errors(name, wanted):
+        return reasoning_gym.create_dataset(wanted, **config)
+
+
+@contextmanager
+def _gym_errors(name: str, wanted: str) -> Iterator[None]:
+    """What the package raises over its configuration, as the user's mistake; a value may be found wrong only when a question is made."""
     try:
-        return reasoning_gym.create_dataset(wanted, **source.reasoning_gym_config)
-    except (TypeError, ValueError, AssertionError) as error:
-        line = " ".join(str(error).split())
-        raise UserError(f"{name}.reasoning_gym_config: {wanted} refuses it: {line}") from error
+        yield
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
+        line = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{name}.reasoning_gym_config: {wanted} refuses it: {line}; mend the value") from error
 
 
 def _gym_rows(name: str, source: Source) -> list[Row]:
@@ -156,7 +174,8 @@ def _gym_rows(name: str, source: Source) -> list[Row]:
     dataset = gym_dataset(name, source)
     rows, seen = [], set()
     for index in range(len(dataset)):
-        entry = dataset[index]
+        with _gym_errors(name, str(source.reasoning_gym)):
+            entry = dataset[index]
         key = normalise(entry["question"])
         if key in seen:
             continue
@@ -167,6 +186,13 @@ def _gym_rows(name: str, source: Source) -> list[Row]:
     if not rows:
         raise UserError(f"{name}: reasoning_gym {source.reasoning_gym} made no prompts; raise {name}.reasoning_gym_config.size")
     return rows
+
+
+def _gym_question(name: str, source: Source) -> None:
+    dataset = gym_dataset(name, source)
+    with _gym_errors(name, str(source.reasoning_gym)):
+        if len(dataset):
+            dataset[0]
 
 
 def used_sources(config: RunConfig) -> list[str]:
@@ -186,12 +212,15 @@ def used_sources(config: RunConfig) -> list[str]:
 def check_files(config: RunConfig) -> None:
     """Read the prompt files that the run draws from, and compare those that exclude each other. Raises UserError as load_prompts would.
 
-    Sources made on the spot are left out: making them takes seconds, and what is wrong with them shows when the run makes them.
+    Of sources made on the spot only the first question is made, to see their names and values work: all of them would take seconds.
     """
     sections: dict[str, Source] = {"warm_start": config.warm_start, "data": config.data, "eval": config.eval}
     used = used_sources(config)
     needed = {*used, *(other for name in used for other in sections[name].exclude)}
     found = {name: read_source(name, section, 0) for name, section in sections.items() if name in needed and section.prompt_data}
+    for name in sorted(needed):
+        if sections[name].reasoning_gym and (config.cluster.executor == "local" or importlib.util.find_spec("reasoning_gym")):  # a login node may lack it
+            _gym_question(name, sections[name])
     for name in used:
         if name in found and sections[name].exclude:
             others = [(other, found[other].normalised()) for other in sections[name].exclude if other in found]

@@ -128,6 +128,9 @@ CASES = [
     Case("Parquet that is none", "run recipe data.prompt_data=a.parquet --run-dir here", ["a.parquet: not a readable Parquet file"], file("a.parquet", "no parquet")),
     Case("evaluation prompts are training prompts", f"run recipe {EXTRA} eval.exclude=[data] --run-dir here", ["test.jsonl:2: this prompt occurs in", "train.jsonl:6 too, which eval.exclude forbids: '1 + 1 ='; remove one of them"], file("test.jsonl", '{"question": "9 + 9 =", "answer": "18"}\n{"question": " 1 +  1 =", "answer": "2"}\n')),
     Case("evaluation file malformed", f"run recipe {EXTRA} --run-dir here", ["test.jsonl:1: not a JSON object ("], file("test.jsonl", "{\n")),
+    Case("reasoning-gym data set misspelt", "check recipes/tiny data.reasoning_gym=chain_sums", ["data.reasoning_gym: no data set 'chain_sums'; did you mean 'chain_sum'?"]),
+    Case("reasoning-gym key misspelt", "run recipes/tiny eval.reasoning_gym_config.sise=3 --run-dir here", ["eval.reasoning_gym_config: chain_sum has no key 'sise'; did you mean 'size'?"]),
+    Case("reasoning-gym value refused", "check recipes/tiny warm_start.reasoning_gym_config.min_terms=2.5", ["warm_start.reasoning_gym_config: chain_sum refuses it: "]),
     # the model
     Case("model folder missing", "run recipe model.hf_checkpoint=modle --run-dir here", ["modle: no such folder; did you mean", "model?"]),
     Case("no config.json", RUN, ["model.hf_checkpoint:", "has no config.json; give a Hugging Face folder"], without("model/config.json")),

@@ -81,7 +81,12 @@ def test_faults_of_files(tmp_path: Path, name: str, part: str) -> None:
         (Source(), "data: no prompts; set data.prompt_data"),
         (Source(reasoning_gym="chain_sums", reasoning_gym_config={"seed": 1}), "no data set 'chain_sums'; did you mean 'chain_sum'"),
         (Source(reasoning_gym="chain_sum", reasoning_gym_config={"size": 3}), "no seed"),
-        (Source(reasoning_gym="chain_sum", reasoning_gym_config={"seed": 1, "terms": 3}), "chain_sum refuses it"),
+        (Source(reasoning_gym="qqqq", reasoning_gym_config={"seed": 1}), "no data set 'qqqq'; take one of reasoning-gym's "),
+        (Source(reasoning_gym="chain_sum", reasoning_gym_config={"seed": None, "size": 3}), "no seed"),
+        (Source(reasoning_gym="chain_sum", reasoning_gym_config={"seed": 1, "min_trems": 3}), "chain_sum has no key 'min_trems'; did you mean 'min_terms'?"),
+        (Source(reasoning_gym="chain_sum", reasoning_gym_config={"seed": 1, "zzz": 3}), "chain_sum has no key 'zzz'; it has min_terms, max_terms, "),
+        (Source(reasoning_gym="chain_sum", reasoning_gym_config={"seed": 1, "size": "many"}), "chain_sum refuses it: '>' not supported"),
+        (Source(reasoning_gym="chain_sum", reasoning_gym_config={"seed": 1, "size": 2, "min_terms": 2.5}), "chain_sum refuses it: "),
         (Source(reasoning_gym="chain_sum", reasoning_gym_config={"seed": 1, "min_terms": 0}), "chain_sum refuses it"),
     ],
 )
