@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from miles.config.compose import load_config
 from miles.config.exits import UserError
@@ -14,19 +15,22 @@ from miles.plan.model_folder import unusable
 from miles.plan.own_functions import unusable_functions
 
 
-def configuration(words: list[str]) -> RunConfig:
-    """The configuration of YAML files, key=value overrides and public flags, in any order. Raises ConfigError."""
+def configuration(words: list[str], kept: Mapping[str, Any] | None = None) -> RunConfig:
+    """The configuration of YAML files, key=value overrides and public flags, in any order. Raises ConfigError.
+
+    kept: dotted path to the value of a key that the words don't give."""
     paths, overrides, flags = parse_flags(words)
     if not (paths or overrides or flags):
         raise UserError("nothing to read; give a recipe, such as recipes/quickstart")
-    return load_config(paths, overrides, flags)
+    return load_config(paths, overrides, flags, kept)
 
 
-def existing_run(words: list[str]) -> Path | None:
-    """The run directory, if that is what was typed (key=value overrides may follow)."""
-    if words and (Path(words[0]) / "run.yaml").is_file() and all("=" in word for word in words[1:]):
-        return Path(words[0])
-    return None
+def existing_run(words: list[str]) -> tuple[Path, RunConfig] | None:
+    """The run directory and its configuration, if that is what was typed (overrides and flags beside it win)."""
+    paths, overrides, flags = parse_flags(words)
+    if len(paths) != 1 or not (paths[0] / "run.yaml").is_file():
+        return None
+    return paths[0], load_config([paths[0] / "run.yaml"], overrides, flags)
 
 
 def findings(config: RunConfig, roots: Sequence[str] = ()) -> list[Finding]:

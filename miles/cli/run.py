@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,6 +21,7 @@ from miles.data.store.epoch import Fenced
 from miles.data.store.files import TEMPORARY_SUFFIX, Damaged, read_json, seal_bytes
 from miles.data.store.import_roots import recorded_roots
 from miles.data.store.metrics import read_metrics
+from miles.data.store.results import has_results
 from miles.data.store.run_dir import RunDir, write_plan
 from miles.plan.tier import guarantee
 from miles.report.build import build_report
@@ -31,6 +33,7 @@ from miles.slurm.meeting import free_port
 from miles.slurm.sole import only_launcher
 
 S = TypeVar("S", bound=Section)
+DECAY = "train.optimizer.lr_decay_steps"
 
 # What may differ when a run goes on: how far, and how it is looked after; never what it computes (threads: the same to the last bits,
 # so the guarantee falls, and the launcher says so).
@@ -45,13 +48,18 @@ MAY_CHANGE = {
 def run(words: list[str], run_dir: Path | None) -> int:
     """Start or resume a run; returns the exit code."""
     console = Console(stderr=True, soft_wrap=True, markup=False, highlight=False)
-    resumed = existing_run(words) if run_dir is None else None
-    config = load_config([resumed / "run.yaml"], words[1:]) if resumed else with_absolute_paths(configuration(words))
-    folder = RunDir((resumed or run_dir or Path("runs") / config.name).absolute())
+    folder, config = asked_for(words, run_dir)
     refuse_errors(config, console, folder)
     resuming = folder.run_yaml.exists()
+    anew = False  # the model that an earlier start made is not this configuration's
     if resuming:
-        refuse_differences(load_config([folder.run_yaml]), config, folder)
+        old = load_config([folder.run_yaml])
+        if has_results(folder):
+            refuse_differences(old, config, folder)
+            say_decay(old, config, console)
+        elif changed := differences(old, config):
+            console.print(f"nothing is done yet in {folder.path}, so it takes the new configuration ({_some(changed)})")
+            anew = any(key == "seed" or key.startswith("model.") for key in changed)
         if finished(folder, config):
             console.print(f"{ending(folder, config, 'already finished')}; report: {build_report(folder.path)}")
             return OK
@@ -66,6 +74,8 @@ def run(words: list[str], run_dir: Path | None) -> int:
         if resuming:
             console.print(f"resuming {folder.path}")
         try:
+            if anew and (made := folder.path / "model").is_dir():
+                shutil.rmtree(made)
             seal_bytes(folder.run_yaml, dump_config(config).encode())
             write_plan(folder, {"summary": dict(summary(config)), "guarantee": guarantee(config).name})
             return follow(folder, config, console)
@@ -76,6 +86,23 @@ def run(words: list[str], run_dir: Path | None) -> int:
             if (line := disk_full(error, folder.path)) is None:
                 raise
             raise UserError(line) from error
+
+
+def asked_for(words: list[str], run_dir: Path | None) -> tuple[RunDir, RunConfig]:
+    """The run directory and the configuration that was typed: a run directory's own, or a recipe's.
+
+    A recipe that an existing run is extended with keeps the decay of the learning rate that the run began with, unless the words
+    set it: the default follows from num_rollout, and would change the learning rates of steps already done.
+    """
+    if run_dir is None and (existing := existing_run(words)) is not None:
+        return RunDir(existing[0].absolute()), with_absolute_paths(existing[1])
+    config = configuration(words)
+    folder = RunDir((run_dir or Path("runs") / config.name).absolute())
+    if folder.run_yaml.exists() and has_results(folder):
+        recorded = load_config([folder.run_yaml]).train.optimizer
+        if recorded.lr_schedule != "constant":
+            config = configuration(words, {DECAY: recorded.lr_decay_steps})
+    return folder, with_absolute_paths(config)
 
 
 def follow(folder: RunDir, config: RunConfig, console: Console) -> int:
@@ -156,7 +183,7 @@ def refuse_errors(config: RunConfig, console: Console, folder: RunDir) -> None:
     """Warnings are printed; the first error ends it."""
     found = findings(config, recorded_roots(folder))
     for finding in found:
-        derived = finding.where == "train.optimizer.lr_decay_steps" and folder.run_yaml.exists()  # run.yaml holds every default
+        derived = finding.where == DECAY and folder.run_yaml.exists()  # run.yaml holds every default
         if finding.level == "warning" and not derived:
             console.print(f"warning: {finding}")
     errors = [finding for finding in found if finding.level == "error"]
@@ -177,12 +204,32 @@ def refuse_foreign(path: Path) -> None:
 
 def refuse_differences(old: RunConfig, new: RunConfig, folder: RunDir) -> None:
     """A run goes on as what it is."""
-    optimizer = new.train.optimizer
-    free = MAY_CHANGE | ({"train.optimizer.lr_decay_steps"} if optimizer.lr_schedule == "constant" else set())
-    changed = [key for key in _differences(old.model_dump(), new.model_dump(), "") if key not in free]
+    changed = differences(old, new)
+    if changed == [DECAY]:
+        before, after = old.train.optimizer.lr_decay_steps, new.train.optimizer.lr_decay_steps
+        raise UserError(
+            f"{DECAY}: {after} where the run has {before} would have given other learning rates to steps already done; leave it out "
+            "(a run that is extended keeps its decay), or choose another --run-dir"
+        )
     if changed:
-        keys = ", ".join(changed[:4]) + (", …" if len(changed) > 4 else "")
-        raise UserError(f"{folder.path}: holds a run with another configuration ({keys}); resume it with `miles-submit run {folder.path}`, or choose another --run-dir")
+        raise UserError(f"{folder.path}: holds a run with another configuration ({_some(changed)}); resume it with `miles-submit run {folder.path}`, or choose another --run-dir")
+
+
+def differences(old: RunConfig, new: RunConfig) -> list[str]:
+    """Dotted paths of settings that differ and make it another run."""
+    free = MAY_CHANGE | ({DECAY} if new.train.optimizer.lr_schedule == "constant" else set())
+    return [key for key in _differences(old.model_dump(), new.model_dump(), "") if key not in free]
+
+
+def say_decay(old: RunConfig, new: RunConfig, console: Console) -> None:
+    """More steps than the learning rate's decay was made for: they have its end."""
+    optimizer = new.train.optimizer
+    if new.num_rollout > old.num_rollout and optimizer.lr_schedule != "constant":
+        console.print(f"the learning rate keeps its decay of {optimizer.lr_decay_steps} steps ({DECAY}), and stays at {optimizer.min_lr:g} after it")
+
+
+def _some(keys: list[str]) -> str:
+    return ", ".join(keys[:4]) + (", …" if len(keys) > 4 else "")
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str) -> list[str]:

@@ -27,11 +27,11 @@ SGLANG = ("rollout", "sglang")
 __all__ = ["ConfigError", "configs_dir", "dump_config", "load_config", "resolved"]
 
 
-def load_config(paths: Sequence[Path | str] = (), overrides: Sequence[str] = (), flags: Mapping[str, Any] | None = None) -> RunConfig:
+def load_config(paths: Sequence[Path | str] = (), overrides: Sequence[str] = (), flags: Mapping[str, Any] | None = None, kept: Mapping[str, Any] | None = None) -> RunConfig:
     """The validated, resolved configuration of a run.
 
     paths: YAML files, merged in order. flags: public option name (no dashes in front) to value, as parse_flags gives them.
-    overrides: `train.optimizer.lr=1e-4`. Raises ConfigError.
+    overrides: `train.optimizer.lr=1e-4`. kept: dotted path to the value of a key that none of them gives. Raises ConfigError.
     """
     tree: dict[str, Any] = {}
     origin: dict[Key, str] = {}
@@ -46,6 +46,8 @@ def load_config(paths: Sequence[Path | str] = (), overrides: Sequence[str] = (),
             raise ConfigError(f"{shortened(override)}: not an override; write key=value, such as train.optimizer.lr=1e-4")
         where = f"{dotted}={shortened(text)}"
         _set(tree, origin, tuple(dotted.strip().split(".")), parse_value(text, where), where)
+    for dotted, value in (kept or {}).items():
+        _set_default(tree, dotted.split("."), value)
     try:
         config = RunConfig.model_validate(tree, strict=True)
     except ValidationError as error:
@@ -139,6 +141,13 @@ def _merge(tree: dict[str, Any], data: dict[str, Any], key: Key) -> None:
             _merge(tree[name], value, here)
         else:
             tree[name] = value
+
+
+def _set_default(tree: Any, key: Sequence[str], value: Any) -> None:
+    for name in key[:-1]:
+        tree = tree.setdefault(name, {}) if isinstance(tree, dict) else None
+    if isinstance(tree, dict) and tree.get(key[-1]) is None:  # else validation says what is wrong
+        tree[key[-1]] = value
 
 
 def _set(tree: dict[str, Any], origin: dict[Key, str], key: Key, value: Any, where: str) -> None:

@@ -114,6 +114,20 @@ def test_refused(case: Case, done) -> None:
     assert not left
 
 
+def test_what_a_failed_start_was_given_does_not_bind(tiny_model: Path, tmp_path: Path) -> None:
+    """Nothing is done yet: the same folder takes the mended settings, and makes the model anew."""
+    folder = prepared(tmp_path / "own", tiny_model)
+    failed = inputs.submit(folder, "run recipe model.hf_checkpoint=null model.build=own_functions.build --run-dir here")
+    of_run(failed, ["error: ", "the mirror is down"])
+    (folder / "here/model").mkdir()
+    replace(folder / "here/model/config.json", "{}")  # as if the start had failed later
+    mended = inputs.submit(folder, "run recipe model.hf_checkpoint=null model.build=miles.recipes.quickstart.build_tiny --run-dir here")
+    assert mended.returncode == 0, mended.stderr
+    assert f"nothing is done yet in {folder}/here, so it takes the new configuration (model.build)" in mended.stderr
+    refused = inputs.submit(folder, "run here --rollout-seed 8")
+    inputs.fault_line(refused, ["here: holds a run with another configuration ("])
+
+
 # A full disk: a small one of our own, in a mount namespace that ends with the command.
 
 

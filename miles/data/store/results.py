@@ -22,6 +22,18 @@ def last_with_results(run_dir: RunDir, epochs: Collection[int]) -> int | None:
     return last
 
 
+def has_results(run_dir: RunDir) -> bool:
+    """Whether anything is there that a run could go on from, or that tells of a step: a line of metrics, a complete checkpoint, a
+    sealed batch or evaluation, finished groups. What is damaged counts: somebody may restore it."""
+    if run_dir.metrics.is_file() and run_dir.metrics.stat().st_size:
+        return True
+    if any((run_dir.checkpoint(step) / COMPLETE).exists() for step in steps_in(run_dir.checkpoints)):
+        return True
+    if any((folder / NAME).exists() for parent in (run_dir.batches, run_dir.evals) if parent.is_dir() for folder in parent.iterdir()):  # set aside ones too
+        return True
+    return any(path.stat().st_size for path in journal_paths(run_dir.journal))
+
+
 def _left_by(run_dir: RunDir) -> Iterator[int]:
     """The epoch that each of them names, newest steps first. What is damaged names none: nothing goes on from it."""
     for path in journal_paths(run_dir.journal):
