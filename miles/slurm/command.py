@@ -1,0 +1,52 @@
+"""Slurm's commands: argument lists, without the settings of a job that we may be inside of, and with one-line errors."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from collections.abc import Mapping, Sequence
+
+from miles.config.exits import UserError
+
+KEPT = ("SLURM_CONF", "SLURM_JWT")  # which cluster, and the right to ask it; everything else belongs to another job
+PREFIXES = ("SLURM", "SBATCH_", "SALLOC_", "SRUN_", "SQUEUE_", "SACCT_", "SINFO_", "SCANCEL_", "SPRIO_", "PMI_", "PMIX_")
+TIMEOUT_SECONDS = 60.0
+NOISE = ("Batch job submission failed: ", "allocation failure: ")
+
+
+def clean_environment(environment: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The environment (default: ours) without what Slurm set for a job, or what would change Slurm's answers."""
+    given = os.environ if environment is None else environment
+    return {name: value for name, value in given.items() if name in KEPT or not name.startswith(PREFIXES)}
+
+
+def slurm_command(
+    command: Sequence[str], *, timeout: float = TIMEOUT_SECONDS, input: str | None = None, check: bool = True
+) -> subprocess.CompletedProcess[str]:
+    """Run one of Slurm's commands and return its texts. check: a refusal is a UserError; otherwise the caller reads the exit code.
+
+    Raises UserError when the command is absent, doesn't answer within timeout seconds, or (check) is refused.
+    """
+    name = command[0]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=timeout, input=input, env=clean_environment())
+    except FileNotFoundError:
+        raise UserError(f"{name}: command not found; is this a node of a Slurm cluster? Without Slurm, set cluster.executor: local") from None
+    except subprocess.TimeoutExpired:
+        raise UserError(f"{name}: Slurm didn't answer within {timeout:g} s; is its controller up (`scontrol ping`)?") from None
+    if check and done.returncode:
+        raise UserError(f"{name}: {complaint(done)}")
+    return done
+
+
+def complaint(done: subprocess.CompletedProcess[str]) -> str:
+    """What a failed command says, in one line: its errors without prefixes, the last one first, since that is the verdict."""
+    lines = [re.sub(r"^\S+: (error|fatal): ", "", line).strip() for line in (done.stderr or done.stdout).splitlines()]
+    lines = [line for line in dict.fromkeys(lines) if line]
+    if not lines:
+        return f"ended with exit code {done.returncode} and no word"
+    verdict, *before = reversed(lines)
+    for noise in NOISE:
+        verdict = verdict.replace(noise, "")
+    return verdict + (f" ({'; '.join(reversed(before))})" if before else "")

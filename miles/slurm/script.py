@@ -1,0 +1,56 @@
+"""The batch script of a job: a block of #SBATCH lines for each group of nodes, then one command on the first node of the first."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from miles.config.exits import UserError
+from miles.slurm.options import Options, sbatch_options
+
+if TYPE_CHECKING:
+    from miles.config.allocation import Slurm
+    from miles.config.placement import NodeGroup
+
+ENVIRONMENT_FD = 9  # where the command can read the environment as Slurm gave it, NUL-separated
+
+
+def script(job: Slurm, name: str, groups: Sequence[NodeGroup], command: Sequence[str], output: Path, *, device: str = "cpu") -> str:
+    """The whole text. output is the batch process's log, with sbatch's patterns (%j: job id).
+
+    USR1 goes to the command alone, job.lead_seconds before the time limit. Raises UserError for what can't stand in a script.
+    """
+    whole: Options = {"job-name": job.job_name or name, "requeue" if job.requeue == "requeue" else "no-requeue": None}
+    first: Options = {**whole, "output": str(output), "open-mode": "append", "signal": f"B:USR1@{job.lead_seconds}"}
+    blocks = [{**(whole if number else first), **sbatch_options(group, device)} for number, group in enumerate(groups)]
+    ask = groups[0].ask
+    return render(blocks, command, setup=ask.setup, environment=ask.environment)
+
+
+def render(blocks: Sequence[Options], command: Sequence[str], *, setup: Iterable[str] = (), environment: Mapping[str, str] | None = None) -> str:
+    """Text of a script of these blocks; setup and environment are those of the first group, where the command runs.
+
+    The other groups must not inherit them, so the command finds the environment from before on file descriptor ENVIRONMENT_FD.
+    """
+    lines = ["#!/bin/bash"]
+    for number, options in enumerate(blocks):
+        lines += [*(["#SBATCH hetjob"] if number else []), *(directive(option, value) for option, value in options.items())]
+    lines.append("")
+    prepare = [*(f"export {one_line(key)}={shlex.quote(value)}" for key, value in (environment or {}).items()), *setup]
+    if prepare:
+        lines += [f"exec {ENVIRONMENT_FD}< <(env -0)", f"export MILES_ENVIRONMENT_FD={ENVIRONMENT_FD}", *prepare, ""]
+    return "\n".join([*lines, f"exec {shlex.join(command)}", ""])
+
+
+def directive(name: str, value: str | int | None) -> str:
+    """One #SBATCH line."""
+    return one_line(f"#SBATCH --{name}" + ("" if value is None else f"={shlex.quote(str(value))}"))
+
+
+def one_line(text: str) -> str:
+    """text, if it is one line: a line break would end the directive, and what follows would be run."""
+    if any(mark in text for mark in "\n\r\0"):
+        raise UserError(f"{text!r}: a batch script can't hold a line break here; write it in one line")
+    return text
