@@ -223,14 +223,16 @@ class SrunComponent:
         where = self.about(rank)
         word = self.failed.get(rank, ("", ""))[1]
         tail = last_line(self.log(rank))
-        if word.startswith("Exited"):
+        code = int(word.rpartition(" ")[2]) if word.startswith("Exited") else 0
+        if code and code <= 128:
             unstarted = "execve()" in tail or "No module named" in tail
             mend = "; look at the group's python and container_image" if unstarted else ""
-            return {**where, "code": WRONG if unstarted else 1, "reason": f"component {self.name} on {where['node']}: {tail or word}{mend}; its log is {self.log(rank)}"}
+            reason = f"the supervisor of component {self.name} on {where['node']} ended with exit code {code}: {tail}{mend}; its log is {self.log(rank)}"
+            return {**where, "code": WRONG if unstarted else 1, "reason": reason}
         if not word and (line := self.refusal()):
             code = WRONG if any(sign in line for sign in HOPELESS) else AGAIN
             return {**where, "code": code, "reason": f"component {self.name} didn't start: {line}", "killed": code == AGAIN}
-        lost = f" ({word.lower()})" if word else ""
+        lost = f" ({word.lower()})" if word.lower() not in ("", "killed") else ""
         return {**where, "code": AGAIN, "reason": f"the supervisor of component {self.name} on {where['node']} was killed{lost}", "killed": True}
 
     def about(self, rank: int) -> dict[str, Any]:
@@ -245,7 +247,7 @@ class SrunComponent:
     def refusal(self) -> str:
         """srun's own complaint, when it isn't about a task."""
         lines = [line for line in self.said.read_text(errors="replace").splitlines() if line.startswith("srun: ")]
-        lines = [line.removeprefix("srun: ").removeprefix("error: ") for line in lines if not SAID.match(line)]
+        lines = [line.removeprefix("srun: ").removeprefix("error: ") for line in lines if not SAID.match(line) and "support for cpu binding" not in line]
         return next((line for line in lines if any(sign in line for sign in HOPELESS)), lines[-1] if lines else "")
 
 

@@ -88,7 +88,7 @@ def own_address() -> str:
     known: dict[str, str] = json.loads(os.environ.get("MILES_ADDRESSES", "{}"))
     name = os.environ.get("SLURMD_NODENAME", socket.gethostname())
     here = resolved(known.get(name, name))
-    if here is not None and (name in known and is_literal(known[name]) or not ipaddress.ip_address(here).is_loopback):
+    if here is not None and ((name in known and is_literal(known[name])) or not ipaddress.ip_address(here).is_loopback):
         return here
     # Some hosts resolve their own name to loopback: ask which of our addresses leads to another node.
     others = [address for other, address in known.items() if other != name]
