@@ -34,7 +34,7 @@ chromium:
 	@command -v chromium >/dev/null || (apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium >/dev/null)
 
 # The tests run on a real Slurm: private clusters made of Debian's packages, without the system's services.
-SLURM_PACKAGES := slurmctld slurmd slurm-client munge libpmix2 slurmdbd slurm-wlm-mysql-plugin mariadb-server debootstrap patchelf
+SLURM_PACKAGES := slurmctld slurmd slurm-client munge libpmix2 slurmdbd slurm-wlm-mysql-plugin mariadb-server libeatmydata1 debootstrap patchelf
 slurm:  ## install Debian's packages for private Slurm clusters, where we may
 	@missing=$$(dpkg-query -W -f '$${Package} $${db:Status-Status}\n' $(SLURM_PACKAGES) 2>/dev/null | awk -v all='$(SLURM_PACKAGES)' \
 	  '$$2 == "installed" {have[$$1]} END {n = split(all, names, " "); for (i = 1; i <= n; i++) if (!(names[i] in have)) printf "%s ", names[i]}'); \
@@ -45,10 +45,13 @@ slurm:  ## install Debian's packages for private Slurm clusters, where we may
 	  exit 0; fi; \
 	$$as apt-get update -qq && $$as env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing >/dev/null
 
-test: $(VENV)/.dev chromium slurm  ## install, then lint and run every test, with coverage
+slurm-24: $(VENV)/.dev slurm  ## unpack Slurm 24.11 beside it, into ~/.cache/miles
+	@$(BIN)/python -m miles.slurm.minicluster.trixie || printf '\n*** NOT UNPACKED, so tests on Slurm 24.11 are SKIPPED\n\n'
+
+test: $(VENV)/.dev chromium slurm slurm-24  ## install, then lint and run every test, with coverage
 	@$(MAKE) --no-print-directory -j2 lint suite
 
-suite: $(VENV)/.dev chromium slurm  # the tests without lint; two workers, for two cores
+suite: $(VENV)/.dev chromium slurm slurm-24  # the tests without lint; two workers, for two cores
 	$(if $(filter 0,$(shell id -u)),MILES_REQUIRE_SLURM=1) $(BIN)/pytest -n 2 --dist loadscope --no-loadscope-reorder --cov=miles --cov-report=term --cov-fail-under=85
 
 SEED ?= 1

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +14,10 @@ from pathlib import Path
 import pytest
 from clusters import cluster_or_skip
 
-from miles.slurm.minicluster import Cluster
+import miles
+from miles.config.exits import UserError
+from miles.slurm.minicluster import Cluster, Settings
+from miles.slurm.minicluster.folder import create, mounts_below, remove
 from miles.slurm.minicluster.processes import environment, everybody
 
 SMALL = {"train": 1, "infer": 1, "cpu": 0}
@@ -51,7 +56,7 @@ def mentions(folder: Path) -> list[int]:
 
 
 def test_nothing_is_left_even_of_a_job_that_hides() -> None:
-    """A task that forks away from its step, in a session of its own, with an empty environment: it ends with the cluster all the same."""
+    """A task forks away from its step, into a session of its own, with an empty environment; then its slurmd dies. It ends with the cluster all the same."""
     cluster = cluster_or_skip(nodes=SMALL)
     with cluster:
         pid_file = cluster.folder / "hidden"
@@ -59,6 +64,7 @@ def test_nothing_is_left_even_of_a_job_that_hides() -> None:
         cluster.run(["sbatch", "--output=/dev/null"], input=script)
         wait_for(lambda: pid_file.exists() and bool(pid_file.read_text().strip()), "the job does not run")
         hidden = int(pid_file.read_text())
+        cluster.kill_node("train0")
         seen = cluster.processes()
         assert hidden in {process.pid for process in seen}
         assert {"munged", "slurmctld", "slurmd", "slurmstepd"} <= {process.name for process in seen}
@@ -79,8 +85,8 @@ def test_it_ends_with_a_killed_owner() -> None:
         seen = cluster.processes()
         owner.kill()
     assert len(seen) > 4
-    wait_for(lambda: not cluster.folder.exists(), "the folder stays")
-    assert not [process for process in seen if process.alive()]
+    wait_for(lambda: not any(process.alive() for process in seen), "some of it lives")
+    assert not cluster.folder.exists()
 
 
 def test_down_after_a_killed_keeper() -> None:
@@ -115,17 +121,13 @@ def test_het_job_sees_its_groups_gpus(slurm: Cluster, tmp_path: Path) -> None:
     assert [path.read_text().split() for path in tmp_path.glob("infer.*")] == [["infer0", "0,1,2"]]
 
 
-def test_a_task_has_this_python(slurm: Cluster) -> None:
-    out = slurm.run(["srun", "-p", "cpu", sys.executable, "-c", "import sys, torch; print(sys.executable, torch.ones(2).sum().item())"]).stdout
-    assert out.split() == [sys.executable, "2.0"]
-
-
-def test_restarted_controller_knows_its_jobs(slurm: Cluster) -> None:
-    job = slurm.run(["sbatch", "--parsable", "--hold", "--output=/dev/null", "--wrap=true"]).stdout.strip()
-    slurm.restart_controller()
-    assert state(slurm, job) == "PENDING"
-    slurm.run(["scancel", job])
-    assert slurm.run(["srun", "-N4", "-p", "h200", "echo", "x"]).stdout == "x\n" * 4
+def test_restarted_controller_knows_its_jobs() -> None:
+    with cluster_or_skip(nodes=SMALL) as cluster:
+        job = cluster.run(["sbatch", "--parsable", "--hold", "--output=/dev/null", "--wrap=true"]).stdout.strip()
+        before = cluster.daemons()["slurmctld"]
+        cluster.restart_controller()
+        assert cluster.daemons()["slurmctld"].pid != before.pid
+        assert state(cluster, job) == "PENDING"
 
 
 def test_outer_slurm_is_not_seen(slurm: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,3 +136,104 @@ def test_outer_slurm_is_not_seen(slurm: Cluster, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("SBATCH_PARTITION", "nowhere")
     assert slurm.run(["srun", "-p", "cpu", "printenv", "SLURM_JOB_ID"]).stdout != "4711\n"
     assert "SBATCH_PARTITION" not in slurm.env()
+
+
+def test_crashed_node_goes_down_and_its_job_is_requeued() -> None:
+    """The node's slurmd, slurmstepd and task die at once: only the controller's own timeouts notice."""
+    quick = Settings(slurmd_timeout_seconds=2, message_timeout_seconds=2)
+    with cluster_or_skip(nodes=SMALL, settings=quick) as cluster:
+        job = cluster.run(["sbatch", "--parsable", "-p", "gb300", "--output=/dev/null", "--wrap=sleep 1000"]).stdout.strip()
+        wait_for(lambda: "sleep" in {process.name for process in cluster.processes()}, "the job does not run")
+        cluster.kill_node("train0", tasks=True)
+        assert {process.name for process in cluster.processes()} & {"sleep", "slurmstepd"} == set()
+        assert state(cluster, job) == "RUNNING"
+        wait_for(lambda: cluster.node_state("train0") == "down*" and state(cluster, job) == "PENDING", "the node is not called down")
+        assert " Restarts=1 " in cluster.run(["scontrol", "-o", "show", "job", job]).stdout
+        cluster.start_node("train0")
+        assert cluster.node_state("train0") == "idle"
+        cluster.run(["scancel", job])
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="the other tests run as a plain user already")
+def test_as_a_plain_user_with_nothing_but_python() -> None:
+    """As nobody, by the system's Python and the few modules it takes, in a folder that root doesn't touch."""
+    ready = cluster_or_skip(nodes=SMALL)
+    package = Path(miles.__file__).parent
+    for part in ("__init__.py", "config/__init__.py", "config/exits.py", "slurm/__init__.py"):
+        (ready.folder / "miles" / part).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(package / part, ready.folder / "miles" / part)
+    shutil.copytree(package / "slurm" / "minicluster", ready.folder / "miles" / "slurm" / "minicluster")
+    (ready.folder / "own").mkdir()
+    shutil.chown(ready.folder / "own", "nobody", "nogroup")
+    ready.folder.chmod(0o755)
+    code = f"""
+import os
+from pathlib import Path
+from miles.slurm.minicluster import Cluster
+with Cluster(Path({str(ready.folder / "own" / "c")!r}), nodes={SMALL!r}) as cluster:
+    print(cluster.run(["srun", "-p", "h200", "--gpus-per-node=2", "sh", "-c", "echo $(id -un) $CUDA_VISIBLE_DEVICES"]).stdout, end="")
+    seen = cluster.processes()
+print(len(seen) > 4, os.listdir({str(ready.folder / "own")!r}), [process for process in seen if process.alive()])
+"""
+    words = ["setpriv", "--reuid=nobody", "--regid=nogroup", "--clear-groups", "/usr/bin/python3", "-c", code]
+    variables = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ready.folder), "PYTHONDONTWRITEBYTECODE": "1"}
+    try:
+        done = subprocess.run(words, env=variables, cwd="/", capture_output=True, text=True, timeout=60)
+    finally:
+        shutil.rmtree(ready.folder)
+    assert done.stderr == ""
+    assert done.stdout.splitlines() == ["nobody 0,1", "True [] []"]
+
+
+def test_accounting_has_rows_and_refuses_strangers(slurm_accounting: Cluster) -> None:
+    jobs = [
+        slurm_accounting.run(["sbatch", "--parsable", "--wait", "--output=/dev/null", *options, f"--wrap={command}"], check=False).stdout.strip()
+        for options, command in ((["-A", "infra", "--qos=urgent"], "true"), ([], "exit 3"))
+    ]
+    rows = ["infra|urgent|COMPLETED|0:0", "research|normal|FAILED|3:0"]
+    words = ["sacct", "-nPX", "-j", ",".join(jobs), "-o", "account,qos,state,exitcode"]
+    wait_for(lambda: slurm_accounting.run(words).stdout.splitlines() == rows, "sacct has other rows")
+    refused = slurm_accounting.run(["sbatch", "-A", "nobodys", "--wrap=true"], check=False)
+    assert refused.returncode != 0
+    assert "Invalid account" in refused.stderr
+
+
+def test_segments_are_honoured_by_24_11(slurm24: Cluster) -> None:
+    """Blocks are train[0-1] and train[2-3]. With one node of each taken, a segment of two has no place; two segments of one have."""
+    taken = [slurm24.run(["sbatch", "--parsable", "--exclusive", "-p", "gb300", "-w", node, "--output=/dev/null", "--wrap=sleep 1000"]).stdout.strip() for node in ("train0", "train2")]
+    wait_for(lambda: [state(slurm24, job) for job in taken] == ["RUNNING"] * 2, "the nodes are not taken")
+    whole = slurm24.run(["sbatch", "--parsable", "-p", "gb300", "-N2", "--segment=2", "--output=/dev/null", "--wrap=true"]).stdout.strip()
+    assert slurm24.run(["srun", "-p", "gb300", "-N2", "--segment=1", "printenv", "SLURMD_NODENAME"]).stdout.split() in (["train1", "train3"], ["train3", "train1"])
+    assert state(slurm24, whole) == "PENDING"
+    slurm24.run(["scancel", taken[0]])
+    wait_for(lambda: state(slurm24, whole) == "COMPLETED", "the segment does not get its block")
+    assert slurm24.run(["scontrol", "-o", "show", "job", whole]).stdout.count(" NodeList=train[0-1] ") == 1
+    slurm24.run(["scancel", taken[1]])
+
+
+def test_tasks_of_24_11_have_this_python(slurm24: Cluster) -> None:
+    """Its daemons use libraries of their own, down to the C library; a task must not see them."""
+    code = "import sys, torch; print(sys.executable, torch.ones(2).sum().item(), 'slurm-24' in open('/proc/self/maps').read())"
+    assert slurm24.run(["srun", "-p", "cpu", sys.executable, "-c", code]).stdout.split() == [sys.executable, "2.0", "False"]
+
+
+def test_folder_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "theirs").write_text("x")
+    with pytest.raises(UserError, match="no folder of a private cluster"):
+        remove(tmp_path)
+    folder = Path(tempfile.mkdtemp(prefix="miles-slurm-", dir="/tmp"))
+    (folder / "theirs").write_text("x")
+    try:
+        with pytest.raises(UserError, match="not empty"):
+            create(folder)
+        with pytest.raises(UserError, match="too long"):
+            create(folder / ("x" * 60))
+        assert [path.name for path in folder.iterdir()] == ["theirs"]
+    finally:
+        shutil.rmtree(folder)
+
+
+def test_nothing_is_removed_below_which_something_is_mounted() -> None:
+    """/proc is one place where something is mounted on any machine."""
+    assert mounts_below(Path("/proc"))
+    assert mounts_below(Path(tempfile.gettempdir()) / "nowhere") == []

@@ -189,7 +189,7 @@ class Cluster:
         self._until((munge / "s").exists, "munged does not start", "munged")
         if self.accounting:
             database.prepare(self.folder, self.programs)
-            self._start("mariadbd", database.command(self.folder, self.programs))
+            self._start("mariadbd", database.command(self.folder, self.programs), database.without_sync())
             self._until(database.socket(self.folder).exists, "mariadbd does not start", "mariadbd")
             self._start("slurmdbd", [self.programs["slurmdbd"], "-D"])
             self._until(lambda: self.run(["sacctmgr", "-n", "list", "cluster"], check=False).returncode == 0, "slurmdbd does not answer", "slurmdbd")

@@ -77,7 +77,7 @@ def slurm_conf(place: Place, layout: Layout, settings: Settings) -> str:
         "SlurmdTimeout": settings.slurmd_timeout_seconds,
         "InactiveLimit": 0,
         "BatchStartTimeout": 20,
-        "MessageTimeout": 10,
+        "MessageTimeout": settings.message_timeout_seconds,
         "TCPTimeout": 2,
         "StateSaveLocation": folder / "state",
         "SlurmdSpoolDir": folder / "spool" / "%n",

@@ -75,7 +75,8 @@ class Settings:
     grace_seconds: int = 5  # a preempted job has from the warning signal to the kill
     requeue_delay_seconds: int = 5  # before a requeued job may start again; 5 is Slurm's least
     kill_wait_seconds: int = 3  # between SIGTERM and SIGKILL
-    slurmd_timeout_seconds: int = 5  # a silent node is called down after about four times this
+    slurmd_timeout_seconds: int = 5  # a node that is silent for longer is down
+    message_timeout_seconds: int = 4  # a message to a dead node is given up; twice this comes on top of the above
     lines: tuple[str, ...] = ()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -12,7 +13,7 @@ from pathlib import Path
 from miles.config.exits import UserError
 
 PACKAGES = "slurmctld slurmd slurm-client munge libpmix2"
-DATABASE_PACKAGES = "slurmdbd slurm-wlm-mysql-plugin mariadb-server"
+DATABASE_PACKAGES = "slurmdbd slurm-wlm-mysql-plugin mariadb-server libeatmydata1"
 INSTALL = "apt-get install --no-install-recommends"
 COMPLETE = "complete.json"  # in the folder of another version, written last
 
@@ -43,12 +44,21 @@ def find(version: str, accounting: bool, elsewhere: Path | None = None) -> Progr
         needed = {"slurmctld", "slurmd", *({"slurmdbd"} if accounting else set())}
         return Programs(wanted, shared | _present(needed, f"{PACKAGES} {DATABASE_PACKAGES}" if accounting else PACKAGES))
     tree = elsewhere or default_folder(version)
-    if not (tree / COMPLETE).exists():
+    if not complete(tree):
         here = f"this machine has {own[0]}.{own[1]:02}" if own else f"this machine has no Slurm: {INSTALL} {PACKAGES}"
         mend = "; make slurm-24 unpacks 24.11 into a folder" if wanted == (24, 11) else ""
         raise UserError(f"Slurm {version} is not here, {here}{mend}")
     programs = {name: tree / "sbin" / name for name in ("slurmctld", "slurmd", "slurmdbd")}
     return Programs(wanted, shared | programs, tree / "bin", tree / "plugins", tree / "sbin" / "slurmstepd")
+
+
+def complete(tree: Path) -> bool:
+    """Whether a version is unpacked here. The folder can't be moved: its path is written into the programs."""
+    try:
+        found: dict[str, str] = json.loads((tree / COMPLETE).read_text())
+    except FileNotFoundError:
+        return False
+    return found["folder"] == str(tree)
 
 
 def default_folder(version: str) -> Path:
