@@ -89,7 +89,7 @@ def _mode(config: RunConfig) -> list[tuple[str, str]]:
 
 def show(config: RunConfig, findings: list[Finding]) -> None:
     """The page; colours and wrapping on a terminal, plain lines otherwise."""
-    out = Console(highlight=False, markup=False)
+    out = Console(highlight=False, markup=False, emoji=False)
     if out.is_terminal:
         table = Table.grid(padding=(0, 2))
         table.add_column(style="bold")
@@ -98,7 +98,7 @@ def show(config: RunConfig, findings: list[Finding]) -> None:
             table.add_row(name, text)
         out.print(table)
     else:
-        out = Console(highlight=False, markup=False, soft_wrap=True)
+        out = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
         for name, text in summary(config):
             out.print(f"{name:<12}{text}")
     for finding in findings:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from miles.config.compose import load_config
 from miles.config.exits import UserError
 from miles.config.options import parse_flags
 from miles.config.schema import RunConfig
+from miles.config.section import Section
 from miles.plan.judge import Finding, judge
 from miles.plan.model_folder import unusable
 from miles.plan.own_functions import unusable_functions
+
+S = TypeVar("S", bound=Section)
 
 
 def configuration(words: list[str], kept: Mapping[str, Any] | None = None) -> RunConfig:
@@ -31,6 +34,32 @@ def existing_run(words: list[str]) -> tuple[Path, RunConfig] | None:
     if len(paths) != 1 or not (paths[0] / "run.yaml").is_file():
         return None
     return paths[0], load_config([paths[0] / "run.yaml"], overrides, flags)
+
+
+def with_absolute_paths(config: RunConfig) -> RunConfig:
+    """The same run, whatever folder it is resumed from."""
+
+    def fixed(section: S, *names: str) -> S:
+        return section.model_copy(update={name: str(Path(value).absolute()) for name in names if (value := getattr(section, name))})
+
+    return config.model_copy(
+        update={
+            "model": fixed(config.model, "hf_checkpoint"),
+            "checkpoint": fixed(config.checkpoint, "ref_load", "load"),
+            "debug": fixed(config.debug, "train_only", "rescore"),
+            **{name: fixed(getattr(config, name), "prompt_data") for name in ("data", "warm_start", "eval")},
+        }
+    )
+
+
+def plain_findings(config: RunConfig, roots: Sequence[str] = ()) -> list[Finding]:
+    """What is wrong with the settings and with the heads of the files that they name, errors first; prompts are not read.
+
+    roots: as for findings."""
+    found = judge(config)
+    if not any(finding.level == "error" for finding in found):
+        found = [*(Finding(*entry) for entry in (*unusable(config), *unusable_functions(config, roots))), *found]
+    return found
 
 
 def findings(config: RunConfig, roots: Sequence[str] = ()) -> list[Finding]:

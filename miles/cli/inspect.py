@@ -93,7 +93,7 @@ def size(count: int) -> str:
 
 
 def _show(page: Page) -> None:
-    out = Console(highlight=False, markup=False, soft_wrap=True)
+    out = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
     pretty = out.is_terminal
     head = Text(f"{page.path}: {page.what}" + (f" ({page.schema})" if page.schema else ""), style="bold" if pretty else "")
     out.print(head)
@@ -151,7 +151,7 @@ def _rows(path: Path, wanted: str, as_json: bool) -> None:
             tokens = None if table is None else [dict(zip(table.columns, row, strict=True)) for row in table.rows]
             print(_json({**facts, "tokens": tokens} if tokens is not None else facts, indent=None))
         return
-    out = Console(highlight=False, markup=False, soft_wrap=True)
+    out = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
     for index, (facts, content) in enumerate(found):
         if index:
             out.print()
@@ -193,7 +193,7 @@ def _verify(path: Path, as_json: bool) -> int:
     if as_json:
         print(_json({"ok": not serious, "files": [{"path": str(each.path), "good": each.good, "message": each.message, "aside": each.aside} for each in found]}))
         return WRONG if serious else OK
-    out = Console(highlight=False, markup=False, soft_wrap=True)
+    out = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
     for verdict in found:
         if not verdict.good:
             where = "damaged (set aside, so it harms nothing): " if verdict.aside else "damaged: "

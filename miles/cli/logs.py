@@ -63,7 +63,7 @@ class Printer:
     """One line of a log, behind the name of its process when there are several."""
 
     def __init__(self) -> None:
-        self.console = Console(soft_wrap=True, highlight=False, markup=False)
+        self.console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
         self.width = 0
 
     def __call__(self, name: str, line: str) -> None:

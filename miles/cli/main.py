@@ -24,6 +24,10 @@ app = typer.Typer(
 )
 FLAGS = {"allow_extra_args": True, "ignore_unknown_options": True, **HELP}
 Json = Annotated[bool, typer.Option("--json", help="print JSON, for scripts")]
+Words = Annotated[
+    list[str] | None,
+    typer.Argument(help="YAML files (or names below configs/), key=value overrides, public --flags", metavar="[RECIPE]... [KEY=VALUE]... [--FLAGS]"),
+]
 INTERRUPTED = 130  # as shells count a Ctrl-C
 RunPath = Annotated[Path, typer.Argument(help="run directory, such as runs/quickstart", metavar="RUN_DIR")]
 
@@ -42,7 +46,7 @@ def miles(version: Annotated[bool, typer.Option("--version", callback=_version, 
 @app.command(context_settings=FLAGS, epilog="Example: miles-submit check recipes/quickstart --n-samples-per-prompt 16")
 def check(
     context: typer.Context,
-    what: Annotated[list[str] | None, typer.Argument(help="YAML files (or names below configs/), key=value overrides, public --flags", metavar="[RECIPE]... [KEY=VALUE]... [--FLAGS]")] = None,
+    what: Words = None,
     as_json: Json = False,
 ) -> int:
     """Validate a configuration and say on one page what it means. Exit code 78 when something is wrong."""
@@ -50,6 +54,20 @@ def check(
     from miles.cli.inputs import configuration
 
     return run_check(configuration([*(what or []), *context.args]), as_json)
+
+
+@app.command(context_settings=FLAGS, epilog="Example: miles-submit plan recipes/my_run clusters/h200 --script")
+def plan(
+    context: typer.Context,
+    what: Words = None,
+    run_dir: Annotated[Path | None, typer.Option(help="where the run will live; default runs/NAME")] = None,
+    script: Annotated[bool, typer.Option("--script", help="print what sbatch would be given, too")] = False,
+    as_json: Json = False,
+) -> int:
+    """What a run is given, what it costs, whether it fits in memory, and when it would start. Exit code 78 when something is wrong."""
+    from miles.cli.plan import plan as show
+
+    return show([*(what or []), *context.args], run_dir, script, as_json)
 
 
 @app.command(context_settings=FLAGS, epilog="Example: miles-submit run recipes/quickstart --run-dir runs/first; the same command resumes it")
@@ -174,5 +192,5 @@ def _line(error: Exception) -> str:
 
 
 def _complain(line: str, code: int = WRONG) -> int:
-    Console(stderr=True, soft_wrap=True, markup=False, highlight=False).print(f"miles-submit: {' '.join(line.split())}")
+    Console(stderr=True, soft_wrap=True, markup=False, emoji=False, highlight=False).print(f"miles-submit: {' '.join(line.split())}")
     return code

@@ -34,7 +34,7 @@ class Progress:
     """
 
     def __init__(self, console: Console | None = None, line_seconds: float = LINE_SECONDS, clock: Callable[[], float] = time.monotonic) -> None:
-        self.console = console or Console(stderr=True, highlight=False, markup=False)
+        self.console = console or Console(stderr=True, highlight=False, markup=False, emoji=False)
         self.line_seconds = line_seconds
         self.clock = clock
         self.status: dict[str, Any] = {}

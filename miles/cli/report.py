@@ -17,5 +17,5 @@ def report(run_dir: Path, as_json: bool) -> int:
     if as_json:
         print(json.dumps({"report": str(page), "bytes": page.stat().st_size}))
     else:
-        Console(soft_wrap=True, markup=False, highlight=False).print(f"report: {page}")
+        Console(soft_wrap=True, markup=False, emoji=False, highlight=False).print(f"report: {page}")
     return OK

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from rich.console import Console
 
 from miles.cli.check import summary
-from miles.cli.inputs import configuration, existing_run, findings
+from miles.cli.inputs import configuration, existing_run, findings, with_absolute_paths
 from miles.cli.progress import Progress
 from miles.config.address import bind_host
 from miles.config.compose import dump_config, load_config
 from miles.config.exits import AGAIN, OK, UserError, disk_full
 from miles.config.schema import RunConfig
-from miles.config.section import Section
 from miles.data.recorded import chosen_steps
 from miles.data.store.epoch import Fenced
 from miles.data.store.files import TEMPORARY_SUFFIX, Damaged, read_json, seal_bytes
@@ -32,7 +31,6 @@ from miles.slurm.launch import launch
 from miles.slurm.meeting import free_port
 from miles.slurm.sole import only_launcher
 
-S = TypeVar("S", bound=Section)
 DECAY = "train.optimizer.lr_decay_steps"
 
 # What may differ when a run goes on: how far, and how it is looked after; never what it computes (threads: the same to the last bits,
@@ -47,7 +45,7 @@ MAY_CHANGE = {
 
 def run(words: list[str], run_dir: Path | None) -> int:
     """Start or resume a run; returns the exit code."""
-    console = Console(stderr=True, soft_wrap=True, markup=False, highlight=False)
+    console = Console(stderr=True, soft_wrap=True, markup=False, emoji=False, highlight=False)
     folder, config = asked_for(words, run_dir)
     refuse_errors(config, console, folder)
     resuming = folder.run_yaml.exists()
@@ -145,22 +143,6 @@ def last_state(folder: RunDir) -> dict[str, Any] | None:
         return None
     names = ("run", "epoch", "step", "total_steps", "reward_mean", "accuracy", "tokens_per_second")
     return {name: getattr(summary, name) for name in names} | {"phase": summary.state}
-
-
-def with_absolute_paths(config: RunConfig) -> RunConfig:
-    """The same run, whatever folder it is resumed from."""
-
-    def fixed(section: S, *names: str) -> S:
-        return section.model_copy(update={name: str(Path(value).absolute()) for name in names if (value := getattr(section, name))})
-
-    return config.model_copy(
-        update={
-            "model": fixed(config.model, "hf_checkpoint"),
-            "checkpoint": fixed(config.checkpoint, "ref_load", "load"),
-            "debug": fixed(config.debug, "train_only", "rescore"),
-            **{name: fixed(getattr(config, name), "prompt_data") for name in ("data", "warm_start", "eval")},
-        }
-    )
 
 
 def finished(folder: RunDir, config: RunConfig) -> bool:

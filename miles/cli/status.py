@@ -26,7 +26,7 @@ def status(run_dir: Path, as_json: bool) -> int:
     if as_json:
         print(json.dumps(summary.as_dict(), ensure_ascii=False))
         return OK
-    console = Console(highlight=False)
+    console = Console(highlight=False, emoji=False)
     if console.is_terminal:
         console.print(_table(summary))
     else:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator
 
 from miles.config.section import Section
+from miles.config.units import minutes_of
 
 
 class Group(Section):
@@ -15,6 +16,9 @@ class Group(Section):
     nodes: int | None = Field(None, ge=1, description="nodes; default: what train and rollout need [nodes]")
     gpus_per_node: int | None = Field(None, ge=1, description="accelerators of one node; default: cluster.gpus_per_node")
     gpu_type: str | None = Field(None, description="Slurm's name of the accelerator, such as h200")
+    gpu_memory: float | None = Field(None, gt=0, description="memory of one accelerator [GiB]; default: cluster.gpu_memory")
+    domain_nodes: int | None = Field(None, ge=1, description="nodes of one NVLink domain (NVL72: 18 trays); an expert-parallel group that leaves its domain is refused [nodes]")
+    cross_domain: bool | None = Field(None, description="an expert-parallel group may lie in several NVLink domains")
     architecture: Literal["x86_64", "aarch64"] | None = Field(None, description="processor architecture; checked when a component starts")
     python: str | None = Field(None, description="interpreter of these nodes, with miles installed; default: the one that submits")
     setup: list[str] = Field(default_factory=list, description="shell lines before anything is started on these nodes, such as module load cuda")
@@ -53,6 +57,13 @@ class Group(Section):
     def _number(cls, value: Any) -> Any:
         return _text(value)
 
+    @field_validator("time")
+    @classmethod
+    def _time(cls, value: str | None) -> str | None:
+        if value is not None:
+            minutes_of(value)
+        return value
+
 
 def _text(value: Any) -> Any:
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
@@ -70,6 +81,7 @@ class Slurm(Section):
     """The job as a whole."""
 
     job_name: str | None = Field(None, description="--job-name; default: the run's name")
+    python: str | None = Field(None, description="interpreter of the batch script, outside of containers; default: the first group's, or the one that submits where that group has an image")
     requeue: Literal["requeue", "chain", "none"] = Field("requeue", description="how a run goes on after its job: the job is requeued, waits as the next of a --dependency=singleton chain, or not at all")
     chain: int = Field(4, ge=1, description="jobs of a chain")
     lead_seconds: int = Field(300, ge=1, description="seconds before the time limit at which the run is told to save and end (--signal)")

@@ -10,8 +10,9 @@ from miles.config.schema import RunConfig
 from miles.plan import abilities, inputs
 from miles.plan.abilities import Level
 from miles.plan.layout import Layout, misfits
-from miles.plan.memory import estimate, host_memory
+from miles.plan.memory import Memory, estimate, gpu_memory, group_of, host_memory, shared
 from miles.plan.model import GIB, Facts, facts
+from miles.plan.place import misplaced
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ def judge(config: RunConfig, memory: int | None = None) -> list[Finding]:
     found += _layout(config, model)
     told = {finding.where for finding in found}  # with their arithmetic
     found += [Finding(*entry) for entry in abilities.refused(config) if entry[1] not in told]
-    for check in (inputs.missing, abilities.suspicious):
+    for check in (misplaced, inputs.missing, abilities.suspicious):
         found += [Finding(*entry) for entry in check(config)]
     found += _family(config, model)
     found += _memory(config, model, host_memory() if memory is None else memory)
@@ -57,13 +58,6 @@ def _layout(config: RunConfig, model: Facts | None) -> Iterator[Finding]:
         found = [replace(each, mend=abilities.data_only(train.parallel)) for each in {each.field: each for each in reversed(found)}.values()]
     for misfit in found:
         yield Finding("error", f"train.parallel.{misfit.field}", misfit.message, misfit.mend)
-    if train.num_gpus_per_node > config.cluster.gpus_per_node:
-        yield Finding(
-            "error",
-            "train.num_gpus_per_node",
-            f"{train.num_gpus_per_node} ranks on a node of cluster.gpus_per_node {config.cluster.gpus_per_node}",
-            f"set train.num_gpus_per_node={config.cluster.gpus_per_node}",
-        )
     if config.debug.recorded is None:
         yield from _engines(config, layout, model)
     samples = train.global_batch_size or 0
@@ -108,7 +102,7 @@ def _memory(config: RunConfig, model: Facts | None, host: int) -> Iterator[Findi
             yield Finding("note", "model", "dimensions unknown, so memory is not estimated", "set model.name, or hf_checkpoint to a folder that exists")
         return
     need = estimate(config, model.shape)
-    yield Finding("note", "model", f"weights and optimizer: {need.words} ({model.source}; activations come on top)")
+    yield Finding("note", "model", f"{need.words} ({model.source}; activations come on top)")
     ranks = config.train.num_nodes * config.train.num_gpus_per_node
     if config.cluster.device == "cpu" and config.cluster.executor == "local":
         together = need.trainer * ranks + need.engine * config.rollout.num_gpus
@@ -119,8 +113,30 @@ def _memory(config: RunConfig, model: Facts | None, host: int) -> Iterator[Findi
                 f"trainer and engines need {together / GIB:.0f} GiB on cpu, this machine has {host / GIB:.0f} GiB",
                 "take a smaller model, or a cluster with accelerators",
             )
-    limit = config.cluster.gpu_memory
-    if config.cluster.device == "cuda" and limit is not None and max(need.trainer, need.engine) > limit * GIB:
-        worst = max(need.trainer, need.engine) / GIB
-        fit = "train.num_nodes" if need.trainer >= need.engine else "rollout.num_gpus_per_engine"
-        yield Finding("error", "cluster.gpu_memory", f"{worst:.0f} GiB a GPU are needed, {limit:g} GiB are there", f"raise {fit}")
+    if config.cluster.device == "cuda":
+        yield from _accelerators(config, need)
+
+
+def _accelerators(config: RunConfig, need: Memory) -> Iterator[Finding]:
+    """What one accelerator must hold, against what it has."""
+    asked = [("train", need.trainer, "raise train.num_nodes"), ("rollout", need.engine, "raise rollout.num_gpus_per_engine, or lower rollout.max_running_requests")]
+    if shared(config):
+        both = f"trainer rank {need.trainer / GIB:.0f} + engine rank {need.engine / GIB:.0f} GiB, which share a GPU"
+        asked = [("train", need.trainer + need.engine, f"{both}: set cluster.placement=split, or raise train.num_nodes")]
+    for component, needed, mend in asked:
+        limit = gpu_memory(config, component)
+        if limit is not None and needed > limit * GIB:
+            yield Finding("error", _memory_field(config, component), f"{needed / GIB:.0f} GiB a GPU are needed, {limit:g} GiB are there", mend)
+    limit = gpu_memory(config, "train")
+    if need.loading is not None and limit is not None and need.loading.bytes > limit * GIB:
+        yield Finding(
+            "error",
+            "train.backend",
+            f"fsdp loads {need.loading.words} = {need.loading.bytes / GIB:.0f} GiB on a GPU before it shards it, {limit:g} GiB are there",
+            "sharded loading is not there yet: take a smaller model",
+        )
+
+
+def _memory_field(config: RunConfig, component: str) -> str:
+    group = group_of(config, component)
+    return f"cluster.groups.{group.name}.gpu_memory" if group and group.ask.gpu_memory else "cluster.gpu_memory"

@@ -10,12 +10,12 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import xxhash
 
 from miles.config.exits import UserError
@@ -172,9 +172,8 @@ def schema_kind(found: Any, expected: str, path: Path | str) -> None:
 
 def plain(value: Any) -> Any:
     """For json.dumps(default=...): numpy scalars and arrays and paths as plain values; anything else is a TypeError by name."""
-    if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, np.ndarray):
+    numpy = sys.modules.get("numpy")  # commands that hold none of its values need not wait for its import
+    if numpy is not None and isinstance(value, (numpy.generic, numpy.ndarray)):
         return value.tolist()
     if isinstance(value, Path):
         return str(value)
