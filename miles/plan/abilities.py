@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 from miles.config.address import is_loopback
+from miles.config.placement import one_node
 from miles.config.schema import Algorithm, Optimizer, Parallel, Rollout, RunConfig, Train
 from miles.config.section import Section
 
@@ -24,8 +25,7 @@ def refused(config: RunConfig) -> Iterator[Entry]:
             yield "error", where, f"{asked} is not there yet", mend
 
     yield from unless(cluster.executor == "local", "cluster.executor", cluster.executor, "set cluster.executor=local")
-    yield from unless(cluster.placement == "colocate", "cluster.placement", cluster.placement, "set cluster.placement=colocate")
-    yield from unless(train.num_nodes == 1, "train.num_nodes", f"{train.num_nodes} nodes", "set train.num_nodes=1")
+    yield from _here(config)
     yield from unless(train.backend == "fsdp", "train.backend", train.backend, "set train.backend=fsdp")
     parallel = train.parallel
     for name, size in [("tensor", parallel.tensor), ("pipeline", parallel.pipeline), ("context", parallel.context), ("expert", parallel.expert)]:
@@ -53,6 +53,24 @@ def data_only(parallel: Parallel) -> str:
     """The mend of a layout that fsdp can't have: every size back to 1."""
     sizes = {name: size for name, size in parallel.model_dump().items() if size != 1 and not (name == "expert_tensor" and size in (None, parallel.tensor))}
     return f"fsdp splits data only: set {' '.join(f'train.parallel.{name}=1' for name in sizes)}"
+
+
+def _here(config: RunConfig) -> Iterator[Entry]:
+    """On one machine several nodes are so many supervisors; accelerators can't be made so."""
+    cluster = config.cluster
+    if cluster.executor != "local":
+        return
+    if cluster.placement == "jobs":
+        yield "error", "cluster.placement", "jobs that find each other need a cluster, and cluster.executor is local", "set cluster.placement=split"
+    if cluster.device != "cuda":
+        return
+    if config.train.num_nodes > 1:
+        yield "error", "train.num_nodes", f"{config.train.num_nodes} nodes need a cluster, and cluster.executor is local", "set train.num_nodes=1"
+    elif cluster.placement == "het":
+        yield "error", "cluster.placement", "groups of nodes need a cluster, and cluster.executor is local", "set cluster.placement=split"
+    elif cluster.placement == "split" and not one_node(config):
+        asked = config.train.num_gpus_per_node + config.rollout.num_gpus
+        yield "error", "cluster.placement", f"trainer and engines need {asked} accelerators, this machine has {cluster.gpus_per_node}", "set cluster.placement=colocate"
 
 
 def _engine(config: RunConfig) -> Iterator[Entry]:

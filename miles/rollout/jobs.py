@@ -99,6 +99,11 @@ class BatchJob:
         self.handed.update(dict.fromkeys(taken, worker))
         return taken
 
+    def share(self, worker: int, workers: int) -> int:
+        """How many more draws a worker may take so that it has no more than its even share of all that are not finished."""
+        in_flight = [by for draw, by in self.handed.items() if draw not in self.finished]
+        return max(0, -(-(len(self.pending) + len(in_flight)) // workers) - in_flight.count(worker))
+
     def finish(self, group: Finished) -> None:
         """Record a finished group; judges the round when it was the last. Raises UserError when a filter leaves nothing."""
         if self.handed.get(group.draw) != group.worker or group.draw in self.finished:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from miles.config import placement
 from miles.config.exits import AGAIN, OK, WRONG, TryAgain, UserError
 from miles.config.schema import RunConfig
 from miles.data.prompts import PromptSet
@@ -60,6 +61,7 @@ class RolloutService:
         self.stop = False
         self.end: Ended | None = None
         self._wake = asyncio.Event()
+        self.workers = placement.part(config, "rollout").nodes if "rollout" in placement.components(config) else 0
         self._asked: tuple[tuple[str, int], float] | None = None  # the batch that the trainer waits for, and since when
 
     # Waiting.
@@ -98,15 +100,15 @@ class RolloutService:
 
     # Processes.
 
-    def register(self, role: str, rank: int, **facts: Any) -> None:
-        """A process is here; a later word of the same process replaces the earlier one."""
+    def register(self, role: str, rank: int, place: str = "", **facts: Any) -> None:
+        """A process is here; a later word of the same process replaces the earlier one. place: its supervisor."""
         self.peers = [peer for peer in self.peers if (peer["role"], peer["rank"]) != (role, rank)]
-        self.peers.append({"role": role, "rank": rank, **facts})
+        self.peers.append({"role": role, "rank": rank, "place": place, **facts})
         self.changed()
 
-    def of_role(self, role: str, count: int) -> list[dict[str, Any]]:
-        """Its processes by rank, once there are `count` of them; else none."""
-        found = sorted((peer for peer in self.peers if peer["role"] == role), key=lambda peer: peer["rank"])
+    def of_role(self, role: str, count: int, place: str | None = None) -> list[dict[str, Any]]:
+        """Its processes (at one place, or all) by rank, once there are `count` of them; else none."""
+        found = sorted((peer for peer in self.peers if peer["role"] == role and place in (None, peer["place"])), key=lambda peer: peer["rank"])
         return found if len(found) >= count else []
 
     def heartbeat(self, role: str, rank: int) -> None:
@@ -256,7 +258,7 @@ class RolloutService:
                 seals.append({"job": batch.job.lineage(), "draws": order})
             each = {"rollout": self.config.rollout.n_samples_per_prompt, "eval": self.config.eval.n_samples_per_prompt, "sft": 1}[batch.job.kind]
             most = SUPERVISED_AT_ONCE if batch.job.kind == "sft" else idle // each
-            taken = batch.take(worker, most)
+            taken = batch.take(worker, min(most, batch.share(worker, self.workers)))
             if batch.job.kind != "sft":
                 idle -= len(taken) * each
             if taken:
@@ -272,7 +274,7 @@ class RolloutService:
     def waiting_for(self) -> str | None:
         """What keeps the run from its next step, where processes are still getting ready; None once they are."""
         here = [peer["role"] for peer in self.peers]
-        engines = 0 if self.config.debug.recorded else self.config.rollout.num_gpus // self.config.rollout.num_gpus_per_engine
+        engines = placement.engines(self.config)
         missing = engines - here.count("engine")
         starting = ("an engine" if engines == 1 else f"{missing} of {engines} engines") + " to start"
         if "trainer" not in here:

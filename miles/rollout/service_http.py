@@ -65,7 +65,7 @@ def make_app(service: RolloutService, token: str) -> Starlette:
 
     async def peers(fields: dict[str, Any]) -> tuple[int, Any]:
         count = int(fields.get("count", 1))
-        found = await service.until(lambda: service.of_role(fields["role"], count), _wait(fields))
+        found = await service.until(lambda: service.of_role(fields["role"], count, fields.get("place")), _wait(fields))
         return (200, found) if found else (202, [])
 
     async def put_value(fields: dict[str, Any]) -> tuple[int, Any]:

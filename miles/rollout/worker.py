@@ -42,16 +42,18 @@ IDLE_SECONDS = 1.0
 
 
 class Worker:
-    """One worker of one attempt. `call` posts to the service's /work; `engines` are this worker's."""
+    """One worker of one attempt. `call` posts to the service's /work; `engines` are this worker's, `count` of them."""
 
-    def __init__(self, config: RunConfig, run_dir: RunDir, rank: int, epoch: int, call: Call, tokenizer: Tokenizer, engines: Engines) -> None:
+    def __init__(
+        self, config: RunConfig, run_dir: RunDir, rank: int, epoch: int, call: Call, tokenizer: Tokenizer, engines: Engines, count: int
+    ) -> None:  # fmt: skip
         rollout = config.rollout
         self.config, self.run_dir, self.rank, self.call, self.tokenizer = config, run_dir, rank, call, tokenizer
         self.fence = Fence(run_dir, epoch)
         self.events = Events(run_dir, "worker", rank, epoch)
         self.samples = {"rollout": rollout.n_samples_per_prompt, "eval": config.eval.n_samples_per_prompt, "sft": 1}
         self.held = Held(run_dir, rank, epoch, self.samples)
-        self.capacity = rollout.max_concurrency * (rollout.num_gpus // rollout.num_gpus_per_engine)
+        self.capacity = rollout.max_concurrency * count
         self.generate = generate if rollout.generate_path is None else load_function(rollout.generate_path, "rollout.generate_path")
         self.filter = None if rollout.filter_path is None else load_function(rollout.filter_path, "rollout.filter_path")
         self.scorers: dict[str, Scorer] = {}

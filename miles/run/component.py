@@ -1,7 +1,10 @@
 """The supervisor of one component on one node: starts its role processes, shares their fate, says how they ended.
 
-Roles of `train`: the rollout service (first node) and the trainer ranks. Roles of `rollout`: the engines and one worker.
+Roles of `train`: the rollout service (first node) and the trainer ranks. Roles of `rollout`: the engines and one worker. Which of
+them run here follows from the node's number (miles.config.placement).
 The first role that fails stops the others; when the primary role (trainer, worker) ends well, the rest is stopped.
+
+SIGTERM ends all of it. With MILES_TERM_ASKS=1 the first one only asks the run to stop (save, then end), and SIGUSR2 ends it at once.
 """
 
 from __future__ import annotations
@@ -12,14 +15,18 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from miles.config.address import bind_host, is_loopback
+import httpx
+
 from miles.config.exits import AGAIN, OK, WRONG, first_cause
+from miles.config.placement import Process, processes
 from miles.config.schema import RunConfig
 from miles.engine.child import die_with_parent
+from miles.run.environment import Node, environment
 from miles.run.role import load_run
 
 PRIMARY = {"train": "trainer", "rollout": "worker"}
@@ -42,57 +49,18 @@ class RoleProcess:
         return self.process.poll()
 
 
-def roles_of(component: str, config: RunConfig) -> list[tuple[str, int, int]]:
-    """(role, rank, number of its kind) of every process of the component on one node."""
-    ranks = config.train.num_gpus_per_node
-    engines = config.rollout.num_gpus // config.rollout.num_gpus_per_engine
-    if component == "train":
-        return [("service", 0, 1), *(("trainer", rank, ranks) for rank in range(ranks))]
-    return [*(("engine", rank, engines) for rank in range(engines)), ("worker", 0, 1)]
-
-
-def environment(config: RunConfig, run_dir: Path, epoch: int, name: str, rank: int, world_size: int) -> dict[str, str]:
-    """Environment of a role: its identity, and pinned threads, since bits depend on their number."""
-    rendezvous = json.loads((run_dir / "attempts" / f"{epoch:06d}" / "service.json").read_text())
-    token = (run_dir / "attempts" / f"{epoch:06d}" / "token").read_text()
-    threads = str(1 if name in ("service", "worker") else config.cluster.threads)
-    return {
-        **os.environ,
-        "MILES_RUN_DIR": str(run_dir),
-        "MILES_EPOCH": str(epoch),
-        "MILES_RANK": str(rank),
-        "MILES_WORLD_SIZE": str(world_size),
-        "MILES_TOKEN": token,
-        "MILES_SERVICE": rendezvous["url"],
-        "OMP_NUM_THREADS": threads,
-        "MKL_NUM_THREADS": threads,
-        "NUMBA_NUM_THREADS": threads,
-        # A thread that waits for others burns its core for milliseconds by default; where cores are shared, those were taken from the others.
-        "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "1000"),
-        "TOKENIZERS_PARALLELISM": "false",
-        "HF_HUB_OFFLINE": "1",
-        # A log is read by lines; a bar that is drawn over itself is none.
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "TQDM_DISABLE": os.environ.get("TQDM_DISABLE", "1"),
-        "PYTHONUNBUFFERED": "1",
-        # A worker's arrays come and go by the megabyte: each a mapping of its own, so that its memory goes back at once and leaves no holes.
-        **({"MALLOC_MMAP_THRESHOLD_": os.environ.get("MALLOC_MMAP_THRESHOLD_", str(1 << 20))} if name == "worker" else {}),
-        **({"GLOO_SOCKET_IFNAME": "lo"} if is_loopback(bind_host(config.cluster.host)) else {}),
-    }
-
-
-def start(config: RunConfig, run_dir: Path, epoch: int, name: str, rank: int, world_size: int) -> RoleProcess:
+def start(config: RunConfig, run_dir: Path, epoch: int, role: Process, node: Node) -> RoleProcess:
     """Start one role with its own log."""
-    log = (run_dir / "attempts" / f"{epoch:06d}" / "logs" / f"{name}.{rank}.log").open("ab")
+    log = (run_dir / "attempts" / f"{epoch:06d}" / "logs" / f"{role.role}.{role.rank}.log").open("ab")
     process = subprocess.Popen(
-        [sys.executable, "-m", f"miles.run.{name}"],
-        env=environment(config, run_dir, epoch, name, rank, world_size),
+        [sys.executable, "-m", f"miles.run.{role.role}"],
+        env=environment(config, run_dir, epoch, role, node),
         stdin=subprocess.DEVNULL,
         stdout=log,
         stderr=subprocess.STDOUT,
         preexec_fn=die_with_parent,
     )
-    return RoleProcess(name, rank, process, log)
+    return RoleProcess(role.role, role.rank, process, log)
 
 
 def stop(roles: list[RoleProcess], grace: float = GRACE_SECONDS) -> None:
@@ -131,35 +99,75 @@ class Stopped(Exception):
     """The executor wants this component gone."""
 
 
-def _on_terminate(signum: int, frame: Any) -> None:
-    raise Stopped
+class Signals:
+    """What the executor says by signals: end now (Stopped is raised), or, where a SIGTERM only asks, stop when it suits."""
+
+    def __init__(self, asks: bool) -> None:
+        self.asks, self.asked = asks, False
+        signal.signal(signal.SIGTERM, self._terminate)
+        signal.signal(signal.SIGUSR2, self._end)
+
+    def _terminate(self, signum: int, frame: Any) -> None:
+        if not self.asks or self.asked:
+            raise Stopped
+        self.asked = True
+
+    def _end(self, signum: int, frame: Any) -> None:
+        raise Stopped
+
+    @staticmethod
+    def ignore() -> None:
+        """From now on: we are ending."""
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
 
 
-def supervise(run_dir: str, component: str, epoch: int) -> dict[str, Any]:
-    """Body of the component's job (called by import name): run the roles until the first failure or the primary's end.
+def supervise(run_dir: str, component: str, epoch: int, node: int | None = None) -> dict[str, Any]:
+    """Body of the component's job on one node (called by import name): run the roles until the first failure or the primary's end.
 
-    Returns {code, role, rank, reason}; code as in docs/formats.md.
+    node: which of the component's nodes this is; None: what MILES_NODE says, else the first. Returns {code, role, rank, reason, node},
+    code as in docs/formats.md, node the name of the machine.
     """
-    signal.signal(signal.SIGTERM, _on_terminate)
+    signals = Signals(asks=os.environ.get("MILES_TERM_ASKS") == "1")
     if os.getpgrp() != os.getpid():
         os.setsid()  # away from the terminal: its Ctrl-C is for the launcher, which asks the run to stop
-    root = Path(run_dir)
+    root, here = Path(run_dir), Node.here(component, int(os.environ.get("MILES_NODE", "0")) if node is None else node)
     config = load_run(root)
     roles: list[RoleProcess] = []
     try:
-        for name, rank, count in roles_of(component, config):
-            roles.append(start(config, root, epoch, name, rank, count))
-        return watch(roles, PRIMARY[component], root, epoch)
+        for role in processes(config, component, here.number):
+            roles.append(start(config, root, epoch, role, here))
+        outcome = watch(roles, PRIMARY[component], root, epoch, ask_to_stop(root, epoch, signals))
     except Stopped:
-        return {"code": AGAIN, "role": component, "rank": 0, "reason": f"component {component} was stopped"}
+        outcome = {"code": AGAIN, "role": component, "rank": here.number, "reason": f"component {component} was stopped"}
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signals.ignore()
         stop(roles)
+    return {"node": here.name, **outcome}
 
 
-def watch(roles: list[RoleProcess], primary: str, run_dir: Path, epoch: int) -> dict[str, Any]:
+def ask_to_stop(run_dir: Path, epoch: int, signals: Signals) -> Callable[[], None]:
+    """A function that passes a stop request on to the rollout service, once it is there; until then, and without a request, it does nothing."""
+    attempt, told = run_dir / "attempts" / f"{epoch:06d}", False
+
+    def pass_on() -> None:
+        nonlocal told
+        if told or not signals.asked:
+            return
+        url, token = json.loads((attempt / "service.json").read_text())["url"], (attempt / "token").read_text()
+        try:
+            reply = httpx.post(url + "/stop", headers={"Authorization": f"Bearer {token}"}, timeout=2.0, trust_env=False)
+        except httpx.HTTPError:
+            return  # the service is starting, or busy
+        told = reply.status_code == 200
+
+    return pass_on
+
+
+def watch(roles: list[RoleProcess], primary: str, run_dir: Path, epoch: int, meanwhile: Callable[[], None] = lambda: None) -> dict[str, Any]:
     """Wait for the first failure, or for the end of every primary role."""
     while True:
+        meanwhile()
         failed = [role for role in roles if role.code not in (None, OK)]
         if failed:
             # One failure brings others: on a busy machine the first that is seen is not always the one that began it.

@@ -50,12 +50,13 @@ class Coordinator:
 
     def register(self, **more: Any) -> None:
         """Tell the service who is here."""
-        self.call("POST", "/register", {"role": self.role.name, "rank": self.role.rank, "epoch": self.role.epoch, **more})
+        role = self.role
+        self.call("POST", "/register", {"role": role.name, "rank": role.rank, "epoch": role.epoch, "node": role.node_name, "place": role.place, **more})
 
-    def peers(self, role: str, count: int) -> list[dict[str, Any]]:
-        """Wait until `count` processes of a role have registered."""
+    def peers(self, role: str, count: int, **where: Any) -> list[dict[str, Any]]:
+        """Wait until `count` processes of a role have registered; where: their place, if only those count."""
         while True:
-            code, body = self.call("GET", "/peers", params={"role": role, "count": count, "wait": 20})
+            code, body = self.call("GET", "/peers", params={"role": role, "count": count, "wait": 20, **where})
             if code == 200:
                 return list(body)
 

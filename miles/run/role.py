@@ -34,6 +34,9 @@ class Role:
     world_size: int
     token: str
     service: str
+    node: int = 0  # of its component
+    node_name: str = ""
+    place: str = ""  # its supervisor: roles of one place are on one machine, and end together
 
     @classmethod
     def from_environment(cls, name: str) -> Role:
@@ -47,6 +50,9 @@ class Role:
             world_size=int(env["MILES_WORLD_SIZE"]),
             token=env["MILES_TOKEN"],
             service=env["MILES_SERVICE"],
+            node=int(env.get("MILES_NODE", "0")),
+            node_name=env.get("MILES_NODE_NAME", ""),
+            place=env.get("MILES_PLACE", ""),
         )
 
     @property

@@ -14,6 +14,7 @@ import numpy as np
 
 from miles.config.address import bind_host
 from miles.config.exits import UserError, disk_full
+from miles.config.placement import engines
 from miles.config.schema import Checkpoint, RunConfig
 from miles.data.store.epoch import Fence
 from miles.data.store.events import Events
@@ -63,9 +64,9 @@ class Run:
         if role.world_size > 1:
             if role.rank == 0:
                 store = open_store(host, 0, role.world_size, master=True)
-                service.publish("store_port", store.port)
+                service.publish("store", {"host": host, "port": store.port})
             else:
-                store = open_store(host, int(service.lookup("store_port")), role.world_size, master=False)
+                store = open_store(**service.lookup("store"), world_size=role.world_size, master=False)
         ranks = start_ranks(
             role.rank, role.world_size, ranks_per_node=config.train.num_gpus_per_node, device=config.cluster.device,
             store=store, threads=config.cluster.threads, seed=config.seed,
@@ -133,8 +134,7 @@ class Run:
 
     def meet_engines(self) -> None:
         """Wait for the engines of this attempt."""
-        count = self.config.rollout.num_gpus // self.config.rollout.num_gpus_per_engine
-        peers = self.service.peers("engine", count) if self.role.rank == 0 else []
+        peers = self.service.peers("engine", engines(self.config)) if self.role.rank == 0 else []
         self.engines = self.ranks.broadcast_json([peer["url"] for peer in peers])
 
     def freeze_reference(self) -> None:

@@ -12,6 +12,7 @@ import httpx
 import orjson
 
 from miles.config.exits import TryAgain, UserError
+from miles.config.placement import processes
 from miles.data.store.epoch import Fence
 from miles.data.store.files import Damaged
 from miles.data.store.retention import retire_journals
@@ -56,16 +57,17 @@ def work(role: Role) -> None:
     if role.rank == 0:
         _tidy_journals(run_dir, role, service.lookup("resumed"))
 
+    own = sum(process.role == "engine" for process in processes(config, "rollout", role.node))
+
     async def find() -> list[EngineClient]:
-        count = config.rollout.num_gpus // config.rollout.num_gpus_per_engine
-        found = await asyncio.to_thread(service.peers, "engine", count)
+        found = await asyncio.to_thread(lambda: service.peers("engine", own, place=role.place))
         return [EngineClient(peer["url"], role.token) for peer in found]
 
     async def body() -> None:
         headers = {"Authorization": f"Bearer {role.token}", "Content-Type": "application/json"}
         async with httpx.AsyncClient(base_url=role.service, headers=headers, timeout=60.0, trust_env=False) as http:
             engines = Engines(find, **({"return_routed_experts": True} if config.rollout.return_routed_experts else {}))
-            await Worker(config, run_dir, role.rank, role.epoch, caller(role, http), tokenizer, engines).run()
+            await Worker(config, run_dir, role.rank, role.epoch, caller(role, http), tokenizer, engines, own).run()
 
     asyncio.run(body())
 

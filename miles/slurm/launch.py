@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from miles.config.exits import AGAIN, OK, WRONG
+from miles.config.placement import part
 from miles.config.schema import RunConfig
 from miles.data.store.run_dir import RunDir, newest_complete_checkpoint
 from miles.slurm.attempt import SUPERVISE, Attempt, Component, Watcher, because_of_disk
@@ -18,8 +19,8 @@ from miles.slurm.local import LocalRunner
 
 def start_here(attempt: Attempt, component: str) -> Component:
     """Start a component of an attempt on this machine."""
-    gpus = attempt.config.cluster.gpus_per_node if attempt.config.cluster.device == "cuda" else 0
-    return LocalRunner(attempt.folder / "submitit").submit(component, SUPERVISE, str(attempt.run.path), component, attempt.epoch, gpus=gpus)
+    nodes = part(attempt.config, component).nodes
+    return LocalRunner(attempt.folder / "submitit").submit(component, SUPERVISE, str(attempt.run.path), component, attempt.epoch, nodes=nodes)
 
 
 def launch(config: RunConfig, run: RunDir, update: Watcher, say: Callable[[str], None]) -> int:

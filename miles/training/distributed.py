@@ -101,7 +101,8 @@ def start_ranks(
         torch.set_num_threads(threads)
     if device == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        place = torch.device("cuda", rank % max(torch.cuda.device_count(), 1))
+        # A rank that sees one accelerator alone calls it 0; one that sees all of its node takes its own.
+        place = torch.device("cuda", rank % ranks_per_node % max(torch.cuda.device_count(), 1))
         torch.cuda.set_device(place)
         backend = "cpu:gloo,cuda:nccl"
     else:

@@ -25,6 +25,8 @@ from miles.data.store.train_record import open_train_record
 STEPS = ["recipes/tiny", "num_rollout=6", "warm_start.steps=2", "checkpoint.save_interval=2", "eval.interval=3", "algorithm.entropy_coef=0.01"]
 # With what a run may have besides: several optimizer steps on a rollout, and a reference that is made in the middle.
 TWO_RANKS = [*STEPS, "train.num_gpus_per_node=2", "train.num_steps_per_rollout=2", "algorithm.use_kl_loss=true", "algorithm.kl_loss_coef=0.05"]
+# The same world on two nodes, each with an engine and a worker of its own.
+TWO_NODES = [*(word for word in TWO_RANKS if "gpus_per_node" not in word), "train.num_nodes=2", "rollout.num_gpus=2"]
 PATIENCE = 240.0
 
 
@@ -67,11 +69,18 @@ class Launched:
                 raise AssertionError(f"{what}: did not happen\n{self.text()}\n{logs(self.run_dir)}")
             time.sleep(0.01)
 
+    def role(self, role: str, rank: int = 0) -> psutil.Process:
+        """One role process of this run."""
+        (found,) = [p for p in psutil.process_iter() if belongs(p, self.run_dir, role, rank)]
+        return found
+
     def kill_role(self, role: str, rank: int = 0) -> None:
         """kill -9 of one role process of this run."""
-        victims = [p for p in psutil.process_iter() if belongs(p, self.run_dir, role, rank)]
-        assert len(victims) == 1, f"one {role} {rank}, not {victims}"
-        os.kill(victims[0].pid, signal.SIGKILL)
+        os.kill(self.role(role, rank).pid, signal.SIGKILL)
+
+    def kill_supervisor(self, role: str, rank: int = 0) -> None:
+        """kill -9 of the supervisor of a role process: all roles of its node die with it."""
+        os.kill(self.role(role, rank).ppid(), signal.SIGKILL)
 
 
 def belongs(process: psutil.Process, run_dir: Path, role: str | None = None, rank: int = 0) -> bool:

@@ -40,8 +40,10 @@ def test_sound(sound: list[str]) -> None:
 
 BAD = [  # overrides beside the sound ones, and parts of one finding
     (["cluster.executor=slurm"], "error: cluster.executor: slurm is not there yet; set cluster.executor=local"),
-    (["cluster.placement=split"], "error: cluster.placement: split is not there yet; set cluster.placement=colocate"),
-    (["train.num_nodes=2"], "error: train.num_nodes: 2 nodes is not there yet; set train.num_nodes=1"),
+    (["cluster.placement=jobs"], "error: cluster.placement: jobs that find each other need a cluster, and cluster.executor is local; set cluster.placement=split"),
+    (["cluster.device=cuda", "train.num_nodes=2"], "error: train.num_nodes: 2 nodes need a cluster, and cluster.executor is local; set train.num_nodes=1"),
+    (["cluster.device=cuda", "cluster.placement=het"], "error: cluster.placement: groups of nodes need a cluster, and cluster.executor is local; set cluster.placement=split"),
+    (["cluster.device=cuda", "cluster.placement=split", "cluster.gpus_per_node=1"], "error: cluster.placement: trainer and engines need 2 accelerators, this machine has 1"),
     (["train.backend=megatron"], "error: train.backend: megatron is not there yet; set train.backend=fsdp"),
     (["train.parallel.tensor=2", "train.num_gpus_per_node=2"], "error: train.parallel.tensor: tensor parallelism (2 ranks) is not there yet"),
     (["train.parallel.context=2", "train.num_gpus_per_node=2"], "error: train.parallel.context: context parallelism (2 ranks) is not there yet"),

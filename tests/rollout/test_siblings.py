@@ -57,7 +57,7 @@ def test_siblings_of_a_sample_that_fails_end_first(tmp_path: Path, tokenizer_fol
     async def body() -> None:
         run = RunDir(tmp_path / "run")
         config = load_config(["recipes/tiny"], ["rollout.n_samples_per_prompt=3"])
-        worker = Worker(config, run, 0, new_epoch(run), nowhere, Tokenizer(tokenizer_folder), Engines(nowhere))
+        worker = Worker(config, run, 0, new_epoch(run), nowhere, Tokenizer(tokenizer_folder), Engines(nowhere), count=1)
         worker.generate = generate
         aside = Aside(tmp_path)
         with pytest.raises(UserError, match="LookupError: no tokens"):

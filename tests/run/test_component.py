@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from miles.config.schema import RunConfig
-from miles.run.component import RoleProcess, is_loopback, roles_of, stop, watch
+from miles.config.address import is_loopback
+from miles.run.component import RoleProcess, stop, watch
 
 FOREVER = "import time; time.sleep(600)"
 
@@ -27,12 +27,6 @@ def process(folder: Path, name: str, code: str, rank: int = 0) -> RoleProcess:
 def run_dir(tmp_path: Path) -> Path:
     (tmp_path / "attempts" / "000001" / "logs").mkdir(parents=True)
     return tmp_path
-
-
-def test_roles_of_components() -> None:
-    config = RunConfig.model_validate({"train": {"num_gpus_per_node": 2}, "rollout": {"num_gpus": 4, "num_gpus_per_engine": 2}})
-    assert roles_of("train", config) == [("service", 0, 1), ("trainer", 0, 2), ("trainer", 1, 2)]
-    assert roles_of("rollout", config) == [("engine", 0, 2), ("engine", 1, 2), ("worker", 0, 1)]
 
 
 def test_primary_end_finishes_and_the_rest_is_stopped(run_dir: Path) -> None:

@@ -60,7 +60,7 @@ def test_a_function_by_its_import_name(tmp_path: Path) -> None:
 
 def test_interrupt_of_the_terminal_does_not_reach_components(tmp_path: Path) -> None:
     component = sleeper(tmp_path)
-    for process in psutil.Process(component.job._process.pid).children(recursive=True):  # type: ignore[union-attr]
+    for process in psutil.Process(component.jobs[0]._process.pid).children(recursive=True):  # type: ignore[union-attr]
         os.kill(process.pid, signal.SIGINT)
     time.sleep(0.3)
     assert component.running()
@@ -70,7 +70,7 @@ def test_interrupt_of_the_terminal_does_not_reach_components(tmp_path: Path) -> 
 
 def test_a_killed_component_says_try_again(tmp_path: Path) -> None:
     component = sleeper(tmp_path)
-    children = psutil.Process(component.job._process.pid).children(recursive=True)  # type: ignore[union-attr]
+    children = psutil.Process(component.jobs[0]._process.pid).children(recursive=True)  # type: ignore[union-attr]
     component.kill()
     outcome = component.outcome()
     assert outcome["code"] == 75
