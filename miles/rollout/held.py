@@ -6,6 +6,7 @@ Warm-start groups are in no journal, so all of a batch stay in memory: a demonst
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -81,8 +82,14 @@ class Held:
         self._names = self._scan()
 
     def _scan(self) -> set[Name]:
-        """Jobs that the old journals have something of."""
-        return {name_of(context) for path in self._old for context, _ in read_journal(path)}
+        """Jobs that the old journals have something of. One that is gone meanwhile has nothing: the first worker retires those that are done with."""
+        found: set[Name] = set()
+        for path in list(self._old):
+            try:
+                found |= {name_of(context) for context, _ in read_journal(path)}
+            except FileNotFoundError:
+                self._old.remove(path)
+        return found
 
     def recall(self, lineage: Lineage) -> dict[int, Place]:
         """Where groups of this job from earlier attempts stand, by draw; each journal is read once a job that it knows."""
@@ -92,10 +99,11 @@ class Held:
         self._names.discard(name)
         found: dict[int, Place] = {}
         for path in self._old:
-            for position, context, group in scan_journal(path):
-                # A group of another size is of another configuration: it is made again.
-                if name_of(context) == name and len(group) == self.samples[name[0]]:
-                    found.setdefault(group[0].draw, (path, position))
+            with contextlib.suppress(FileNotFoundError):  # as in _scan
+                for position, context, group in scan_journal(path):
+                    # A group of another size is of another configuration: it is made again.
+                    if name_of(context) == name and len(group) == self.samples[name[0]]:
+                        found.setdefault(group[0].draw, (path, position))
         if found:
             log.warning("step %d: %d %s groups of an earlier attempt are in the journal; they are not generated again", name[1], len(found), name[0])
         return found
