@@ -56,12 +56,12 @@ def file_fault(error: OSError) -> str | None:
 
 
 def first_cause(outcomes: list[dict[str, Any]]) -> dict[str, Any]:
-    """Of several that ended together, the one that says why: a message for the user, then a kill, then an exception; 75 is an echo."""
+    """Of several that ended together, the one that says why: a message for the user, then a kill or a hang by name, then an exception; 75 is an echo."""
 
     def echo(outcome: dict[str, Any]) -> int:
         if outcome["code"] == WRONG:
             return 0
-        if outcome.get("killed"):
+        if outcome.get("killed") or outcome.get("told"):
             return 1
         return 3 if outcome["code"] == AGAIN else 2
 

@@ -24,21 +24,23 @@ from miles.data.store.run_dir import RunDir
 from miles.rollout.compose import compose
 from miles.rollout.draws import SOURCES, first_draw, number_in_source
 from miles.rollout.jobs import BatchJob, Finished, Job, ShardReport
+from miles.rollout.watchdog import Hang, Watchdog, beat_seconds
 
 log = logging.getLogger(__name__)
 
 BATCH_WAIT_SECONDS = 5.0
 WORK_WAIT_SECONDS = 1.0
 FAILED = 1  # a bug: files are kept, nothing is tried again
+DUMP_SECONDS = 10.0  # for stacks to be written before a run that hangs is ended
 SUPERVISED_AT_ONCE = 1024  # draws of a warm start cost the worker next to nothing
 
 
 class Ended(Exception):
-    """The attempt is over: `code` says how (OK, AGAIN, WRONG)."""
+    """The attempt is over: `code` says how (OK, AGAIN, WRONG), `culprit` whose fault it is (role, rank, node), if that is known."""
 
-    def __init__(self, code: int, message: str) -> None:
+    def __init__(self, code: int, message: str, culprit: dict[str, Any] | None = None) -> None:
         super().__init__(message)
-        self.code, self.message = code, message
+        self.code, self.message, self.culprit = code, message, culprit
 
 
 class RolloutService:
@@ -60,6 +62,9 @@ class RolloutService:
         self.notices_told = 0
         self.stop = False
         self.end: Ended | None = None
+        self.watchdog = Watchdog(config.cluster.hang_seconds, beat_seconds(config.cluster.hang_seconds))
+        self.hang: Hang | None = None
+        self.dump_until = 0.0
         self._wake = asyncio.Event()
         self.workers = placement.part(config, "rollout").nodes if "rollout" in placement.components(config) else 0
         self._asked: tuple[tuple[str, int], float] | None = None  # the batch that the trainer waits for, and since when
@@ -90,10 +95,10 @@ class RolloutService:
         if self.end is not None:
             raise self.end
 
-    def finish(self, code: int, message: str) -> None:
+    def finish(self, code: int, message: str, culprit: dict[str, Any] | None = None) -> None:
         """End the attempt for everybody; the first reason stays."""
         if self.end is None:
-            self.end = Ended(code, message)
+            self.end = Ended(code, message, culprit)
             if code != OK:
                 log.error("%s", message)
         self.changed()
@@ -111,15 +116,35 @@ class RolloutService:
         found = sorted((peer for peer in self.peers if peer["role"] == role and place in (None, peer["place"])), key=lambda peer: peer["rank"])
         return found if len(found) >= count else []
 
-    def heartbeat(self, role: str, rank: int) -> None:
-        """Note a sign of life."""
-        self.heard[role, rank] = time.monotonic()
+    def heartbeat(self, role: str, rank: int, progress: dict[str, Any] | None = None, dumped: bool = False) -> None:
+        """Note a sign of life, and what a trainer rank does."""
+        now = time.monotonic()
+        self.heard[role, rank] = now
+        if progress is not None:
+            self.watchdog.note(rank, self.node_of(role, rank), progress, now, dumped)
 
-    def watch_silence(self) -> None:
-        """End the attempt when a role has gone silent."""
+    def node_of(self, role: str, rank: int) -> str:
+        """Name of the machine that a process is on, as it said."""
+        return next((str(peer.get("node", "")) for peer in self.peers if (peer["role"], peer["rank"]) == (role, rank)), "")
+
+    def watch(self) -> None:
+        """End the attempt when a role has gone silent, or the trainer hangs; before that, all trainer ranks write down where they are."""
+        now = time.monotonic()
+        if self.hang is None:
+            self.hang = self.silent(now) or self.watchdog.hang(now)
+            if self.hang is None:
+                return
+            self.dump_until = now + (DUMP_SECONDS if self.watchdog.ranks else 0.0)
+        if now >= self.dump_until or self.watchdog.all_dumped(now):
+            self.finish(AGAIN, self.hang.reason, self.hang.culprit)
+
+    def silent(self, now: float) -> Hang | None:
+        """The role that has a heartbeat and said nothing for too long."""
         for (role, rank), last in self.heard.items():
-            if time.monotonic() - last > self.silence:
-                self.finish(AGAIN, f"{role} {rank} was silent for {self.silence:g} s")
+            if now - last > self.silence:
+                node = self.node_of(role, rank)
+                return Hang(role, rank, node, f"{role} {rank}{f' on node {node}' if node else ''} was silent for {self.silence:g} s")
+        return None
 
     # Batches.
 

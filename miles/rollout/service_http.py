@@ -53,7 +53,7 @@ def make_app(service: RolloutService, token: str) -> Starlette:
                 if end is None:  # a bug: the attempt ends, with a traceback in the service's log
                     service.finish(FAILED, f"the rollout service failed: {type(error).__name__}: {error}")
                     raise
-                service.finish(end.code, end.message)
+                service.finish(end.code, end.message, end.culprit)
                 return _json(CODES.get(end.code, 500), {"error": end.message, "exit": end.code})
 
         return Route(path, endpoint, methods=[method])
@@ -111,10 +111,10 @@ def make_app(service: RolloutService, token: str) -> Starlette:
         return 200, {}
 
     async def heartbeat(fields: dict[str, Any]) -> tuple[int, Any]:
-        service.heartbeat(fields["role"], int(fields["rank"]))
+        service.heartbeat(fields["role"], int(fields["rank"]), fields.get("progress"), bool(fields.get("dumped")))
         if service.end is not None and service.end.code == AGAIN:  # other ends are told to the main thread's next call
             raise service.end
-        return 200, {"stop": service.stop}
+        return 200, {"stop": service.stop, "dump": service.hang is not None}
 
     async def health(request: Request) -> Response:
         return Response(status_code=200)

@@ -68,6 +68,7 @@ def stop(roles: list[RoleProcess], grace: float = GRACE_SECONDS) -> None:
     for role in roles:
         if role.code is None:
             role.process.terminate()
+            role.process.send_signal(signal.SIGCONT)  # one that is stopped wouldn't hear it
     deadline = time.monotonic() + grace
     while any(role.code is None for role in roles) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -83,9 +84,11 @@ def verdict(role: RoleProcess, run_dir: Path, epoch: int) -> dict[str, Any]:
     code = role.code
     assert code is not None, "only ended roles are judged"
     fault = run_dir / "attempts" / f"{epoch:06d}" / "logs" / f"fault.{role.name}.{role.rank}.json"
-    if code == WRONG and fault.exists():
-        reason = json.loads(fault.read_text())["message"]
-    elif code < 0:
+    if code in (WRONG, AGAIN) and fault.exists():
+        left = json.loads(fault.read_text())
+        whose = {"role": left["role"], "rank": left["rank"], **({"node": left["node"]} if left.get("node") else {})}
+        return {"code": code, **whose, "reason": left["message"], "killed": False, "told": True}
+    if code < 0:
         reason = f"{role.name} {role.rank} was killed by {signal.Signals(-code).name}"
     elif code == OK:
         reason = "finished"

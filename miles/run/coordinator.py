@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import sys
 import threading
@@ -12,6 +13,7 @@ import httpx
 
 from miles.config.exits import AGAIN, TryAgain, UserError
 from miles.run.role import Role
+from miles.training.progress import HERE, Progress
 
 HEARTBEAT_SECONDS = 2.0
 PATIENCE_SECONDS = 60.0
@@ -39,9 +41,9 @@ class Coordinator:
                 if time.monotonic() > deadline:
                     raise TryAgain(f"the rollout service at {self.role.service} is lost ({error})") from error
                 time.sleep(0.2)
+        body = reply.json() if reply.content and reply.headers.get("content-type") == "application/json" else {}
         if reply.status_code == 409:
-            raise TryAgain("a newer attempt of this run exists; this one writes nothing more")
-        body = reply.json() if reply.content else {}
+            raise TryAgain(body.get("message") or body.get("error") or "the attempt is over")
         if reply.status_code == 422:
             raise UserError(body["error"])
         if reply.status_code not in (200, 202):
@@ -55,10 +57,11 @@ class Coordinator:
 
     def peers(self, role: str, count: int, **where: Any) -> list[dict[str, Any]]:
         """Wait until `count` processes of a role have registered; where: their place, if only those count."""
-        while True:
-            code, body = self.call("GET", "/peers", params={"role": role, "count": count, "wait": 20, **where})
-            if code == 200:
-                return list(body)
+        with HERE.waiting():
+            while True:
+                code, body = self.call("GET", "/peers", params={"role": role, "count": count, "wait": 20, **where})
+                if code == 200:
+                    return list(body)
 
     def publish(self, key: str, value: Any) -> None:
         """Leave a value for the others (a port, a folder)."""
@@ -66,19 +69,21 @@ class Coordinator:
 
     def lookup(self, key: str) -> Any:
         """Wait for a value."""
-        while True:
-            code, body = self.call("GET", "/value", params={"key": key, "wait": 20})
-            if code == 200:
-                return body["value"]
+        with HERE.waiting():
+            while True:
+                code, body = self.call("GET", "/value", params={"key": key, "wait": 20})
+                if code == 200:
+                    return body["value"]
 
     def batch(self, job: dict[str, Any], through_stop: bool = False) -> str:
         """Wait for a sealed batch; returns the manifest's path. Raises StopRequested, unless the wait goes on through a stop."""
-        while True:
-            code, body = self.call("POST", "/batch", {"job": job, "epoch": self.role.epoch})
-            if body.get("stop") and not through_stop:
-                raise StopRequested  # a batch that is sealed already is used when the run goes on
-            if code == 200:
-                return str(body["manifest"])
+        with HERE.waiting():
+            while True:
+                code, body = self.call("POST", "/batch", {"job": job, "epoch": self.role.epoch})
+                if body.get("stop") and not through_stop:
+                    raise StopRequested  # a batch that is sealed already is used when the run goes on
+                if code == 200:
+                    return str(body["manifest"])
 
     def announce(self, **what: Any) -> bool:
         """Say what the trainer does (for `status`); returns whether a stop was asked for."""
@@ -89,21 +94,31 @@ class Coordinator:
         """The run is over: workers may go."""
         self.call("POST", "/finish", {"epoch": self.role.epoch})
 
-    def keep_alive(self) -> None:
-        """Heartbeats from a thread; the process ends with 75 when the service is gone or says so."""
-        threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
+    def keep_alive(self, every: float = HEARTBEAT_SECONDS, progress: Progress | None = None) -> None:
+        """Heartbeats from a thread; the process ends with 75 when the service is gone or says so.
 
-    def _beat(self) -> None:
-        beat = Coordinator(self.role)
+        progress: what the service's watchdog should know of this rank. When it asks, the stacks of all threads go to the log.
+        """
+        threading.Thread(target=self._beat, args=(every, progress), name="heartbeat", daemon=True).start()
+
+    def _beat(self, every: float, progress: Progress | None) -> None:
+        beat, dumped = Coordinator(self.role), False
+        word = {"role": self.role.name, "rank": self.role.rank, "epoch": self.role.epoch}
         while True:
-            time.sleep(HEARTBEAT_SECONDS)
+            told = {} if progress is None else {"progress": progress.told(), "dumped": dumped}
             try:
-                beat.call("POST", "/heartbeat", {"role": self.role.name, "rank": self.role.rank, "epoch": self.role.epoch})
+                _, answer = beat.call("POST", "/heartbeat", {**word, **told})
             except TryAgain as error:
                 end(self.role, str(error))
             except (UserError, RuntimeError) as error:  # the attempt is over; the role's own next call says so in full
                 print(f"{self.role.name}: heartbeat: {error}", file=sys.stderr, flush=True)
                 return
+            if answer.get("dump") and not dumped:
+                print(f"{self.role.name} {self.role.rank}: the run hangs; the stacks of all threads:", file=sys.stderr, flush=True)
+                faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+                dumped = True
+                continue
+            time.sleep(every)
 
 
 def end(role: Role, why: str) -> NoReturn:

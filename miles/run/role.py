@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from miles.config.compose import load_config
 from miles.config.exits import AGAIN, OK, WRONG, TryAgain, UserError, disk_full, file_fault
@@ -57,7 +58,7 @@ class Role:
 
     @property
     def fault_file(self) -> Path:
-        """Where the one line about a user's mistake is left for the supervisor."""
+        """Where the one line about a user's mistake, or about who holds the run up, is left for the supervisor."""
         return self.run_dir / "attempts" / f"{self.epoch:06d}" / "logs" / f"fault.{self.name}.{self.rank}.json"
 
 
@@ -107,10 +108,10 @@ def superseding(role: Role) -> str | None:
     return None
 
 
-def leave_fault(role: Role, line: str) -> None:
-    """Leave the line for the supervisor; on a full disk the log has it already."""
+def leave_fault(role: Role, line: str, whose: dict[str, Any] | None = None) -> None:
+    """Leave the line for the supervisor (whose: role, rank and node, if it is another's fault); on a full disk the log has it already."""
     try:
-        role.fault_file.write_text(json.dumps({"role": role.name, "rank": role.rank, "message": line}))
+        role.fault_file.write_text(json.dumps({"role": role.name, "rank": role.rank, "message": line, **(whose or {})}))
     except OSError as error:
         print(f"{role.name}: could not leave the message: {error}", file=sys.stderr, flush=True)
 

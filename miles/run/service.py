@@ -19,7 +19,7 @@ from miles.data.store.run_dir import RunDir
 from miles.rollout.demonstrations import with_responses
 from miles.rollout.service import RolloutService
 from miles.rollout.service_http import make_app
-from miles.run.role import Role, load_run, main
+from miles.run.role import Role, leave_fault, load_run, main
 
 POLL_SECONDS = 0.1
 LINGER_SECONDS = 2.0  # after the end, for those who have not asked yet
@@ -64,7 +64,7 @@ async def _serve(role: Role, listener: socket.socket, make: Callable[[], Rollout
     server = uvicorn.Server(settings)
     task = asyncio.create_task(server.serve(sockets=[listener]))
     while service.end is None and not task.done():
-        service.watch_silence()
+        service.watch()
         try:
             service.fence.check()
         except Fenced as error:
@@ -79,6 +79,8 @@ async def _serve(role: Role, listener: socket.socket, make: Callable[[], Rollout
     if end.code == WRONG:
         raise UserError(end.message)
     if end.code == AGAIN:
+        if end.culprit:
+            leave_fault(role, end.message, end.culprit)
         raise TryAgain(end.message)
     raise RuntimeError(end.message)
 

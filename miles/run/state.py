@@ -6,7 +6,8 @@ import os
 import shutil
 import sys
 import time
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from miles.data.store.run_dir import RunDir, step_of
 from miles.data.store.shard import open_shard
 from miles.rollout.evaluate import summarise_sequences
 from miles.rollout.imports import load_function
+from miles.rollout.watchdog import beat_seconds
 from miles.run.coordinator import Coordinator, StopRequested
 from miles.run.role import Role, load_run
 from miles.run.schedule import Step
@@ -34,6 +36,7 @@ from miles.training.checkpoint import newest_good, verify_checkpoint
 from miles.training.distributed import Ranks, open_store, start_ranks, stop_ranks
 from miles.training.fsdp import FsdpTrainer
 from miles.training.profile import profiled
+from miles.training.progress import HERE
 
 
 class Run:
@@ -59,7 +62,7 @@ class Run:
         config = load_run(role.run_dir)
         service = Coordinator(role)
         service.register(pid=os.getpid())
-        service.keep_alive()
+        service.keep_alive(beat_seconds(config.cluster.hang_seconds), HERE)
         host, store = bind_host(config.cluster.host), None
         if role.world_size > 1:
             if role.rank == 0:
@@ -116,9 +119,11 @@ class Run:
         self.ranks.barrier()
         self.trainer.load_weights(Path(named))
 
-    def phase(self, name: str, number: int) -> AbstractContextManager[dict[str, Any]]:
-        """Time a phase of a step for the timeline."""
-        return self.events.phase(name, number)
+    @contextmanager
+    def phase(self, name: str, number: int) -> Iterator[dict[str, Any]]:
+        """Time a phase of a step for the timeline, and tell the watchdog."""
+        with HERE.doing(name, number), self.events.phase(name, number) as facts:
+            yield facts
 
     # --- the verbs of the loop -----------------------------------------------------------------------------------------------
 

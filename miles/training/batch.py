@@ -20,6 +20,7 @@ from miles.data.store.shard import open_shard
 from miles.training.distributed import Ranks
 from miles.training.loss import Denominators
 from miles.training.packing import PackedBatch, Part, pack
+from miles.training.progress import HERE
 from miles.training.reader import Reader, share
 
 GROUP_ESTIMATORS = ("grpo",)
@@ -64,6 +65,7 @@ class Batch:
         rows = self.manifest.assignment[step][self.ranks.rank]
         with closing(self.reader.micro_batches(rows)) as read:
             for each, tokens in zip(rows, read, strict=True):
+                HERE.tick()
                 yield pack(self.parts, each, tokens, self.ranks.device)
 
     def whole(self, step: int) -> Denominators:
