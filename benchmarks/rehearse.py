@@ -20,17 +20,17 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.rehearse_case import PROMPT, Case, Found, rehearse
-from benchmarks.rehearse_scale import TOKEN_BYTES, Line, extrapolate
+from benchmarks.rehearse_memory import allowed, batch_bytes, judge_memory
+from benchmarks.rehearse_scale import Line, extrapolate
 
 LONG = 32768
 CASES = (
     Case("plain", steps=5, groups=16, samples=8, longest=LONG),
-    Case("routes", steps=4, groups=6, samples=8, longest=LONG, routes=True),
+    Case("routes", steps=2, groups=64, samples=8, longest=LONG, routes=True, large=True),
     Case("many steps", steps=200, groups=4, samples=4, longest=128, layers=4, routes=True),
 )
 QUICK = (Case("routes", steps=3, groups=3, samples=4, longest=256, layers=6, routes=True),)
 GOALS = {"plain": 500_000.0, "routes": 50_000.0}
-GIGABYTE = 10**9
 GROWN_BYTES, GROWN_FILES = 4 << 20, 2  # over the last three quarters of many steps; before, each thread fills its heap
 
 
@@ -40,30 +40,13 @@ def rate(found: Found) -> float:
     return sum(line["tokens"] for line in lines) / sum(line["first"] - line["asked"] for line in lines)
 
 
-def slices(found: Found) -> dict[str, tuple[str, int]]:
-    """What each process may hold at a time, in words and in bytes."""
-    case = found.case
-    token = TOKEN_BYTES + (case.layers * case.top_k if case.routes else 0)
-    group = max(line["largest_group"] for line in found.steps)
-    micro_batch = max(line["largest_micro_batch"] for line in found.steps)
-    return {
-        "service": ("nothing", 0),
-        "engine": ("nothing (its replies are the benchmark's)", 0),
-        "worker": (f"a group: {group:,} tokens × {token} B", group * token),
-        "trainer": (f"a micro-batch: {micro_batch:,} tokens × {TOKEN_BYTES} B", micro_batch * TOKEN_BYTES),
-        "reward": (f"a group: {group:,} tokens × {TOKEN_BYTES} B", group * TOKEN_BYTES),
-    }
-
-
 def judge(found: Found) -> list[dict[str, Any]]:
     """Goals of one case, each with what was found."""
     case = found.case
     said = []
     if case.name in GOALS:
         said.append({"what": f"{case.name}: tokens/s of a worker", "found": rate(found), "goal": GOALS[case.name], "passed": rate(found) >= GOALS[case.name]})
-    for role, high in found.memory.items():
-        bound = GIGABYTE + 2 * slices(found)[role.split()[0]][1]
-        said.append({"what": f"{case.name}: peak memory of {role} [B]", "found": high, "goal": bound, "passed": high <= bound})
+    said.extend(judge_memory(found))
     if case.steps >= 100:
         for role, (grown, files) in found.growth.items():
             said.append({"what": f"{case.name}: growth of {role} [B]", "found": grown, "goal": GROWN_BYTES, "passed": grown <= GROWN_BYTES})
@@ -90,9 +73,13 @@ def measured(found: Found) -> Table:
     table.add_row("new files a step", f"{max(found.files)}")
     table.add_row("bytes of them", f"{statistics.median(found.bytes):,.0f}")
     table.add_row("bytes of journals, at most", f"{max(found.journals):,.0f}")
+    table.add_row("bytes of a batch in arrays", f"{batch_bytes(found):,.0f}")
     for role, high in found.memory.items():
-        words, size = slices(found)[role.split()[0]]
-        table.add_row(f"peak memory of {role}", f"{high / 1e6:,.0f} MB of {(GIGABYTE + 2 * size) / 1e6:,.0f} = 1 GB + 2 × {words}")
+        may = allowed(found, role)
+        table.add_row(f"peak memory of {role}", f"{high / 1e6:,.0f} MB of {may.wide / 1e6:,.0f} = 1 GB + 2 slices ({may.words})")
+        kept = f" + {may.kept / 1e6:,.1f} of its record" if may.kept else ""
+        parts = f"{may.fixed / 1e6:,.0f} of buffers{kept} + 2 × {may.slice / 1e6:,.1f}"
+        table.add_row(f"  its rise over {found.idle[role] / 1e6:,.0f} MB idle", f"{found.rise[role] / 1e6:,.0f} MB of {may.narrow / 1e6:,.0f} = {parts}")
     if case.steps >= 100:
         for role, (grown, files) in found.growth.items():
             table.add_row(f"growth of {role} from step {case.steps // 4} to {case.steps}", f"{grown / 1e6:+,.1f} MB, {files:+d} open files")

@@ -29,12 +29,14 @@ ROOT = Path(__file__).resolve().parents[1]
 PROMPT = 256  # tokens of every prompt
 VOCABULARY = 151936
 ROLES = ("service", "engine", "worker", "trainer")
+STILL_SECONDS, STILL_BYTES = 2.0, 1 << 20  # processes whose memory moves by less in so long have started
+START_SECONDS = 120
 
 
 @dataclass(frozen=True)
 class Case:
     """What is rehearsed. longest: tokens of the longest response. pace: seconds an engine takes for a token of a response, so that the
-    short ones of a group come before the long ones."""
+    short ones of a group come before the long ones. large: the batch is many times what a process may hold, and that is judged."""
 
     name: str
     steps: int
@@ -46,12 +48,14 @@ class Case:
     routes: bool = False
     pace: float = 1e-5
     concurrency: int = 64
+    large: bool = False
 
 
 @dataclass
 class Found:
     """What a case showed. steps: the trainer's lines; files: new ones of each step after the first, and their bytes; journals: bytes after
-    each step; memory: high water by role [bytes]; growth: of resident memory [bytes] and of open files, over the last three quarters of the steps."""
+    each step; memory: high water by process; idle: resident before the first step; rise: high water since then, less idle [bytes]; growth: of
+    resident memory [bytes] and of open files, over the last three quarters of the steps."""
 
     case: Case
     steps: list[dict[str, Any]] = field(default_factory=list)
@@ -59,6 +63,8 @@ class Found:
     bytes: list[int] = field(default_factory=list)
     journals: list[int] = field(default_factory=list)
     memory: dict[str, int] = field(default_factory=dict)
+    idle: dict[str, int] = field(default_factory=dict)
+    rise: dict[str, int] = field(default_factory=dict)
     growth: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
@@ -153,12 +159,32 @@ class Attempt:
         with urllib.request.urlopen(f"{url}/last", timeout=10) as reply:
             return float(json.load(reply)["last"])
 
+    def started(self) -> dict[str, int]:
+        """Wait until every process has imported what it needs and stands idle; its resident memory by then [bytes]."""
+        self._answer()
+        resident: dict[str, int] = {}
+        still, deadline = time.monotonic(), time.monotonic() + START_SECONDS
+        while time.monotonic() < still + STILL_SECONDS:
+            self.check()
+            now = {role: memory_of(pid, "VmRSS") for role, pid in self.pids().items()}
+            if now.keys() != resident.keys() or "reward" not in now or any(abs(now[role] - resident[role]) > STILL_BYTES for role in now):
+                still, resident = time.monotonic(), now
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"after {START_SECONDS} s the processes do not stand still: {now}")
+            time.sleep(0.05)
+        return resident
+
     def step(self, number: int) -> dict[str, Any]:
         """Let the trainer make a step; its line."""
         trainer = self.processes["trainer"]
         assert trainer.stdin is not None
-        assert trainer.stdout is not None
         print(number, file=trainer.stdin, flush=True)
+        return self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        """The trainer's next line."""
+        trainer = self.processes["trainer"]
+        assert trainer.stdout is not None
         line = trainer.stdout.readline()
         if not line:
             trainer.wait()
@@ -205,6 +231,11 @@ def memory_of(pid: int, what: str) -> int:
     raise KeyError(what)
 
 
+def forget_high_water(pid: int) -> None:
+    """VmHWM counts from here."""
+    Path(f"/proc/{pid}/clear_refs").write_text("5")
+
+
 def cpu_seconds(pid: int) -> float:
     """Processor time of a process so far, its threads included."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -229,6 +260,10 @@ def rehearse(case: Case, folder: Path, say: Callable[[str], None]) -> Found:
     found = Found(case)
     try:
         attempt.start()
+        idle = attempt.started()
+        starts = {role: memory_of(pid, "VmHWM") for role, pid in attempt.pids().items()}
+        for pid in attempt.pids().values():
+            forget_high_water(pid)
         before: dict[str, tuple[int, int]] = {}
         held = sizes(folder)
         for number in range(1, case.steps + 1):
@@ -250,7 +285,10 @@ def rehearse(case: Case, folder: Path, say: Callable[[str], None]) -> Found:
                 rate = line["tokens"] / (line["recorded"] - line["asked"])
                 say(f"{case.name}: step {number} of {case.steps}: {line['tokens']:,} tokens, {rate:,.0f} a second")
         found.growth = {role: (at[role][0] - before[role][0], at[role][1] - before[role][1]) for role in at if role in before}
-        found.memory = {role: memory_of(pid, "VmHWM") for role, pid in attempt.pids().items()}
+        high = {role: memory_of(pid, "VmHWM") for role, pid in attempt.pids().items()}
+        found.memory = {role: max(starts.get(role, 0), size) for role, size in high.items()}
+        found.idle = {role: idle[role if role in idle else role.split()[0]] for role in high}  # a second scoring process starts like the first
+        found.rise = {role: size - found.idle[role] for role, size in high.items()}
         attempt.finish()
     finally:
         attempt.kill()

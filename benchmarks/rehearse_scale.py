@@ -10,14 +10,15 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.rehearse_case import Found
+from benchmarks.rehearse_memory import RECORD_BYTES, SLACK_BYTES, TOKEN_BYTES
 from miles.data.plan_batch import assign
 from miles.data.store.manifest import NAME, Manifest, Policy, ShardEntry, read_manifest, seal_manifest
+from miles.rollout.engines import REPLY_BYTES
+from miles.rollout.held import BUDGET_BYTES
 
 SEQUENCES, SAMPLES, TOKENS, RANKS = 4096, 8, 32768, 1024
 WORKERS, RANKS_A_NODE = 64, 8
 ROUTE_BYTES = 60 * 8
-TOKEN_BYTES = 10  # id i32, log-prob f32, loss mask u8, flags u8
-RECORD_BYTES = 13  # log-prob, entropy, advantage f32, used u8
 SMALL_BYTES = 50  # of a sequence: what all ranks know of all sequences
 
 
@@ -52,6 +53,7 @@ def extrapolate(found: dict[str, Found], rates: dict[str, float], prompt: int) -
         Line("bytes of train records", f"tokens × {RECORD_BYTES} B", f"{total * RECORD_BYTES / 1e9:,.2f} GB"),
         Line("new files", f"1 manifest + {WORKERS} workers × 2 + {RANKS // RANKS_A_NODE} trainer nodes × 1", f"{1 + 2 * WORKERS + RANKS // RANKS_A_NODE}"),
         Line("memory of a worker", f"at most 1 GB + 2 × a group of {SAMPLES} × {TOKENS + prompt:,} tokens × {TOKEN_BYTES + ROUTE_BYTES} B", f"{(1e9 + 2 * group) / 1e9:,.2f} GB"),
+        Line("a worker's rise over idle", f"at most ({REPLY_BYTES >> 20} + {BUDGET_BYTES >> 20} + {SLACK_BYTES >> 20}) MiB + 2 × that group", f"{(REPLY_BYTES + BUDGET_BYTES + SLACK_BYTES + 2 * group) / 1e9:,.2f} GB"),
         Line("memory of a rank's reading", f"(2 ahead + 1) micro-batches of {TOKENS + prompt:,} tokens × {TOKEN_BYTES} B", f"{3 * (TOKENS + prompt) * TOKEN_BYTES / 1e6:,.1f} MB"),
         Line("memory of a rank's record", f"its share: {share:,} tokens × {RECORD_BYTES} B, a micro-batch at a time to the node's writer", f"{share * RECORD_BYTES / 1e6:,.1f} MB"),
         Line("bytes that a rank reads", f"its share: {share:,} tokens × {TOKEN_BYTES} B", f"{share * TOKEN_BYTES / 1e6:,.1f} MB"),

@@ -1,6 +1,6 @@
 """The trainer's side of a rehearsal: asks for batches, reads every micro-batch, writes the record; no model.
 
-`python -m benchmarks.rehearse_trainer`, as role `trainer` of a run. One step number a line on stdin, one JSON object a line on stdout.
+`python -m benchmarks.rehearse_trainer`, as role `trainer` of a run. Says that it is ready; then one step number a line on stdin, one JSON object a line on stdout.
 """
 
 from __future__ import annotations
@@ -63,6 +63,7 @@ def run(role: Role) -> None:
     service.keep_alive()
     service.publish("resumed", None)
     ranks = start_ranks(0, 1, threads=1, seed=0)
+    print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:
         print(json.dumps(step(int(line), role, service, ranks)), flush=True)
     service.finish()

@@ -14,8 +14,10 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.generation import Case, measure  # noqa: E402
-from benchmarks.rehearse_case import PROMPT  # noqa: E402
+from benchmarks.rehearse_case import PROMPT, Found  # noqa: E402
+from benchmarks.rehearse_case import Case as Rehearsal  # noqa: E402
 from benchmarks.rehearse_engine import SHARES  # noqa: E402
+from benchmarks.rehearse_memory import judge_memory  # noqa: E402
 from benchmarks.table import Row  # noqa: E402
 from benchmarks.workload import LONGEST, REQUESTS, SHORTEST, make_workload  # noqa: E402
 from miles.rollout.draws import sampling_seed  # noqa: E402
@@ -103,5 +105,38 @@ def test_a_rehearsal_brings_every_token_and_few_files():
         assert line["asked"] < line["last_token"] < line["sealed"] < line["first"] < line["recorded"]
     assert case["files"] == [4, 4]  # manifest, shard, routes, record
     assert all(goal["passed"] for goal in told["goals"])
-    assert {goal["what"].split(": ")[1].split(" [")[0] for goal in told["goals"]} >= {"peak memory of worker", "peak memory of trainer", "new files a step (one node)"}
+    roles = ("service", "engine", "worker", "trainer", "reward")
+    memory = {goal for role in roles for goal in (f"peak memory of {role}", f"rise of {role} over idle")}
+    assert {goal["what"].split(": ")[1].split(" [")[0] for goal in told["goals"]} >= memory | {"new files a step (one node)"}
+    assert all(0 <= case["rise"][role] <= case["memory"][role] - case["idle"][role] for role in roles)
     assert any(line["what"] == "tokens of a step" and line["value"] == "134 M" for line in told["scale"])
+
+
+MEGABYTE = 10**6
+
+
+@pytest.mark.parametrize(
+    ("million_tokens", "rise", "missed"),
+    [
+        (5.5, {}, []),
+        (5.5, {"worker": 5_500 * 490_000}, ["peak memory of worker", "rise of worker over idle"]),  # the whole batch
+        (5.5, {"worker": 450 * MEGABYTE}, ["rise of worker over idle"]),  # far less than the wide bound
+        (5.5, {"trainer": 5_500 * (10_000 + 13_000)}, ["rise of trainer over idle"]),  # batch and record
+        (5.5, {"service": 5_500 * 10_000}, ["rise of service over idle"]),
+        (5.5, {"reward 1": 5_500 * 10_000}, ["rise of reward 1 over idle"]),
+        (3.0, {}, ["a batch, 4 × the worker's rise or more"]),  # too small to show anything
+    ],
+)
+def test_a_rehearsal_sees_who_holds_a_whole_batch(million_tokens: float, rise: dict[str, int], missed: list[str]) -> None:
+    line = {"all_tokens": int(million_tokens * 1e6), "largest_group": 190_000, "largest_micro_batch": 33_024}
+    usual = {"service": 5 * MEGABYTE, "worker": 400 * MEGABYTE, "trainer": 80 * MEGABYTE, "reward": 2 * MEGABYTE, "reward 1": 2 * MEGABYTE} | rise
+    idle = dict.fromkeys(usual, 120 * MEGABYTE)
+    case = Rehearsal("routes", steps=1, groups=64, samples=8, longest=32768, routes=True, large=True)
+    found = Found(case, [line], idle=idle, rise=usual, memory={role: idle[role] + size for role, size in usual.items()})
+    goals = judge_memory(found)
+    assert [goal["what"].split(": ")[1].split(" [")[0] for goal in goals if not goal["passed"]] == missed
+    bounds = {goal["what"].split(": ")[1].split(" [")[0]: goal["goal"] for goal in goals}
+    assert bounds["peak memory of worker"] == 1_000_000_000 + 2 * 190_000 * 490
+    assert bounds["rise of worker over idle"] == (128 + 64 + 48) * 1_048_576 + 2 * 190_000 * 490
+    assert bounds["rise of trainer over idle"] == 48 * 1_048_576 + int(million_tokens * 1e6) * 13 + 2 * 33_024 * 10
+    assert bounds["rise of service over idle"] == 48 * 1_048_576
