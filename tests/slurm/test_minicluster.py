@@ -211,6 +211,14 @@ def test_segments_are_honoured_by_24_11(slurm24: Cluster) -> None:
     slurm24.run(["scancel", taken[1]])
 
 
+def test_blocks_with_what_is_left_over() -> None:
+    """train[0-2] is one block of three, infer[0] is in none: 24.11 starts with it and uses all of them."""
+    with cluster_or_skip(version="24.11", nodes={"train": 3, "infer": 1, "cpu": 0}) as cluster:
+        assert cluster.run(["scontrol", "show", "topology"]).stdout.split() == ["BlockName=train-block0", "BlockIndex=0", "Nodes=train0,train1,train2", "BlockSize=2"]
+        assert cluster.run(["srun", "-p", "gb300", "-N3", "echo", "x"]).stdout == "x\n" * 3
+        assert cluster.run(["srun", "-p", "h200", "echo", "x"]).stdout == "x\n"
+
+
 def test_tasks_of_24_11_have_this_python(slurm24: Cluster) -> None:
     """Its daemons use libraries of their own, down to the C library; a task must not see them."""
     code = "import sys, torch; print(sys.executable, torch.ones(2).sum().item(), 'slurm-24' in open('/proc/self/maps').read())"

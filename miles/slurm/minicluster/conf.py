@@ -34,7 +34,7 @@ def files(place: Place, layout: Layout, settings: Settings) -> dict[str, str]:
     found = {"slurm.conf": slurm_conf(place, layout, settings), "gres.conf": gres_conf(place, layout)}
     if place.version >= CGROUP_CAN_BE_DISABLED_SINCE:
         found["cgroup.conf"] = "CgroupPlugin=disabled\n"
-    if place.version >= BLOCKS_SINCE:
+    if place.version >= BLOCKS_SINCE and layout.blocks:
         found["topology.conf"] = topology_conf(layout)
     if place.accounting:
         found["slurmdbd.conf"] = slurmdbd_conf(place)
@@ -101,7 +101,7 @@ def slurm_conf(place: Place, layout: Layout, settings: Settings) -> str:
         }
     else:
         keys["AccountingStorageType"] = "accounting_storage/none"
-    if place.version >= BLOCKS_SINCE:
+    if place.version >= BLOCKS_SINCE and layout.blocks:
         keys["TopologyPlugin"] = "topology/block"
     if place.plugins is not None:
         keys["PluginDir"] = place.plugins
@@ -151,13 +151,9 @@ def gres_conf(place: Place, layout: Layout) -> str:
 
 
 def topology_conf(layout: Layout) -> str:
-    """topology.conf of topology/block: neighbours of a group share a block."""
-    lines, size = [], min(group.nodes_per_block for group in layout.groups)
-    for group in layout.groups:
-        step = group.nodes_per_block
-        blocks = [group.nodes[first : first + step] for first in range(0, group.count, step)]
-        lines += [f"BlockName={group.name}-block{index} Nodes={','.join(block)}" for index, block in enumerate(blocks)]
-    return "\n".join([*lines, f"BlockSizes={size}"]) + "\n"
+    """topology.conf of topology/block. Slurm refuses a block with fewer nodes than BlockSizes says."""
+    lines = [f"BlockName={name} Nodes={','.join(nodes)}" for name, nodes in layout.blocks.items()]
+    return "\n".join([*lines, f"BlockSizes={layout.nodes_per_block}"]) + "\n"
 
 
 def slurmdbd_conf(place: Place) -> str:

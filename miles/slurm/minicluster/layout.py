@@ -19,7 +19,6 @@ class NodeGroup:
     features: tuple[str, ...] = ()
     cpus: int = 16  # per node
     memory_mb: int = 32000  # per node
-    nodes_per_block: int = 2  # under topology/block
 
     @property
     def nodes(self) -> list[str]:
@@ -40,15 +39,27 @@ class Partition:
 
 @dataclass(frozen=True)
 class Layout:
-    """Node groups, and partitions over them."""
+    """Node groups, and partitions over them. From Slurm 23.11 on neighbours in a group share a block of topology/block, for --segment."""
 
     groups: tuple[NodeGroup, ...]
     partitions: tuple[Partition, ...]
+    nodes_per_block: int = 2  # what is left over joins the last block; a smaller group has none
 
     @property
     def nodes(self) -> list[str]:
         """Names of all nodes, in the order of their groups."""
         return [node for group in self.groups for node in group.nodes]
+
+    @property
+    def blocks(self) -> dict[str, list[str]]:
+        """{block: its nodes}."""
+        found, size = {}, self.nodes_per_block
+        for group in self.groups:
+            number = group.count // size
+            for index in range(number):
+                last = group.count if index == number - 1 else (index + 1) * size
+                found[f"{group.name}-block{index}"] = group.nodes[index * size : last]
+        return found
 
     def with_counts(self, counts: Mapping[str, int]) -> Layout:
         """The same with other numbers of nodes; a group of 0 goes, and so does a partition without nodes. UserError for an unknown group."""
@@ -65,7 +76,7 @@ class Layout:
         partitions = [part for part in partitions if part.groups]
         if not any(part.default for part in partitions):
             partitions[0] = replace(partitions[0], default=True)
-        return Layout(groups, tuple(partitions))
+        return replace(self, groups=groups, partitions=tuple(partitions))
 
 
 @dataclass(frozen=True)

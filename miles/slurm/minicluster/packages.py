@@ -41,7 +41,7 @@ def find(version: str, accounting: bool, elsewhere: Path | None = None) -> Progr
     shared = _present({"munged"}, PACKAGES) | (_present({"mariadbd", "mariadb-install-db"}, f"{PACKAGES} {DATABASE_PACKAGES}") if accounting else {})
     own = machine_version()
     if wanted == own:
-        needed = {"slurmctld", "slurmd", *({"slurmdbd"} if accounting else set())}
+        needed = {"slurmctld", "slurmd", "scontrol", "srun", *({"slurmdbd"} if accounting else set())}
         return Programs(wanted, shared | _present(needed, f"{PACKAGES} {DATABASE_PACKAGES}" if accounting else PACKAGES))
     tree = elsewhere or default_folder(version)
     if not complete(tree):
