@@ -15,11 +15,9 @@ from miles.config.address import bind_host
 from miles.config.compose import dump_config, load_config
 from miles.config.exits import AGAIN, OK, UserError, disk_full
 from miles.config.schema import RunConfig
-from miles.data.recorded import chosen_steps
 from miles.data.store.epoch import Fenced
-from miles.data.store.files import TEMPORARY_SUFFIX, Damaged, read_json, seal_bytes
+from miles.data.store.files import TEMPORARY_SUFFIX, seal_bytes
 from miles.data.store.import_roots import recorded_roots
-from miles.data.store.metrics import read_metrics
 from miles.data.store.results import has_results
 from miles.data.store.run_dir import RunDir, write_plan
 from miles.plan.tier import guarantee
@@ -29,6 +27,7 @@ from miles.report.refresh import Refresher
 from miles.report.summary import summarise
 from miles.slurm.launch import launch
 from miles.slurm.meeting import free_port
+from miles.slurm.progress import finished
 from miles.slurm.sole import only_launcher
 
 DECAY = "train.optimizer.lr_decay_steps"
@@ -143,22 +142,6 @@ def last_state(folder: RunDir) -> dict[str, Any] | None:
         return None
     names = ("run", "epoch", "step", "total_steps", "reward_mean", "accuracy", "tokens_per_second")
     return {name: getattr(summary, name) for name in names} | {"phase": summary.state}
-
-
-def finished(folder: RunDir, config: RunConfig) -> bool:
-    """Whether the newest attempt ended well, and there is no step left to do."""
-    end = folder.latest / "exit.json"
-    done = {line["step"] for line in read_metrics(folder.metrics)}
-    left = set(chosen_steps(config)) - done if config.debug.rescore else max(done, default=0) < config.last_step
-    return end.exists() and code_of(end) == OK and not left
-
-
-def code_of(end: Path) -> int | None:
-    """Exit code of an attempt; None where a full disk left no readable record."""
-    try:
-        return int(read_json(end)["code"])
-    except (Damaged, KeyError, TypeError):
-        return None
 
 
 def refuse_errors(config: RunConfig, console: Console, folder: RunDir) -> None:

@@ -19,6 +19,7 @@ from miles.data.store.results import last_with_results
 from miles.data.store.run_dir import RunDir, environment, read_provenance, record_attempt
 from miles.plan.tier import facts, promise
 from miles.slurm.meeting import open_meeting, own_address
+from miles.slurm.progress import furthest
 
 SUPERVISE = "miles.run.component.supervise"
 POLL_SECONDS = 0.25
@@ -64,7 +65,8 @@ class Attempt:
         self.components: list[Component] = []
         self.stop_asked = 0.0
         self.stop_told = False
-        self.promise(restart=restart, **more)
+        self.stop_seconds = config.cluster.stop_seconds
+        self.promise(restart=restart, furthest=furthest(run), **more)
 
     def promise(self, **more: Any) -> None:
         """Record what this attempt can promise and why; say it when that is less than the last attempt could that left something."""
@@ -80,7 +82,8 @@ class Attempt:
 
     def submit(self) -> None:
         """Start the components."""
-        for name in components(self.config):
+        # With placement jobs the others have a job of their own, and find this attempt in the run directory.
+        for name in components(self.config)[: 1 if self.config.cluster.placement == "jobs" and self.config.cluster.executor == "slurm" else None]:
             self.components.append(self.start(self, name))
 
     def ask(self, method: str, path: str) -> dict[str, Any] | None:
@@ -91,27 +94,32 @@ class Attempt:
             return None
         return reply.json() if reply.status_code == 200 else None
 
-    def request_stop(self) -> None:
-        """First time: stop cleanly (save, then end). Again: end now."""
+    def request_stop(self, seconds: float | None = None) -> None:
+        """First time: stop cleanly (save, then end), within so many seconds, default cluster.stop_seconds. Again: end now."""
         if self.stop_asked:
             for component in self.components:
                 component.terminate()
-        self.stop_asked = self.stop_asked or time.monotonic()
+            return
+        self.stop_asked = time.monotonic()
+        self.stop_seconds = self.stop_seconds if seconds is None else seconds
 
-    def watch(self, update: Watcher) -> dict[str, Any]:
-        """Follow the attempt to its end; returns {code, role, rank, reason}."""
+    def watch(self, update: Watcher, meanwhile: Callable[[], None] = lambda: None) -> dict[str, Any]:
+        """Follow the attempt to its end; returns {code, role, rank, reason}. meanwhile: called again and again."""
         shown = 0.0
         update({"run": self.config.name, "epoch": self.epoch, "waiting": "the rollout service to start and read the prompts"})
         while all(component.running() for component in self.components):
+            meanwhile()
             if time.monotonic() - shown > STATUS_SECONDS:
                 status = self.ask("GET", "/status")
                 if status is not None:
+                    if status.get("stop") and not self.stop_asked:  # somebody else told the service
+                        self.request_stop()
                     self.pass_on(status)
                     update(status)
                 shown = time.monotonic()
             if self.stop_asked and not self.stop_told:  # again and again: the service may be starting, or busy
                 self.stop_told = self.ask("POST", "/stop") is not None
-            if self.stop_asked and time.monotonic() - self.stop_asked > self.config.cluster.stop_seconds:
+            if self.stop_asked and time.monotonic() - self.stop_asked > self.stop_seconds:
                 self.request_stop()
             time.sleep(POLL_SECONDS)
         return self.settle()
@@ -129,7 +137,7 @@ class Attempt:
         train, *others = self.components
         if train.running() and all(not other.running() and other.outcome()["code"] == OK for other in others):
             # The worker leaves as soon as the run is finished; the trainer may still be writing its last files.
-            self.wait_for(train, self.config.cluster.stop_seconds)
+            wait_for(train, self.config.cluster.stop_seconds)
         else:
             time.sleep(ECHO_SECONDS)  # what killed one component may have ended the other, too
         ended = [component for component in self.components if not component.running()]
@@ -137,7 +145,7 @@ class Attempt:
             component.terminate()
         silent = []
         for component in self.components:
-            self.wait_for(component, 15.0)
+            wait_for(component, 15.0)
             if component.running():
                 silent.append(component)
                 component.kill()
@@ -147,20 +155,23 @@ class Attempt:
         spoke = [*ended, *(component for component in self.components if component not in ended and component not in silent)]
         return first_cause([component.outcome() for component in spoke or self.components])
 
-    @staticmethod
-    def wait_for(component: Component, seconds: float) -> None:
-        """Wait for a component's end, at most so long."""
-        deadline = time.monotonic() + seconds
-        while component.running() and time.monotonic() < deadline:
-            time.sleep(0.05)
-
-    def close(self, outcome: dict[str, Any]) -> None:
+    def close(self, outcome: dict[str, Any], **more: Any) -> None:
         """Record how the attempt ended; on a full disk it goes unrecorded, and what the launcher says is all there is."""
+        early = outcome["code"] == OK and self.config.last_step < self.config.total_steps
+        reason = {"reason": f"stopped after step {self.config.last_step} (debug.stop_after)"} if early else {}
+        stopped = early or bool(self.stop_asked)
         try:
-            seal_json(self.folder / "exit.json", {**outcome, "time": time.time()})
+            seal_json(self.folder / "exit.json", {**outcome, **reason, "stopped": stopped, **more, "time": time.time()})
         except OSError as error:
             if disk_full(error) is None:
                 raise
+
+
+def wait_for(component: Component, seconds: float) -> None:
+    """Wait for a component's end, at most so long."""
+    deadline = time.monotonic() + seconds
+    while component.running() and time.monotonic() < deadline:
+        time.sleep(0.05)
 
 
 def because_of_disk(run: RunDir, outcome: dict[str, Any]) -> dict[str, Any]:

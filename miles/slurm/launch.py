@@ -12,9 +12,11 @@ from typing import Any
 from miles.config.exits import AGAIN, OK, WRONG
 from miles.config.placement import part
 from miles.config.schema import RunConfig
+from miles.data.store.epoch import newest_epoch
 from miles.data.store.run_dir import RunDir, newest_complete_checkpoint
 from miles.slurm.attempt import SUPERVISE, Attempt, Component, Watcher, because_of_disk
 from miles.slurm.local import LocalRunner
+from miles.slurm.progress import fruitless
 
 
 def start_here(attempt: Attempt, component: str) -> Component:
@@ -28,33 +30,34 @@ def launch(config: RunConfig, run: RunDir, update: Watcher, say: Callable[[str],
 
     Raises Fenced when somebody else began a newer attempt.
     """
-    outcome: dict[str, Any] = {}
-    for again in range(config.cluster.restarts + 1):
-        attempt = Attempt(run, config, say, start_here, restart=again > 0)
+    before, restart = newest_epoch(run), False
+    while True:
+        attempt = Attempt(run, config, say, start_here, restart=restart)
         interrupted = _stop_on_interrupt(attempt, say)
         attempt.submit()
         try:
             outcome = because_of_disk(run, attempt.watch(update))
         finally:
             signal.signal(signal.SIGINT, interrupted)
-        early = outcome["code"] == OK and config.last_step < config.total_steps
-        if early:
-            outcome["reason"] = f"stopped after step {config.last_step} (debug.stop_after)"
-        attempt.close({**outcome, "stopped": early or bool(attempt.stop_asked)})
+        attempt.close(outcome)
         if attempt.stop_asked and outcome["code"] != OK:
             say(f"stopped; {again_with(run)}")
             return 130
         if outcome["code"] != OK:
             attempt.fence.check()  # another attempt of ours would only fence the newer one off
-        if outcome["code"] != AGAIN:
+        again = fruitless(run, lambda entry: entry["epoch"] > before)
+        more = outcome["code"] == AGAIN and again <= config.cluster.restarts
+        if outcome["code"] == AGAIN:
+            say(f"attempt {attempt.epoch}: {outcome['reason']}" + ("; trying again" if more else ""))
+        if not more:
             break
-        say(f"attempt {attempt.epoch}: {outcome['reason']}" + ("; trying again" if again < config.cluster.restarts else ""))
+        restart = True
     if outcome["code"] == WRONG:
         say(f"error: {outcome['reason']}")
     elif outcome["code"] not in (OK, AGAIN):
         say(f"failed: {outcome['reason']}")
     elif outcome["code"] == AGAIN:
-        say(f"gave up after {config.cluster.restarts + 1} attempts (cluster.restarts); {again_with(run)}")
+        say(f"gave up after {again} attempts without a new step (cluster.restarts); {again_with(run)}")
     return int(outcome["code"])
 
 

@@ -1,0 +1,51 @@
+"""The batch script's process, on the first node of the first group: `python -m miles.slurm.batch RUN [GROUP]`.
+
+Like the launcher of one machine it holds no state that matters: whatever it must know of earlier attempts is in the run's files.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+from miles.slurm.signals import Signals
+
+
+def say(line: str) -> None:
+    """A line in the job's output."""
+    print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {' '.join(line.split())}", flush=True)
+
+
+def main(words: list[str]) -> int:
+    """Entry point: RUN, and for placement jobs the name of the group."""
+    signals = Signals()  # before the rest is imported: one may come at once
+    from miles.config.compose import load_config
+    from miles.config.exits import AGAIN, WRONG, UserError
+    from miles.data.store.epoch import Fenced
+    from miles.data.store.run_dir import RunDir
+    from miles.slurm.job_here import JobHere
+    from miles.slurm.rollout_job import RolloutJob
+    from miles.slurm.srun import addresses
+    from miles.slurm.step import own_address
+    from miles.slurm.trainer_job import TrainerJob
+
+    run = RunDir(Path(words[0]))
+    try:
+        config, job = load_config([run.run_yaml]), JobHere.read()
+        os.environ["MILES_ADDRESSES"] = json.dumps(addresses(reachable=config.cluster.placement == "jobs"))
+        os.environ["MILES_HOST"] = own_address()
+        kind = RolloutJob if words[1:] == ["rollout"] else TrainerJob
+        return kind(run, config, job, signals, say).start()
+    except Fenced as error:
+        say(f"{error}, which goes on with the run; this job has stopped")
+        return AGAIN
+    except UserError as error:
+        say(f"error: {error}")
+        return WRONG
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

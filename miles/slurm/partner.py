@@ -1,0 +1,112 @@
+"""Placement jobs: how the trainer's job and the rollout's find each other through the run directory, and how long one waits for the other.
+
+The address of the newest attempt's rollout service lies in its folder; a call with the attempt's token verifies that it is there.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import httpx
+
+from miles.config.exits import UserError
+from miles.config.schema import RunConfig
+from miles.data.store.epoch import newest_epoch
+from miles.data.store.run_dir import RunDir, read_provenance
+from miles.slurm.records import submitted
+from miles.slurm.requeue import fields
+
+LOOK_SECONDS = 5.0  # between two questions to Slurm
+HANDSHAKE_SECONDS = 5.0
+QUEUED = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SUSPENDED", "CONFIGURING", "COMPLETING")
+ENDED = ("gone", "missed", "released")
+
+
+@dataclass(frozen=True)
+class Found:
+    """An attempt whose rollout service answered."""
+
+    epoch: int
+    url: str
+    token: str
+
+
+def find(run: RunDir) -> Found | None:
+    """The newest attempt, if its rollout service answers to its token. The folder is listed anew each time: names may be cached, listings are not."""
+    epoch = newest_epoch(run)
+    folder = run.attempt(epoch)
+    if epoch == 0 or (folder / "exit.json").exists():
+        return None
+    try:
+        url, token = str(json.loads((folder / "service.json").read_text())["url"]), (folder / "token").read_text()
+        reply = httpx.get(f"{url}/status", headers={"Authorization": f"Bearer {token}"}, timeout=HANDSHAKE_SECONDS, trust_env=False)
+    except (FileNotFoundError, ValueError, httpx.HTTPError):  # being written, or starting
+        return None
+    return Found(epoch, url, token) if reply.status_code == 200 and reply.json().get("epoch") == epoch else None
+
+
+def job_of(run: RunDir, group: str) -> int | None:
+    """The newest job of a group that is not over, else the newest of all; None where no job is known (submitted by hand, not started)."""
+    known = [int(entry["job_id"]) for entry in submitted(run) if group in entry["groups"]]
+    if not known and group == "train":
+        known = [int(entry["job"]) for entry in read_provenance(run)["attempts"] if entry.get("job")]
+    alive = [job for job in known if state(job) in ("running", "queued")]
+    return next(iter(alive or known[-1:]), None)
+
+
+def state(job: int | None) -> str:
+    """running, queued, gone or unknown (no such job is known, or nobody can be asked)."""
+    if job is None:
+        return "unknown"
+    try:
+        found = {part.get("JobState", "") for part in fields(job)}
+    except UserError:
+        return "unknown"
+    if found & set(QUEUED):
+        return "queued"
+    return "running" if "RUNNING" in found else "gone"
+
+
+class Waiting:
+    """The patience of one job with the other: one clock runs while both run, another one while the other queues."""
+
+    def __init__(self, run: RunDir, config: RunConfig, other: str, clock: Callable[[], float] = time.monotonic) -> None:
+        self.run, self.other, self.clock = run, other, clock
+        self.both_limit, self.queue_limit = config.cluster.slurm.partner_seconds, config.cluster.slurm.queue_seconds
+        self.job: int | None = None
+        self.met()
+
+    def met(self) -> None:
+        """They have met: nothing that was waited so far counts."""
+        self.both = self.queued = 0.0
+        self.looked: float | None = None
+        self.was = "unknown"
+
+    def look(self) -> str | None:
+        """None: wait on. Else why not: gone (the other has ended), missed (it runs, and is not met), released (its queueing took too long)."""
+        now = self.clock()
+        if self.looked is not None:
+            if now - self.looked < LOOK_SECONDS:
+                return None
+            self.both += (now - self.looked) * (self.was == "running")
+            self.queued += (now - self.looked) * (self.was == "queued")
+        self.looked = now
+        self.job = job_of(self.run, self.other)
+        self.was = state(self.job)
+        if self.was == "gone":
+            return "gone"
+        if self.both > self.both_limit:
+            return "missed"
+        return "released" if self.queue_limit is not None and self.queued > self.queue_limit else None
+
+    def words(self, why: str) -> str:
+        """What a person should read of it."""
+        job = f"the job of group {self.other} ({self.job})"
+        return {
+            "gone": f"{job} has ended",
+            "missed": f"{job} has been running for {self.both:.0f} s without being met (cluster.slurm.partner_seconds)",
+            "released": f"{job} has queued for {self.queued:.0f} s while these nodes waited (cluster.slurm.queue_seconds)",
+        }[why]

@@ -1,0 +1,77 @@
+"""How a run goes on after its job: the job is requeued, the next of its chain starts, or nothing does."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Callable
+
+from miles.config.exits import AGAIN, UserError
+from miles.config.schema import RunConfig
+from miles.data.store.run_dir import RunDir
+from miles.slurm.job_here import JobHere
+from miles.slurm.patience import patiently
+from miles.slurm.records import excluded, submitted
+
+ENDING_SECONDS = 30.0  # at most so long it takes to end what could not save in time, and to requeue
+Say = Callable[[str], None]
+
+
+def fields(job: int | str) -> list[dict[str, str]]:
+    """What `scontrol show job` says, a dictionary a part of the job; empty when Slurm knows no such job."""
+    said = patiently(["scontrol", "-o", "show", "job", str(job)], check=False).stdout
+    return [dict(word.split("=", 1) for word in line.split() if "=" in word) for line in said.splitlines() if line.startswith("JobId=")]
+
+
+def seconds_to_save(config: RunConfig, job: JobHere) -> float:
+    """Seconds from now on in which an attempt may save before it is ended: the lead, or what the time limit leaves, less what ending takes."""
+    left = lead = float(config.cluster.slurm.lead_seconds)
+    try:
+        end = fields(job.id)[0].get("EndTime", "")
+        left = (datetime.datetime.fromisoformat(end) - datetime.datetime.now()).total_seconds()
+    except (UserError, IndexError, ValueError):  # the controller is away, or there is no limit
+        pass
+    whole = min(lead, max(left, 0.0))
+    return whole - min(ENDING_SECONDS, whole / 2)
+
+
+def go_on(run: RunDir, config: RunConfig, job: JobHere, say: Say, more: tuple[str, ...] = ()) -> int:
+    """Make room, and see to it that the run goes on, without the nodes that failed. more: further settings of the requeued job. Returns the exit code."""
+    how = config.cluster.slurm.requeue
+    try:
+        if how == "requeue":
+            _requeue(run, job, say, more)
+        elif how == "chain":
+            for following in sorted(entry["job_id"] for entry in submitted(run) if entry["job_id"] > job.id):
+                _without(run, JobHere(following, job.groups, 0), say)
+            say("ended; the next job of the chain goes on")
+        else:
+            say(f"ended (cluster.slurm.requeue: none); go on with: miles-submit resume {run.path}")
+    except UserError as error:
+        say(f"warning: {error}; go on with: miles-submit resume {run.path}")
+    return AGAIN
+
+
+def _requeue(run: RunDir, job: JobHere, say: Say, more: tuple[str, ...]) -> None:
+    """Requeue the leader, and with it the whole job. When Slurm is ending the job already, what comes next is Slurm's."""
+    states = {part.get("JobState") for part in fields(job.id)}
+    if states and states != {"RUNNING"}:
+        say(f"ended; Slurm has the job as {', '.join(sorted(filter(None, states)))}")
+        return
+    patiently(["scontrol", "requeue", str(job.id)])
+    say(f"job {job.id} is requeued")
+    _without(run, job, say, more)  # only a job that doesn't run can be changed: there is time until Slurm kills this process
+
+
+def _without(run: RunDir, job: JobHere, say: Say, more: tuple[str, ...] = ()) -> None:
+    """Keep a waiting job off the nodes that failed, in addition to those that it was submitted without."""
+    bad = excluded(run)
+    if not bad and not more:
+        return
+    for part in fields(job.id):
+        which = f"{job.id}+{part['HetJobOffset']}" if "HetJobOffset" in part else str(job.id)
+        before = part.get("ExcNodeList", "(null)")
+        unwanted = ",".join([*bad, *([before] if before != "(null)" else [])])
+        settings = [*([f"ExcNodeList={unwanted}"] if bad else []), *more]
+        done = patiently(["scontrol", "update", f"JobId={which}", *settings], check=False)
+        if done.returncode:
+            say(f"warning: job {which} could not be given {' '.join(settings)}: {' '.join(done.stderr.split())}")

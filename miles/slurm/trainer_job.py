@@ -1,0 +1,176 @@
+"""A job's work on a run: attempts as steps of the job, until the run is finished, must make room for others, or is wrong."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from miles.config.exits import AGAIN, OK, WRONG
+from miles.config.schema import RunConfig
+from miles.data.store.epoch import newest_epoch
+from miles.data.store.files import seal_json
+from miles.data.store.run_dir import RunDir, read_provenance
+from miles.slurm import nodes, records, requeue
+from miles.slurm.attempt import SUPERVISE, Attempt, Component, Start, because_of_disk
+from miles.slurm.job_here import JobHere
+from miles.slurm.partner import Waiting
+from miles.slurm.progress import ending, finished, fruitless
+from miles.slurm.signals import Signals
+from miles.slurm.srun import SrunRunner, steps
+
+CANCELLED = 130  # as after a Ctrl-C
+HERE_SECONDS = 30.0  # a worker that spoke so lately is there
+Say = Callable[[str], None]
+
+
+class TrainerJob:
+    """The job of the whole run; with placement jobs that of the trainer."""
+
+    def __init__(self, run: RunDir, config: RunConfig, job: JobHere, signals: Signals, say: Say) -> None:
+        self.run, self.config, self.job, self.signals, self.say = run, config, job, signals, say
+        self.began = time.time()
+        self.apart = config.cluster.placement == "jobs"
+        self.waiting = Waiting(run, config, "rollout") if self.apart else None
+        self.parted: str | None = None  # why the other job is waited for no longer
+        self.shown: Any = None
+
+    def start(self) -> int:
+        """To the end; returns the exit code."""
+        if (over := self.over()) is not None:
+            return over
+        self.blame_lost_attempt()
+        restart = newest_epoch(self.run) > 0
+        while self.signals.by is None:
+            if (tried := fruitless(self.run, self.ours)) > self.config.cluster.restarts:
+                self.say(f"gave up after {tried} attempts without a new step (cluster.restarts); look at: miles-submit status {self.run.path}")
+                return AGAIN
+            code = self.attempt(restart)
+            if code is not None:
+                return code
+            restart = True
+        return self.leave()
+
+    # Before an attempt.
+
+    def over(self) -> int | None:
+        """Exit code of a job that has nothing left to do; None for one that has."""
+        if finished(self.run, self.config):
+            self.say("the run is finished")
+            return OK
+        if self.job.id in records.cancelled(self.run):
+            self.say("the run was cancelled")
+            return OK
+        entries = [entry for entry in read_provenance(self.run)["attempts"] if self.ours(entry)]
+        end = ending(self.run, int(entries[-1]["epoch"])) if entries and entries[-1].get("job") != self.job.id else {}
+        if end.get("goes_on") is False:
+            self.say(f"attempt {entries[-1]['epoch']} ended the run ({end.get('reason')}); nothing is tried again")
+            return int(end["code"])
+        return None
+
+    def ours(self, entry: dict[str, Any]) -> bool:
+        """Whether an attempt is of the command that this job is of: jobs of a chain belong together."""
+        if self.config.cluster.slurm.requeue == "chain":
+            return int(entry["epoch"]) > records.chain_began(self.run)
+        return entry.get("job") == self.job.id
+
+    def blame_lost_attempt(self) -> None:
+        """An attempt that ended without a word may have lost a node: Slurm knows by now."""
+        entries = read_provenance(self.run)["attempts"]
+        if entries and not ending(self.run, int(entries[-1]["epoch"])):
+            self.exclude(nodes.broken(entries[-1].get("nodes") or []), int(entries[-1]["epoch"]))
+
+    def exclude(self, found: dict[str, str], epoch: int) -> None:
+        """Remember failed nodes, if the configuration wants that."""
+        for node, reason in found.items():
+            self.say(f"node {node} failed in attempt {epoch}: {reason}")
+        if self.config.cluster.slurm.exclude_failed:
+            records.exclude(self.run, found, epoch)
+
+    # An attempt.
+
+    def attempt(self, restart: bool) -> int | None:
+        """One attempt; returns the exit code, None when another one may follow here."""
+        attempt = Attempt(self.run, self.config, self.say, self.starter(), restart=restart, job=self.job.id, nodes=list(self.job.nodes))
+        attempt.submit()
+        outcome = because_of_disk(self.run, attempt.watch(self.update, lambda: self.pass_on(attempt)))
+        if outcome["code"] != OK:
+            attempt.fence.check()  # a newer one goes on with the run: nothing is ours any more
+        stopped = bool(attempt.stop_asked)
+        failed = self.failed(outcome) if outcome["code"] == AGAIN and not stopped else {}
+        self.exclude(failed, attempt.epoch)
+        tried = fruitless(self.run, self.ours) + 0
+        goes_on = outcome["code"] == AGAIN and self.signals.by != "user" and self.parted in (None, "released") and (stopped or tried <= self.config.cluster.restarts)
+        attempt.close(outcome, goes_on=goes_on)
+        return self.after(attempt, outcome, stopped, failed)
+
+    def after(self, attempt: Attempt, outcome: dict[str, Any], stopped: bool, failed: dict[str, str]) -> int | None:
+        """What an attempt's end means for the job: its exit code, None when another attempt may follow here."""
+        if outcome["code"] == OK:
+            self.say(f"finished: {self.run.path}" if finished(self.run, self.config) else f"stopped after step {self.config.last_step} (debug.stop_after)")
+            self.let_partner_go()
+        elif outcome["code"] != AGAIN:
+            self.say(f"{'error' if outcome['code'] == WRONG else 'failed'}: {outcome['reason']}")
+        else:
+            self.say(f"attempt {attempt.epoch}: {'stopped' if stopped else outcome['reason']}")
+            return self.leave() if stopped or failed else None
+        return int(outcome["code"])
+
+    def starter(self) -> Start:
+        """How components are started as steps of this job; with placement jobs only the trainer's is ours."""
+        where = steps(self.config, self.run.path)
+
+        def start(attempt: Attempt, component: str) -> Component:
+            runner = SrunRunner(attempt.folder / "submitit", reachable=self.apart)
+            return runner.submit(component, SUPERVISE, str(self.run.path), component, attempt.epoch, step=where[component])
+
+        return start
+
+    def failed(self, outcome: dict[str, Any]) -> dict[str, str]:
+        """Nodes that the next attempt can't have, with the reason: those that nothing runs on, and the one that hung."""
+        found = nodes.failed(self.job)
+        if outcome.get("hung") and outcome.get("node"):
+            found[str(outcome["node"])] = str(outcome["reason"])
+        return found
+
+    def leave(self) -> int:
+        """End after a stop or for want of nodes; the run goes on in a later job, if it may and is set up so."""
+        if self.signals.by == "user":
+            self.say(f"saved and ended; go on with: miles-submit resume {self.run.path}")
+            return CANCELLED
+        more: tuple[str, ...] = ()
+        if self.waiting is not None and self.parted is not None:
+            if self.parted != "released":
+                self.say(f"ended; go on with: miles-submit resume {self.run.path}")
+                return AGAIN
+            more = (f"Dependency=after:{self.waiting.job}",)  # our nodes are held again once the other has its own
+        return requeue.go_on(self.run, self.config, self.job, self.say, more)
+
+    def let_partner_go(self) -> None:
+        """A rollout job that still queues would start for nothing."""
+        if self.waiting is not None and (jobs := [str(entry["job_id"]) for entry in records.submitted(self.run) if "rollout" in entry["groups"]]):
+            requeue.patiently(["scancel", "--state=PENDING", *jobs], check=False)
+
+    # During an attempt.
+
+    def pass_on(self, attempt: Attempt) -> None:
+        """A signal, or a partner that doesn't come, becomes a stop request, once."""
+        if self.waiting is not None and not attempt.stop_asked and (why := self.waiting.look()) is not None:
+            self.parted = why
+            self.say(self.waiting.words(why))
+            attempt.request_stop()
+        if self.signals.by is not None and not attempt.stop_asked:
+            seconds = requeue.seconds_to_save(self.config, self.job)
+            self.say(f"asked to stop: saving, for at most {seconds:.0f} s")
+            attempt.request_stop(seconds)
+        if attempt.stop_asked and not (attempt.folder / "stop.json").exists():
+            seal_json(attempt.folder / "stop.json", {"by": self.signals.by or self.parted or "slurm", "time": time.time()})
+
+    def update(self, status: dict[str, Any]) -> None:
+        """A line in the job's output for every step."""
+        if self.waiting is not None and any(role["role"] == "worker" and role["silent_seconds"] < HERE_SECONDS for role in status.get("roles", [])):
+            self.waiting.met()
+        step = status.get("step"), status.get("total_steps"), status.get("kind")
+        if status.get("phase") in ("sft", "rollout", "eval") and step != self.shown:
+            self.shown = step
+            self.say(f"step {step[0]} of {step[1]} ({step[2]})")
