@@ -47,6 +47,7 @@ class Step:
     het_group: int | None
     first_node: int
     nodes: int
+    tasks_per_node: int = 1
     options: Options = field(default_factory=dict)
     python: tuple[str, ...] = (sys.executable,)
     setup: tuple[str, ...] = ()
@@ -77,13 +78,16 @@ def steps(config: RunConfig, run_dir: Path) -> dict[str, Step]:
     return found
 
 
-def srun(step: Step, name: str, output: str, command: Sequence[str]) -> list[str]:
-    """The srun that runs command once a node. Steps share the allocation, and leave it free for an srun inside of a task."""
+def srun(step: Step, name: str, output: str, command: Sequence[str], error: str | None = None) -> list[str]:
+    """The srun that runs command in every task. Steps share the allocation, and leave it free for an srun inside of a task.
+
+    output and error are patterns (%t: rank); error None: both go to output.
+    """
     wanted: Options = {
         **({} if step.het_group is None else {"het-group": step.het_group}),
         "nodes": step.nodes,
-        "ntasks": step.nodes,
-        "ntasks-per-node": 1,
+        "ntasks": step.nodes * step.tasks_per_node,
+        "ntasks-per-node": step.tasks_per_node,
         "relative": step.first_node,
         "job-name": name,
         "overlap": None,
@@ -95,6 +99,7 @@ def srun(step: Step, name: str, output: str, command: Sequence[str]) -> list[str
         "unbuffered": None,
         "input": "none",
         "output": output,
+        **({} if error is None else {"error": error}),
         "open-mode": "append",
     }
     inner = ["bash", "-c", "\n".join((*step.setup, 'exec "$@"')), name, *command] if step.setup else list(command)
@@ -171,9 +176,7 @@ class SrunComponent:
 
     def listen(self) -> None:
         """Take in what srun has said of tasks that failed."""
-        for node, ranks, word in SAID.findall(self.said.read_text(errors="replace")):
-            for rank in numbers(ranks):
-                self.failed.setdefault(rank, (node, word.strip()))
+        self.failed = {**failures(self.said), **self.failed}
 
     def terminate(self) -> None:
         """Ask every node to stop its roles at once and end. srun passes this signal on; it takes SIGTERM for itself, as an order to kill."""
@@ -270,7 +273,7 @@ class SrunRunner:
         folder = self.folder / component
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{self.leader}_submitted.pkl").write_bytes(pickle.dumps(_Payload(function, arguments)))
-        output = f"{str(folder).replace('%', '%%')}/{self.leader}_%t_log.out"  # %j would be the group's own job id
+        output = pattern(folder, f"{self.leader}_%t_log.out")
         command = [*step.python, "-u", "-m", "submitit.core._submit", str(folder)]
         said = folder / f"{self.leader}_srun.err"
         with said.open("wb") as log:
@@ -306,6 +309,20 @@ def start(command: list[str], environment: dict[str, str], log: Any) -> subproce
         return subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
     except FileNotFoundError:
         raise UserError("srun: command not found on the first node of the job; is Slurm's bin folder in PATH there?") from None
+
+
+def failures(said: Path) -> dict[int, tuple[str, str]]:
+    """Tasks that failed, by rank, from what srun has said: their node, and how they ended."""
+    found: dict[int, tuple[str, str]] = {}
+    for node, ranks, word in SAID.findall(said.read_text(errors="replace")):
+        for rank in numbers(ranks):
+            found.setdefault(rank, (node, word.strip()))
+    return found
+
+
+def pattern(folder: Path, name: str) -> str:
+    """A path for srun's --output; name may hold its patterns, the folder's % are no patterns. (%j would be the group's own job id.)"""
+    return f"{str(folder).replace('%', '%%')}/{name}"
 
 
 def numbers(ranges: str) -> list[int]:

@@ -1,0 +1,183 @@
+"""What Slurm knows of a job, in words: from its controller while that remembers the job, then from its accounting where there is one."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from miles.config.exits import UserError
+from miles.slurm.command import complaint, slurm_command
+
+FORGOTTEN = "FORGOTTEN"
+ALIVE = ("PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "STOPPED", "COMPLETING", "STAGE_OUT", "SIGNALING", "RESIZING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD", "REVOKED")
+WORDS = {
+    "Resources": "waits for enough free nodes",
+    "Priority": "waits behind jobs of higher priority",
+    "Dependency": "waits for the jobs that it depends on",
+    "DependencyNeverSatisfied": "never starts: a job that it depends on failed; cancel it",
+    "BeginTime": "may not start yet (a requeued job waits for a while)",
+    "JobHeldUser": "held by its user; release it with scontrol release",
+    "JobHeldAdmin": "held by an administrator",
+    "launch_failed_requeued_held": "held after a failed start; look at the node, then scontrol release",
+    "PartitionTimeLimit": "asks for more time than its partition allows",
+    "PartitionNodeLimit": "asks for more nodes than its partition allows",
+    "PartitionDown": "its partition is down",
+    "PartitionInactive": "its partition is closed",
+    "ReqNodeNotAvail": "a node that it asks for, or enough nodes, are not available",
+    "BadConstraints": "no nodes are as it asks",
+    "Licenses": "waits for a licence",
+    "Reservation": "waits for its reservation",
+    "ReservationDeleted": "its reservation is gone",
+    "InvalidAccount": "its account is unknown",
+    "InvalidQOS": "its qos is unknown",
+    "AccountNotAllowed": "its account may not use the partition",
+    "QOSNotAllowed": "its qos may not use the partition",
+    "NodeDown": "a node that it needs is down",
+    "FrontEndDown": "no front end is up",
+    "Cleaning": "its last execution is being cleaned up",
+    "Prolog": "its nodes are being prepared",
+    "NonZeroExitCode": "ended with an error",
+    "TimeLimit": "reached its time limit",
+    "OutOfMemory": "out of memory",
+    "NodeFail": "a node failed",
+    "JobLaunchFailure": "couldn't be started on its nodes",
+    "RaisedSignal:9(Killed)": "killed",
+    "None": "",
+}
+
+
+@dataclass(frozen=True)
+class ComponentState:
+    """One group of a job: its own id, its state, and the nodes it has (Slurm's notation, empty while it has none)."""
+
+    job_id: str
+    group: int
+    state: str
+    reason: str
+    nodes: str
+    exit_code: int | None
+
+
+@dataclass(frozen=True)
+class JobState:
+    """A job by its leader's id. reason is in words, empty when there is nothing to say; restarts counts requeues; exit_code is None until it ended."""
+
+    job_id: str
+    state: str
+    reason: str
+    components: tuple[ComponentState, ...]
+    nodes: str
+    restarts: int
+    exit_code: int | None
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing more will come of it."""
+        return self.state not in ALIVE
+
+
+def job_state(job_id: str) -> JobState:
+    """The state of a job, asked now. A job that nobody remembers is FORGOTTEN. Raises UserError when Slurm can't be asked."""
+    try:
+        found = from_controller(job_id)
+    except UserError:
+        found = from_accounting(job_id)  # the controller may be down while the database answers
+        if found is None:
+            raise
+    found = found or from_accounting(job_id)
+    if found is not None:
+        return found
+    reason = f"Slurm no longer knows job {job_id}: its controller forgets ended jobs, and there is no record of it in the accounting"
+    return JobState(job_id, FORGOTTEN, reason, (), "", 0, None)
+
+
+def from_controller(job_id: str) -> JobState | None:
+    """What the controller says; None when it doesn't know the job. Raises UserError when it doesn't answer."""
+    done = slurm_command(["scontrol", "--oneliner", "show", "job", job_id], check=False)
+    if done.returncode:
+        if "Invalid job id" in done.stderr:
+            return None
+        raise UserError(f"scontrol: {complaint(done)}")
+    return parse_controller(done.stdout)
+
+
+def parse_controller(text: str) -> JobState | None:
+    """`scontrol --oneliner show job`: a line a component, the leader's first."""
+    rows = [{name: _field(line, name) for name in ("JobId", "HetJobId", "HetJobOffset", "JobState", "Reason", "NodeList", "Restarts", "ExitCode")} for line in text.splitlines() if line.startswith("JobId=")]
+    rows.sort(key=lambda row: int(row["HetJobOffset"] or 0))
+    if not rows:
+        return None
+    components = tuple(
+        ComponentState(row["JobId"], int(row["HetJobOffset"] or 0), row["JobState"], words(row["Reason"], row["JobState"]), row["NodeList"], exit_code(row["ExitCode"], row["JobState"]))
+        for row in rows
+    )
+    return _whole(rows[0]["HetJobId"] or rows[0]["JobId"], components, max(int(row["Restarts"] or 0) for row in rows))
+
+
+def from_accounting(job_id: str) -> JobState | None:
+    """What the accounting has on record; None without accounting, or without a record."""
+    fields = "JobID,JobIDRaw,State,ExitCode,NodeList,Reason"
+    # -D: every execution of a requeued job, in the order of time.
+    done = slurm_command(["sacct", "-X", "-D", "-n", "-P", "-j", job_id, "-o", fields], check=False)
+    return None if done.returncode else parse_accounting(done.stdout)
+
+
+def parse_accounting(text: str) -> JobState | None:
+    """`sacct -X -D -n -P`: rows `J` or `J+k`, one for each execution."""
+    latest: dict[int, list[str]] = {}
+    executions = 0
+    for row in (line.split("|") for line in text.splitlines() if line):
+        group = int(row[0].partition("+")[2] or 0)
+        executions += group == 0
+        latest[group] = row
+    if not latest:
+        return None
+    components = []
+    for group, (_, raw, spelt, code, nodes, reason) in sorted(latest.items()):
+        state = spelt.split()[0]  # CANCELLED by 1000
+        components.append(ComponentState(raw, group, state, words(reason, state), "" if nodes == "None assigned" else nodes, exit_code(code, state)))
+    return _whole(latest[min(latest)][0].partition("+")[0], tuple(components), max(executions - 1, 0))
+
+
+def _whole(job_id: str, components: tuple[ComponentState, ...], restarts: int) -> JobState:
+    """The leader's state is the job's; a component that ended alone is mentioned."""
+    leader, *others = components
+    reason = leader.reason or next((other.reason for other in others if other.reason), "")
+    ended = [other for other in others if other.state not in ALIVE]
+    if leader.state == "RUNNING" and ended:
+        reason = ", ".join(f"component {other.group} is {other.state.lower()}" for other in ended)
+    nodes = ",".join(component.nodes for component in components if component.nodes)
+    return JobState(job_id, leader.state, reason, components, nodes, restarts, leader.exit_code)
+
+
+def _field(line: str, name: str) -> str:
+    found = re.search(rf"(?:^| ){name}=(\S*)", line)
+    value = found.group(1) if found else ""
+    return "" if value in ("(null)", "N/A") else value
+
+
+def words(reason: str, state: str) -> str:
+    """Slurm's reason as a person would say it; one that we have no words for is spelt out."""
+    reason = reason.strip("()")
+    if reason in WORDS:
+        return WORDS[reason] if state != "RUNNING" else ""
+    name = reason.partition(",")[0]
+    if name in WORDS and name != "None":
+        return f"{WORDS[name]} ({reason.partition(',')[2].strip('_ ').replace('_', ' ')})"
+    limit = re.fullmatch(r"(QOS|Assoc)(Max|Grp|Min|Usage)(.+)", reason)
+    if limit:
+        return f"limit of its {'qos' if limit[1] == 'QOS' else 'account'} reached: {_spelt(limit[2] + limit[3])}"
+    return _spelt(reason)
+
+
+def _spelt(name: str) -> str:
+    """ReqNodeNotAvail as words."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name.replace("_", " ")).lower()
+
+
+def exit_code(text: str, state: str) -> int | None:
+    """`code:signal` as a shell would give it, None while the job goes on."""
+    if state in ALIVE or not text:
+        return None
+    code, _, number = text.partition(":")
+    return int(code) if int(code) or not int(number or 0) else 128 + int(number)
