@@ -56,7 +56,7 @@ suite: $(VENV)/.dev chromium slurm slurm-24  # the tests without lint; two worke
 
 SEED ?= 1
 COUNT ?= 100
-test-faults: $(VENV)/.dev  ## long: COUNT kills at random moments, attempts that overlap, full disks; SEED chooses them
+test-faults: $(VENV)/.dev slurm slurm-24  ## long: COUNT kills at random moments, attempts that overlap, full disks; SEED chooses them
 	SEED=$(SEED) COUNT=$(COUNT) $(BIN)/pytest tests/faults
 
 SMOLLM2 ?= runs/models/smollm2-135m

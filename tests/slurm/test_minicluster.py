@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
+import stat
 import subprocess
 import sys
 import tempfile
@@ -17,7 +19,7 @@ from clusters import cluster_or_skip
 import miles
 from miles.config.exits import UserError
 from miles.slurm.minicluster import Cluster, Settings
-from miles.slurm.minicluster.folder import create, mounts_below, remove
+from miles.slurm.minicluster.folder import SOCKET, create, mounts_below, remove
 from miles.slurm.minicluster.processes import environment, everybody
 
 SMALL = {"train": 1, "infer": 1, "cpu": 0}
@@ -87,6 +89,19 @@ def test_it_ends_with_a_killed_owner() -> None:
     assert len(seen) > 4
     wait_for(lambda: not any(process.alive() for process in seen), "some of it lives")
     assert not cluster.folder.exists()
+
+
+def test_half_a_request_ends_nothing() -> None:
+    """Somebody who is killed while he asks the keeper for a daemon."""
+    with cluster_or_skip(nodes=SMALL) as cluster:
+        for half in (b"", b'{"name": "slurmd-'):
+            with socket.socket(socket.AF_UNIX) as connection:
+                connection.connect(str(cluster.folder / SOCKET))
+                connection.sendall(half)
+        cluster.kill_node("train0")
+        cluster.start_node("train0")
+        assert cluster.run(["srun", "-p", "gb300", "echo", "x"]).stdout == "x\n"
+        assert stat.S_IMODE((cluster.folder / "keeper").stat().st_mode) == 0o700
 
 
 def test_down_after_a_killed_keeper() -> None:

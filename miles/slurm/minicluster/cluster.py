@@ -26,10 +26,10 @@ from miles.slurm.minicluster.ending import POLL_SECONDS, end, members
 from miles.slurm.minicluster.folder import CLUSTER, SOCKET, ClusterError, create, recorded, write
 from miles.slurm.minicluster.layout import DEFAULT, Layout, Settings
 from miles.slurm.minicluster.ports import reserve
-from miles.slurm.minicluster.processes import NODE, TAG, Process, descendants, environment, everybody
+from miles.slurm.minicluster.processes import CONF, DAEMONS, NODES, Process, descendants, everybody, node_of
 
 START_SECONDS = 60.0
-FOLDERS = ("conf", "log", "run", "state", "spool", "munge", "dev")
+FOLDERS = ("conf", "log", "run", "state", "spool", "munge", "dev", "keeper")
 
 
 class Cluster:
@@ -55,7 +55,7 @@ class Cluster:
         self.accounting = accounting
         self.keep = keep
         self.programs = packages.find(version, accounting, elsewhere)
-        self.conf = self.folder / "conf" / "slurm.conf"  # for SLURM_CONF
+        self.conf = self.folder / CONF  # for SLURM_CONF
         self._keeper: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Cluster:
@@ -69,8 +69,11 @@ class Cluster:
         """Start everything, and return when all nodes are idle. owned: it ends when this process does, however that ends."""
         create(self.folder)
         try:
+            self._mark()
             for name in FOLDERS:
-                (self.folder / name).mkdir()
+                (self.folder / name).mkdir(mode=0o700 if name == "keeper" else 0o755)
+            for name in self.layout.nodes:
+                (self.folder / NODES / name).mkdir(parents=True)
             ports, holder = reserve(2 + len(self.layout.nodes))
             with holder:
                 self._write(ports)
@@ -116,8 +119,9 @@ class Cluster:
         if (slurmd := self.daemons().get(f"slurmd-{name}")) is not None:
             slurmd.kill()
             self._until(lambda: not slurmd.alive(), f"slurmd of {name} does not end")
-        while tasks and (found := [p for p in self.processes() if environment(p).get(NODE) == name]):
-            for process in [*found, *descendants({p.pid for p in found}, everybody())]:
+        while tasks and (found := [p for p in self.processes() if node_of(p, self.folder) == name]):
+            found += descendants({p.pid for p in found}, everybody())
+            for process in sorted(found, key=lambda p: p.name not in DAEMONS):  # a slurmstepd would report the end of its tasks
                 process.kill()
             time.sleep(POLL_SECONDS)
 
@@ -144,8 +148,7 @@ class Cluster:
         if name not in self.layout.nodes:
             raise UserError(f"node {name}: nodes of this cluster are {', '.join(self.layout.nodes)}")
 
-    def _write(self, ports: list[int]) -> None:
-        place = conf.Place(self.folder, ports, self.programs.version, self.programs.plugins, self.accounting)
+    def _mark(self) -> None:
         commands = self.programs.commands
         write(
             self.folder / CLUSTER,
@@ -158,6 +161,9 @@ class Cluster:
                 "settings": asdict(self.settings),
             },
         )
+
+    def _write(self, ports: list[int]) -> None:
+        place = conf.Place(self.folder, ports, self.programs.version, self.programs.plugins, self.accounting)
         for name, text in conf.files(place, self.layout, self.settings).items():
             path = self.folder / "conf" / name
             path.touch(0o600 if name == "slurmdbd.conf" else 0o644)
@@ -207,14 +213,14 @@ class Cluster:
 
     def _start_slurmd(self, name: str) -> None:
         words = [self.programs["slurmd"], "-D", "-N", name, "-f", str(self.conf)]
-        self._start(f"slurmd-{name}", words + (["-d", str(self.programs.stepd)] if self.programs.stepd else []), {NODE: name})
+        self._start(f"slurmd-{name}", words + (["-d", str(self.programs.stepd)] if self.programs.stepd else []), place=f"{NODES}/{name}")
 
-    def _start(self, name: str, words: list[str], more: Mapping[str, str] | None = None) -> None:
-        variables = self.env() | {TAG: str(self.folder), "MYSQL_UNIX_PORT": str(database.socket(self.folder))} | dict(more or {})
+    def _start(self, name: str, words: list[str], more: Mapping[str, str] | None = None, place: str = ".") -> None:
+        variables = self.env() | {"MYSQL_UNIX_PORT": str(database.socket(self.folder))} | dict(more or {})
         with socket.socket(socket.AF_UNIX) as connection:
             connection.connect(str(self.folder / SOCKET))
             with connection.makefile("rw") as stream:
-                stream.write(json.dumps({"name": name, "command": words, "environment": variables}) + "\n")
+                stream.write(json.dumps({"name": name, "command": words, "environment": variables, "place": place}) + "\n")
                 stream.flush()
                 reply = json.loads(stream.readline())
         if "error" in reply:

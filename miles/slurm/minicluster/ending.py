@@ -10,7 +10,7 @@ from typing import Any
 
 from miles.config.exits import UserError
 from miles.slurm.minicluster.folder import CLUSTER, ClusterError, recorded, remove
-from miles.slurm.minicluster.processes import Process, belongs, descendants, environment, everybody
+from miles.slurm.minicluster.processes import Process, belongs, descendants, everybody
 
 END_SECONDS = 40.0
 POLL_SECONDS = 0.02
@@ -26,10 +26,10 @@ def attach(folder: Path) -> dict[str, Any]:
 
 
 def members(folder: Path) -> list[Process]:
-    """All processes of a folder's cluster: those below its keeper, and those that carry its name though the keeper was killed."""
+    """All processes of a folder's cluster: those below its keeper, and those that are told by their traces though the keeper was killed."""
     roots = recorded(folder)
     everyone = everybody()
-    tagged = [process for process in everyone if belongs(environment(process), folder, folder / "conf" / "slurm.conf")]
+    tagged = [process for process in everyone if belongs(process, folder)]
     found = {process.pid: process for process in [*roots.values(), *tagged]}
     return list((found | {process.pid: process for process in descendants(set(found), everyone)}).values())
 

@@ -13,7 +13,7 @@ from miles.slurm.minicluster.processes import Process, look
 
 CLUSTER = "cluster.json"  # marks the folder as ours
 PROCESSES = "processes.json"  # {name: [pid, start]}; gone once all have ended
-SOCKET = "keeper.socket"
+SOCKET = "keeper/socket"  # in a folder that nobody else enters: who reaches it has our rights
 LONGEST = 60  # bytes of its path: a socket's has 107, and slurmstepd's lie two folders down
 
 
@@ -36,6 +36,7 @@ def create(folder: Path) -> Path:
         raise UserError(f"{folder}: is not empty; choose a new folder")
     if folder.stat().st_uid != os.getuid():
         raise UserError(f"{folder}: belongs to somebody else; choose another folder")
+    folder.chmod(0o755)
     return folder
 
 

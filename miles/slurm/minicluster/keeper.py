@@ -25,6 +25,7 @@ from miles.slurm.minicluster.processes import Process, descendants, everybody, l
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 END_SECONDS = 30.0
+REQUEST_SECONDS = 10.0
 LIBC = ctypes.CDLL(None, use_errno=True)
 
 
@@ -37,11 +38,11 @@ class Keeper:
         if LIBC.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
             raise OSError(ctypes.get_errno(), "PR_SET_CHILD_SUBREAPER")
 
-    def start(self, name: str, command: list[str], environment: dict[str, str]) -> Process:
-        """Start a daemon that dies with us. Its output goes to log/NAME.out."""
+    def start(self, name: str, command: list[str], environment: dict[str, str], place: str) -> Process:
+        """Start a daemon, in a folder of ours, that dies with us. Its output goes to log/NAME.out."""
         with open(self.folder / "log" / f"{name}.out", "ab") as log:
             child = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, cwd=self.folder, start_new_session=True,
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, cwd=self.folder / place, start_new_session=True,
                 preexec_fn=lambda: LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0),
             )  # fmt: skip
         process = look(child.pid) or Process(child.pid, -1, os.getpid(), name)
@@ -67,11 +68,15 @@ class Keeper:
             time.sleep(0.01)
 
     def answer(self, connection: socket.socket) -> None:
-        """One request a connection: {"name", "command", "environment"} -> {"pid", "started"} or {"error"}."""
-        with connection, connection.makefile("rw") as stream:
-            request: dict[str, Any] = json.loads(stream.readline())
+        """One request a connection: {"name", "command", "environment", "place"} -> {"pid", "started"} or {"error"}."""
+        connection.settimeout(REQUEST_SECONDS)
+        with connection, contextlib.suppress(BrokenPipeError, TimeoutError), connection.makefile("rw") as stream:  # who asked may be killed
+            line = stream.readline()
+            if not line.endswith("\n"):
+                return
+            request: dict[str, Any] = json.loads(line)
             try:
-                process = self.start(request["name"], request["command"], request["environment"])
+                process = self.start(request["name"], request["command"], request["environment"], request["place"])
                 reply: dict[str, Any] = {"pid": process.pid, "started": process.started}
             except OSError as error:
                 reply = {"error": str(error)}

@@ -7,8 +7,10 @@ import signal
 from dataclasses import dataclass
 from pathlib import Path
 
-TAG = "MILES_MINICLUSTER"  # in the environment of the daemons and of their slurmstepds: the cluster's folder
-NODE = "SLURMD_NODENAME"  # in the environment of slurmd, slurmstepd and tasks: the node's name
+NODE = "SLURMD_NODENAME"  # a variable of tasks: the node's name
+NODES = "nodes"  # in the cluster's folder: where its slurmds stay, each in a folder with the node's name
+CONF = "conf/slurm.conf"
+DAEMONS = ("munged", "mariadbd", "slurmdbd", "slurmctld", "slurmscriptd", "slurmd", "slurmstepd")
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,28 @@ def environment(process: Process) -> dict[str, str]:
     return dict(part.split("=", 1) for part in text.split("\0") if "=" in part)
 
 
-def belongs(variables: dict[str, str], folder: Path, conf: Path) -> bool:
-    """Whether a process with these variables is a daemon, slurmstepd or task of the cluster, and not a shell that talks to it."""
-    return variables.get(TAG) == str(folder) or (variables.get("SLURM_CONF") == str(conf) and NODE in variables)
+def directory(process: Process) -> Path | None:
+    """Its working directory; None where we may not look."""
+    try:
+        return Path(os.readlink(f"/proc/{process.pid}/cwd"))
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
+        return None
+
+
+def node_of(process: Process, folder: Path) -> str | None:
+    """The node of a cluster whose slurmd, slurmstepd or task this is.
+
+    A slurmstepd writes its title over its variables, but stays in the directory of its slurmd; a task goes where its job says, but has its variables.
+    """
+    if process.name in DAEMONS:
+        place = directory(process)
+        return place.name if place is not None and place.parent == folder / NODES else None
+    variables = environment(process)
+    return variables.get(NODE) if variables.get("SLURM_CONF") == str(folder / CONF) else None
+
+
+def belongs(process: Process, folder: Path) -> bool:
+    """Whether it is a daemon, slurmstepd or task of the cluster, and not a shell that talks to it or looks into its folder."""
+    if process.name in DAEMONS and (place := directory(process)) is not None and place.is_relative_to(folder):
+        return True
+    return node_of(process, folder) is not None
