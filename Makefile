@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 RUN ?= runs/quickstart
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install quickstart test suite test-faults lint bench rehearse smollm2 chromium slurm slurm-24 clean
+.PHONY: help install quickstart golden test suite test-faults lint bench rehearse smollm2 chromium slurm slurm-24 clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -70,6 +70,9 @@ smollm2: $(SMOLLM2)  ## the real SmolLM2-135M: engine against transformers, thre
 lint: $(VENV)/.dev  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/mypy miles
+
+golden: $(VENV)/.dev  ## write the golden texts (tests/golden) and sbatch/ again, after a change on purpose; then look at git diff
+	$(BIN)/python tests/golden/golden_texts.py
 
 bench: $(VENV)/.dev  ## ratios against references measured in the same run
 	$(BIN)/python -m benchmarks.run_all

@@ -70,17 +70,30 @@ def plan(
     return show([*(what or []), *context.args], run_dir, script, as_json)
 
 
+@app.command(context_settings=FLAGS, epilog="Example: miles-submit render runs/first recipes/my_run clusters/h200")
+def render(
+    context: typer.Context,
+    folder: Annotated[Path, typer.Argument(help="the run directory", metavar="DIR")],
+    what: Words = None,
+) -> int:
+    """Write everything that run would write to a run directory, submit nothing, and print the command that does."""
+    from miles.cli.run import render as write
+
+    return write([*(what or []), *context.args], folder)
+
+
 @app.command(context_settings=FLAGS, epilog="Example: miles-submit run recipes/quickstart --run-dir runs/first; the same command resumes it")
 def run(
     context: typer.Context,
     what: Annotated[list[str] | None, typer.Argument(help="YAML files, overrides and flags as for check; or a run directory to resume", metavar="[RECIPE]... [KEY=VALUE]... [--FLAGS]")] = None,
     run_dir: Annotated[Path | None, typer.Option(help="where the run lives; default runs/NAME")] = None,
+    wait: Annotated[bool, typer.Option("--wait", help="on Slurm: follow the run to its end, and end with its exit code")] = False,
 ) -> int:
-    """Run to the end, or resume: a run directory that exists goes on from its newest good checkpoint."""
+    """Run to the end, or resume: a run directory that exists goes on from its newest good checkpoint. On Slurm: submit it."""
     from miles.cli.run import run as run_it
 
     try:
-        return run_it([*(what or []), *context.args], run_dir)
+        return run_it([*(what or []), *context.args], run_dir, wait)
     except KeyboardInterrupt:  # before the launcher listens to it, or after the run has ended
         return _complain("stopped", INTERRUPTED)
 

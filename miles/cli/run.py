@@ -11,6 +11,7 @@ from rich.console import Console
 from miles.cli.check import summary
 from miles.cli.inputs import configuration, existing_run, findings, with_absolute_paths
 from miles.cli.progress import Progress
+from miles.cli.submit import refuse, submit_run
 from miles.config.address import bind_host
 from miles.config.compose import dump_config, load_config
 from miles.config.exits import AGAIN, OK, UserError, disk_full
@@ -29,6 +30,7 @@ from miles.slurm.launch import launch
 from miles.slurm.meeting import free_port
 from miles.slurm.progress import finished
 from miles.slurm.sole import only_launcher
+from miles.slurm.submission import by_hand, prepare, write
 
 DECAY = "train.optimizer.lr_decay_steps"
 
@@ -40,12 +42,14 @@ MAY_CHANGE = {
     "checkpoint.save_interval", "checkpoint.retain", "checkpoint.save_hf",
     "checkpoint.retain_batches", "checkpoint.retain_batches_days", "checkpoint.retain_batches_bytes",
 }  # fmt: skip
+ALLOCATION = ("cluster.groups.", "cluster.slurm.")  # what is asked of Slurm; numbers of ranks and engines are not among it
 
 
-def run(words: list[str], run_dir: Path | None) -> int:
-    """Start or resume a run; returns the exit code."""
+def run(words: list[str], run_dir: Path | None, wait: bool = False) -> int:
+    """Start or resume a run; returns the exit code. On Slurm: submit it, and wait for its end if asked to."""
     console = Console(stderr=True, soft_wrap=True, markup=False, emoji=False, highlight=False)
     folder, config = asked_for(words, run_dir)
+    submitted = config.cluster.executor == "slurm"
     refuse_errors(config, console, folder)
     resuming = folder.run_yaml.exists()
     anew = False  # the model that an earlier start made is not this configuration's
@@ -62,20 +66,20 @@ def run(words: list[str], run_dir: Path | None) -> int:
             return OK
     else:
         refuse_foreign(folder.path)
-    free_port(bind_host(config.cluster.host), config.cluster.port)
-    try:
-        folder.path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder.path}: can't be made ({error.strerror}); choose another --run-dir") from error
+    if submitted:
+        refuse(config, folder, console)
+    else:
+        free_port(bind_host(config.cluster.host), config.cluster.port)
+    make(folder)
     with only_launcher(folder):
         if resuming:
             console.print(f"resuming {folder.path}")
         try:
             if anew and (made := folder.path / "model").is_dir():
                 shutil.rmtree(made)
-            seal_bytes(folder.run_yaml, dump_config(config).encode())
-            write_plan(folder, {"summary": dict(summary(config)), "guarantee": guarantee(config).name})
-            return follow(folder, config, console)
+            write_run(folder, config)
+            if not submitted:
+                return follow(folder, config, console)
         except Fenced as error:
             console.print(f"{error}, which goes on with the run; this one has stopped")
             return AGAIN
@@ -83,6 +87,43 @@ def run(words: list[str], run_dir: Path | None) -> int:
             if (line := disk_full(error, folder.path)) is None:
                 raise
             raise UserError(line) from error
+    return submit_run(folder, config, console, wait)  # unlocked: its job may start at once, and is the launcher then
+
+
+def render(words: list[str], folder: Path) -> int:
+    """Write what `run` would write with folder as the run directory, and print the commands that submit it by hand."""
+    console = Console(stderr=True, soft_wrap=True, markup=False, emoji=False, highlight=False)
+    run, config = asked_for(words, folder)
+    if config.cluster.executor != "slurm":
+        raise UserError(f"cluster.executor: {config.cluster.executor} submits nothing; compose with a cluster, such as clusters/h200, or start it with miles-submit run")
+    refuse_errors(config, console, run)
+    if run.run_yaml.exists() and has_results(run):
+        refuse_differences(load_config([run.run_yaml]), config, run)
+    elif not run.run_yaml.exists():
+        refuse_foreign(run.path)
+    refuse(config, run, console, need_slurm=False)
+    make(run)
+    with only_launcher(run):
+        write_run(run, config)
+        submissions = prepare(config, run)
+        write(run, submissions)
+    for line in by_hand(run, submissions):
+        print(line)
+    return OK
+
+
+def make(folder: RunDir) -> None:
+    """The run directory."""
+    try:
+        folder.path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder.path}: can't be made ({error.strerror}); choose another --run-dir") from error
+
+
+def write_run(folder: RunDir, config: RunConfig) -> None:
+    """run.yaml and plan.json."""
+    seal_bytes(folder.run_yaml, dump_config(config).encode())
+    write_plan(folder, {"summary": dict(summary(config)), "guarantee": guarantee(config).name})
 
 
 def asked_for(words: list[str], run_dir: Path | None) -> tuple[RunDir, RunConfig]:
@@ -183,7 +224,7 @@ def refuse_differences(old: RunConfig, new: RunConfig, folder: RunDir) -> None:
 def differences(old: RunConfig, new: RunConfig) -> list[str]:
     """Dotted paths of settings that differ and make it another run."""
     free = MAY_CHANGE | ({DECAY} if new.train.optimizer.lr_schedule == "constant" else set())
-    return [key for key in _differences(old.model_dump(), new.model_dump(), "") if key not in free]
+    return [key for key in _differences(old.model_dump(), new.model_dump(), "") if key not in free and not key.startswith(ALLOCATION)]
 
 
 def say_decay(old: RunConfig, new: RunConfig, console: Console) -> None:

@@ -18,13 +18,12 @@ REWARDS = ("exact_match", "math", "reasoning_gym", "remote_rm")
 
 def refused(config: RunConfig) -> Iterator[Entry]:
     """Errors: options whose feature is not there yet."""
-    cluster, model, rollout, train, algorithm = config.cluster, config.model, config.rollout, config.train, config.algorithm
+    model, rollout, train, algorithm = config.model, config.rollout, config.train, config.algorithm
 
     def unless(works: bool, where: str, asked: object, mend: str) -> Iterator[Entry]:
         if not works:
             yield "error", where, f"{asked} is not there yet", mend
 
-    yield from unless(cluster.executor == "local", "cluster.executor", cluster.executor, "set cluster.executor=local")
     yield from _here(config)
     yield from unless(train.backend == "fsdp", "train.backend", train.backend, "set train.backend=fsdp")
     parallel = train.parallel

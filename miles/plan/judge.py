@@ -10,7 +10,7 @@ from miles.config.schema import RunConfig
 from miles.plan import abilities, inputs
 from miles.plan.abilities import Level
 from miles.plan.layout import Layout, misfits
-from miles.plan.memory import Memory, estimate, gpu_memory, group_of, host_memory, shared
+from miles.plan.memory import Memory, estimate, gpu_memory, group_of, host_memory, shared, static_pool
 from miles.plan.model import GIB, Facts, facts
 from miles.plan.place import misplaced
 
@@ -119,6 +119,7 @@ def _memory(config: RunConfig, model: Facts | None, host: int) -> Iterator[Findi
 
 def _accelerators(config: RunConfig, need: Memory) -> Iterator[Finding]:
     """What one accelerator must hold, against what it has."""
+    beside = need.engine if shared(config) else 0
     asked = [("train", need.trainer, "raise train.num_nodes"), ("rollout", need.engine, "raise rollout.num_gpus_per_engine, or lower rollout.max_running_requests")]
     if shared(config):
         both = f"trainer rank {need.trainer / GIB:.0f} + engine rank {need.engine / GIB:.0f} GiB, which share a GPU"
@@ -127,13 +128,18 @@ def _accelerators(config: RunConfig, need: Memory) -> Iterator[Finding]:
         limit = gpu_memory(config, component)
         if limit is not None and needed > limit * GIB:
             yield Finding("error", _memory_field(config, component), f"{needed / GIB:.0f} GiB a GPU are needed, {limit:g} GiB are there", mend)
+    pool = static_pool(config)
+    if pool is not None and need.engine_lines and pool <= need.engine_lines[0].bytes:
+        weights = f"{need.engine_lines[0].bytes / GIB:.0f} GiB of weights leave no room for the cache in {pool / GIB:.0f} GiB"
+        yield Finding("error", "rollout.sglang.mem_fraction_static", weights, "raise it, or rollout.num_gpus_per_engine")
     limit = gpu_memory(config, "train")
-    if need.loading is not None and limit is not None and need.loading.bytes > limit * GIB:
+    if need.loading is not None and limit is not None and need.loading.bytes + beside > limit * GIB:
+        also = f" beside {beside / GIB:.0f} GiB of the engine" if beside else ""
         yield Finding(
             "error",
             "train.backend",
-            f"fsdp loads {need.loading.words} = {need.loading.bytes / GIB:.0f} GiB on a GPU before it shards it, {limit:g} GiB are there",
-            "sharded loading is not there yet: take a smaller model",
+            f"fsdp loads {need.loading.words} = {need.loading.bytes / GIB:.0f} GiB on a GPU before it shards it{also}, {limit:g} GiB are there",
+            "set cluster.placement=split, or take a smaller model: sharded loading is not there yet" if beside else "take a smaller model: sharded loading is not there yet",
         )
 
 

@@ -81,6 +81,8 @@ def _width(config: RunConfig) -> int:
 
 
 def _trainer(config: RunConfig, shape: Shape) -> list[Line]:
+    if config.train.backend == "megatron":
+        return _megatron(config, shape)
     total, world = sum(parameters(shape)), config.train.num_nodes * config.train.num_gpus_per_node
     trains, count = config.debug.trains, f"{total / 1e9:.2f} B parameters"
     held = ADAM_BYTES if trains else 4  # fp32 weights alone
@@ -91,6 +93,25 @@ def _trainer(config: RunConfig, shape: Shape) -> list[Line]:
     if config.cluster.device == "cuda" and (world > 1 or _width(config) < 4):
         largest = _largest_layer(shape)
         lines.append(Line("two layers gathered", 2 * largest * _width(config), f"2 × {largest / 1e9:.2f} B × {_width(config)} bytes"))
+    return lines
+
+
+def _megatron(config: RunConfig, shape: Shape) -> list[Line]:
+    """Weights and fp32 gradients of a rank's share of the model; master weights and moments shared by the ranks that hold the same."""
+    train, parallel = config.train, config.train.parallel
+    world, etp = train.num_nodes * train.num_gpus_per_node, parallel.expert_tensor or parallel.tensor
+    held = _width(config) + 4
+    lines = []
+    for what, total, ranks, sizes in [
+        ("dense", parameters(shape)[0], parallel.tensor * parallel.pipeline, f"TP {parallel.tensor} × PP {parallel.pipeline}"),
+        ("experts", parameters(shape)[1], parallel.expert * etp * parallel.pipeline, f"EP {parallel.expert} × ETP {etp} × PP {parallel.pipeline}"),
+    ]:
+        if not total:
+            continue
+        copies = max(1, world // ranks)
+        share = f"{total / 1e9:.2f} B / ({sizes})"
+        lines.append(Line(f"{what}, weights and gradients", total * held // ranks, f"{share} × {held} bytes"))
+        lines.append(Line(f"{what}, AdamW", total * 12 // (ranks * copies), f"{share} × 12 bytes / {copies} copies"))
     return lines
 
 
@@ -116,15 +137,28 @@ def _engine(config: RunConfig, shape: Shape) -> list[Line]:
     ranks = rollout.num_gpus_per_engine
     lines = [Line("weights", total * width // ranks, f"{total / 1e9:.2f} B × {width} bytes / {ranks}")]
     each = token_bytes(shape, width, ranks)
+    pool = static_pool(config)
+    given = rollout.sglang.get("max_total_tokens")
     if rollout.engine == "embedded":
         tokens, words = rollout.kv_cache_tokens, f"{rollout.kv_cache_tokens} tokens"
+    elif isinstance(given, int):
+        tokens, words = given, f"{given} tokens (max_total_tokens)"
+    elif pool is not None:
+        fraction = rollout.sglang["mem_fraction_static"]
+        lines.append(Line("KV cache", max(0, pool - lines[0].bytes), f"what mem_fraction_static {fraction:g} × {gpu_memory(config, 'rollout'):g} GiB leaves"))
+        return lines
     else:
         tokens, words = wanted_tokens(config)
-        given = rollout.sglang.get("max_total_tokens")
-        if isinstance(given, int):
-            tokens, words = given, f"{given} tokens (max_total_tokens)"
     lines.append(Line("KV cache", tokens * each, f"{words} × {each} bytes"))
     return lines
+
+
+def static_pool(config: RunConfig) -> int | None:
+    """Bytes that SGLang keeps for weights and cache by mem_fraction_static; None where it isn't given, or the memory isn't known."""
+    fraction, memory = config.rollout.sglang.get("mem_fraction_static"), gpu_memory(config, "rollout")
+    if config.rollout.engine != "sglang" or not isinstance(fraction, int | float) or memory is None:
+        return None
+    return int(fraction * memory * GIB)
 
 
 def _notes(config: RunConfig, shape: Shape) -> list[str]:
@@ -134,14 +168,8 @@ def _notes(config: RunConfig, shape: Shape) -> list[str]:
     rollout, width = config.rollout, _width(config)
     each = token_bytes(shape, width, rollout.num_gpus_per_engine)
     said = [f"a token's cache is {token_words(shape, width, rollout.num_gpus_per_engine)} = {each} bytes"]
-    fraction, memory = rollout.sglang.get("mem_fraction_static"), gpu_memory(config, "rollout")
-    if rollout.engine == "sglang" and isinstance(fraction, int | float) and memory is not None:
-        pool = fraction * memory * GIB - sum(parameters(shape)) * width // rollout.num_gpus_per_engine
-        room = max(0, int(pool // each))
-        said.append(
-            f"mem_fraction_static {fraction:g} × {memory:g} GiB - weights = {pool / GIB:.1f} GiB of cache = {room} tokens, "
-            f"{wanted_tokens(config)[1]} are {wanted_tokens(config)[0]}"
-        )
+    wanted, words = wanted_tokens(config)
+    said.append(f"the cache of an engine holds {_engine(config, shape)[1].bytes // each} tokens; {words} are {wanted}")
     if any(name.startswith("speculative_") for name in rollout.sglang):
         said.append("the draft of speculative decoding comes on top")
     return said

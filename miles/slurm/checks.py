@@ -18,8 +18,8 @@ from miles.plan.abilities import Level
 from miles.plan.judge import Finding
 from miles.slurm.command import slurm_command
 from miles.slurm.options import gres
+from miles.slurm.records import submitted
 from miles.slurm.site import Node, Partition, Site
-from miles.slurm.submission import submitted
 
 # Options of sbatch by the version that brought them: an older one only says that it doesn't know the word.
 SINCE = {"segment": (23, 11), "stepmgr": (24, 5), "oom-kill-step": (24, 5)}

@@ -14,9 +14,10 @@ from typing import Any
 from miles.config.exits import UserError
 from miles.config.placement import NodeGroup, node_groups
 from miles.config.schema import RunConfig
-from miles.data.store.files import read_json, seal_bytes, seal_json
+from miles.data.store.files import seal_bytes, seal_json
 from miles.data.store.run_dir import RunDir
 from miles.slurm.command import slurm_command
+from miles.slurm.records import begin_chain, excluded, folder, submitted
 from miles.slurm.script import script
 
 BATCH = "miles.slurm.batch"
@@ -58,11 +59,6 @@ def prepare(config: RunConfig, run: RunDir) -> list[Submission]:
     return found
 
 
-def folder(run: RunDir) -> Path:
-    """RUN/slurm."""
-    return run.path / "slurm"
-
-
 def write(run: RunDir, submissions: Sequence[Submission]) -> list[Path]:
     """Write the batch scripts; returns a file for each submission."""
     folder(run).mkdir(parents=True, exist_ok=True)
@@ -88,8 +84,10 @@ def submit(run: RunDir, submissions: Sequence[Submission]) -> list[dict[str, Any
     An entry: {"job_id", "name", "groups", "time"}. UserError: what Slurm refuses.
     """
     entries: list[dict[str, Any]] = []
+    files = write(run, submissions)
+    begin_chain(run)
     try:
-        for each, path in zip(submissions, write(run, submissions), strict=True):
+        for each, path in zip(submissions, files, strict=True):
             said = slurm_command(command(each, path), timeout=SUBMIT_SECONDS).stdout
             entries.append({"job_id": int(said.split(";")[0]), "name": each.name, "groups": list(each.groups), "time": time.time()})
     except UserError:
@@ -98,18 +96,6 @@ def submit(run: RunDir, submissions: Sequence[Submission]) -> list[dict[str, Any
         raise
     seal_json(folder(run) / "job.json", {"submissions": [*submitted(run), *entries]})
     return entries
-
-
-def submitted(run: RunDir) -> list[dict[str, Any]]:
-    """Every job of this run so far, oldest first. Damaged when the record is not readable."""
-    path = folder(run) / "job.json"
-    return list(read_json(path)["submissions"]) if path.exists() else []
-
-
-def excluded(run: RunDir) -> list[str]:
-    """Nodes that failed, from RUN/slurm/exclude.json."""
-    path = folder(run) / "exclude.json"
-    return sorted(read_json(path)["nodes"]) if path.exists() else []
 
 
 def _without(group: NodeGroup, nodes: list[str]) -> NodeGroup:

@@ -39,7 +39,13 @@ def test_sound(sound: list[str]) -> None:
 
 
 BAD = [  # overrides beside the sound ones, and parts of one finding
-    (["cluster.executor=slurm"], "error: cluster.executor: slurm is not there yet; set cluster.executor=local"),
+    (["cluster.executor=slurm", "train.num_gpus_per_node=9"], "error: train.num_gpus_per_node: 9 ranks on a node of cluster.gpus_per_node 8; set train.num_gpus_per_node=8"),
+    (["cluster.executor=slurm", "cluster.groups.all.time=5"], "error: cluster.groups.all.time: 5 is no longer than the 300 s before the limit at which the run ends (cluster.slurm.lead_seconds); raise the time"),
+    (["cluster.executor=slurm", "rollout.num_gpus=16", "rollout.num_gpus_per_engine=16"], "error: rollout.num_gpus_per_engine: 16 accelerators of one engine, a node has 8: engines over several nodes are not there yet; set rollout.num_gpus_per_engine=8"),
+    (["cluster.executor=slurm", "cluster.placement=split", "cluster.groups.all.nodes=1", "train.num_gpus_per_node=8", "rollout.num_gpus=8"], "error: cluster.groups.all.nodes: 1 nodes leave none for the engines beside train.num_nodes 1"),
+    (["cluster.executor=slurm", "cluster.groups.rollout.partition=a"], "warning: cluster.groups.rollout: has no effect with cluster.placement=colocate, whose only group is `all`; set cluster.placement=het"),
+    (["cluster.executor=slurm", "cluster.groups.all.segment=3", "train.num_nodes=4"], "error: cluster.groups.all.segment: segments of 3 nodes do not divide the group's 4 nodes; set cluster.groups.all.segment=2"),
+    (["cluster.executor=slurm", "cluster.groups.all.segment=4", "train.num_nodes=4", "cluster.groups.all.domain_nodes=2"], "error: cluster.groups.all.segment: 4 nodes are more than the 2 of one NVLink domain; set cluster.groups.all.segment=2"),
     (["cluster.placement=jobs"], "error: cluster.placement: jobs that find each other need a cluster, and cluster.executor is local; set cluster.placement=split"),
     (["cluster.device=cuda", "train.num_nodes=2"], "error: train.num_nodes: 2 nodes need a cluster, and cluster.executor is local; set train.num_nodes=1"),
     (["cluster.device=cuda", "cluster.placement=het"], "error: cluster.placement: groups of nodes need a cluster, and cluster.executor is local; set cluster.placement=split"),

@@ -1,0 +1,117 @@
+"""The Slurm side of `miles-submit run` and `render`: held against the cluster, written, submitted, followed."""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from miles.cli.progress import Progress
+from miles.cli.status import ask_service
+from miles.config.exits import AGAIN, OK, UserError
+from miles.config.schema import RunConfig
+from miles.data.store.epoch import newest_epoch
+from miles.data.store.files import Damaged, read_json
+from miles.data.store.run_dir import RunDir
+from miles.plan.judge import Finding
+from miles.report.records import Attempt, RunRecord
+from miles.slurm import checks, site, start
+from miles.slurm.states import JobState, job_state
+from miles.slurm.submission import prepare, submit
+
+POLL_SECONDS = 2.0
+
+
+def refuse(config: RunConfig, run: RunDir, console: Console, need_slurm: bool = True) -> None:
+    """What Slurm has against it, before anything is written: warnings are printed, the first error ends it."""
+    try:
+        there = site.ask()
+    except UserError as error:
+        if need_slurm:
+            raise
+        console.print(f"warning: not checked against a cluster: {error}")
+        found = list(checks.files(config, run))
+    else:
+        found = checks.refused(config, run, there)
+        if not any(finding.level == "error" for finding in found):
+            found += opinion(config, run)
+    for finding in found:
+        if finding.level == "warning":
+            console.print(f"warning: {finding}")
+    errors = [finding for finding in found if finding.level == "error"]
+    if errors:
+        more = f" ({len(errors) - 1} more: miles-submit plan)" if len(errors) > 1 else ""
+        raise UserError(f"{errors[0]}{more}")
+
+
+def opinion(config: RunConfig, run: RunDir) -> list[Finding]:
+    """An error for each batch script that sbatch itself would not take."""
+    said = [start.estimate(each) for each in {each.script: each for each in prepare(config, run)}.values()]
+    return [Finding("error", "sbatch --test-only", words, "mend cluster.groups, or ask the cluster's operators") for words, taken in said if not taken]
+
+
+def submit_run(run: RunDir, config: RunConfig, console: Console, wait: bool) -> int:
+    """Submit, say the jobs and how to follow them; wait: to the end, with the run's exit code."""
+    before = newest_epoch(run)
+    entries = submit(run, prepare(config, run))
+    for entry in entries:
+        console.print(f"submitted job {entry['job_id']}: {entry['name']} ({', '.join(entry['groups'])})")
+    folder = shlex.quote(str(run.path))
+    console.print(f"follow it with: miles-submit status {folder}; miles-submit logs -f {folder}; its own output: {run.path}/slurm/{entries[0]['job_id']}.log")
+    if not wait:
+        return OK
+    try:
+        return follow(run, [str(entry["job_id"]) for entry in entries], before, console)
+    except KeyboardInterrupt:
+        console.print(f"no longer followed; the job goes on, and ends with: miles-submit cancel {folder}")
+        raise
+
+
+def follow(run: RunDir, jobs: list[str], before: int, console: Console) -> int:
+    """Show the progress until none of the jobs has anything to do; returns the exit code of the newest attempt after `before`, else of the job."""
+    progress, said = Progress(), ""
+    try:
+        while True:
+            states = [job_state(job) for job in jobs]
+            if all(state.over for state in states):
+                break
+            words = "; ".join(f"job {state.job_id} {state.state.lower()}{': ' + state.reason if state.reason else ''}" for state in states if not state.over)
+            answer = ask_service(_newest(run))
+            if answer is not None:
+                progress.update({name: value for name, value in answer.items() if name not in ("message", "notices")})
+            elif words != said:
+                progress.say(words)
+                said = words
+            time.sleep(POLL_SECONDS)
+    finally:
+        progress.close(None)
+    return _end(run, states, before, console)
+
+
+def _end(run: RunDir, states: list[JobState], before: int, console: Console) -> int:
+    newest = _newest(run)
+    attempt = newest.attempts[-1] if newest.attempts else None
+    if attempt is not None and attempt.epoch > before and attempt.outcome is not None:
+        code, reason = int(attempt.outcome["code"]), str(attempt.outcome["reason"])
+    else:
+        ended = [state for state in states if state.exit_code is not None]
+        code = next((state.exit_code for state in ended if state.exit_code), None) or (OK if ended else AGAIN)
+        reason = "; ".join(f"job {state.job_id} {state.state.lower()}{': ' + state.reason if state.reason else ''}" for state in states)
+    console.print(f"finished: {run.path}" if code == OK else f"ended with exit code {code}: {reason}; {run.path}")
+    return code
+
+
+def _newest(run: RunDir) -> RunRecord:
+    """The newest attempt alone: the rest of a long run's files is not read every two seconds."""
+    epoch = newest_epoch(run)
+    if not epoch:
+        return RunRecord(run)
+    folder: Path = run.attempt(epoch)
+    outcome: dict[str, Any] | None = None
+    with contextlib.suppress(FileNotFoundError, Damaged):  # it goes on, or died without a word
+        outcome = read_json(folder / "exit.json")
+    return RunRecord(run, attempts=[Attempt(epoch, folder, outcome)])

@@ -1,0 +1,151 @@
+"""What is refused before anything is submitted, held against real Slurms: unknown names, too much of anything, options of newer versions."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from miles.cli.main import main
+from miles.config.compose import dump_config, load_config
+from miles.config.exits import OK, WRONG, UserError
+from miles.config.schema import RunConfig
+from miles.data.store.run_dir import RunDir
+from miles.slurm import checks, site, start
+from miles.slurm.minicluster import Cluster
+from miles.slurm.submission import prepare
+
+HET = [
+    "cluster.executor=slurm", "cluster.placement=het", "cluster.groups.all.time=60",
+    "cluster.groups.train={partition: gb300, gpu_type: gb300, gpus_per_node: 4}", "cluster.groups.rollout={partition: h200, gpu_type: h200, gpus_per_node: 8}",
+]  # fmt: skip
+
+
+@pytest.fixture
+def here(slurm: Cluster, monkeypatch: pytest.MonkeyPatch) -> Cluster:
+    monkeypatch.setenv("SLURM_CONF", str(slurm.conf))
+    return slurm
+
+
+def config(*overrides: str) -> RunConfig:
+    return load_config(["recipes/tiny"], [*HET, *overrides])
+
+
+def errors(run: RunConfig, folder: Path) -> list[str]:
+    return [str(finding) for finding in checks.refused(run, RunDir(folder), site.ask()) if finding.level == "error"]
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("cluster.groups.rollout.partition=h20", "cluster.groups.rollout.partition: no partition 'h20' in this cluster; did you mean h200?"),
+        ("cluster.groups.train.partition=cpu", "cluster.groups.train.partition: partition cpu has no GPUs; set cluster.groups.train.partition=gb300"),
+        ("cluster.groups.train.gpu_type=h200", "cluster.groups.train.gpu_type: no GPU of type 'h200' in partition gb300; set cluster.groups.train.partition=h200"),
+        ("cluster.groups.train.gpu_type=gb30", "cluster.groups.train.gpu_type: no GPU of type 'gb30' in partition gb300; did you mean gb300?"),
+        ("cluster.groups.train.gpus_per_node=8", "cluster.groups.train.gpus_per_node: 8 GPUs a node, but the nodes of partition gb300 have 4 gb300; set cluster.groups.train.gpus_per_node=4"),
+        ("train.num_nodes=5", "cluster.groups.train.nodes: 5 nodes are needed, partition gb300 has 4 with 4 gb300; lower train.num_nodes"),
+        ("cluster.groups.rollout.nodes=9", "cluster.groups.rollout.nodes: 9 nodes are needed, partition h200 has 4 with 8 h200; lower rollout.num_gpus"),
+        ("cluster.groups.train.constraint=x86_64", "cluster.groups.train.constraint: no node of partition gb300 has the feature 'x86_64'; there are aarch64"),
+        ("cluster.groups.train.segment=1", "cluster.groups.train.segment: --segment needs Slurm 23.11, this is 22.05.8; leave it out; switches or constraint keep nodes together here"),
+        ("cluster.groups.train.sbatch.stepmgr=null", "cluster.groups.train.sbatch.stepmgr: --stepmgr needs Slurm 24.05, this is 22.05.8; leave it out"),
+        ("cluster.groups.train.container_image=/no/such.sqsh", "cluster.groups.train.container_image: /no/such.sqsh: no such file; import it first (docs/slurm.md), or name an image of a registry"),
+    ],
+)  # fmt: skip
+def test_refused_by_name(here: Cluster, tmp_path: Path, override: str, line: str) -> None:
+    assert errors(config(override), tmp_path / "run") == [line]
+
+
+def test_nothing_is_wrong(here: Cluster, tmp_path: Path) -> None:
+    run = config("train.num_nodes=4", "rollout.num_gpus=32")
+    assert errors(run, tmp_path / "run") == []
+    (only,) = prepare(run, RunDir(tmp_path / "run"))
+    words, taken = start.estimate(only)
+    assert taken
+    assert words == "now, on infer[0-3],train[0-3]"
+
+
+def test_limits_of_a_partition(here: Cluster, tmp_path: Path) -> None:
+    here.run(["scontrol", "update", "PartitionName=gb300", "MaxTime=30", "MaxNodes=2", "AllowAccounts=lab,infra"])
+    try:
+        found = errors(config("train.num_nodes=3", "cluster.groups.train.account=labs"), tmp_path / "run")
+        assert found == [
+            "cluster.groups.train.account: partition gb300 doesn't take account 'labs'; did you mean lab?",
+            "cluster.groups.train.time: 60 is over the limit of partition gb300, 0:30:00 (30 min); set cluster.groups.train.time=0:30:00",
+            "cluster.groups.train.nodes: 3 nodes are needed, partition gb300 allows 2 with 4 gb300; lower train.num_nodes",
+        ]
+    finally:
+        here.run(["scontrol", "update", "PartitionName=gb300", "MaxTime=INFINITE", "MaxNodes=UNLIMITED", "AllowAccounts=ALL"])
+
+
+def test_nodes_that_are_down_are_a_warning(here: Cluster, tmp_path: Path) -> None:
+    here.run(["scontrol", "update", "NodeName=train3", "State=DOWN", "Reason=test"])
+    try:
+        found = [str(finding) for finding in checks.refused(config("train.num_nodes=4"), RunDir(tmp_path / "run"), site.ask())]
+        assert found == ["cluster.groups.train.nodes: 4 nodes are needed, only 3 of the 4 in partition gb300 are up: the job waits"]
+    finally:
+        here.run(["scontrol", "update", "NodeName=train3", "State=RESUME"])
+
+
+def test_qos(slurm_accounting: Cluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("SLURM_CONF", str(slurm_accounting.conf))
+    line = "cluster.groups.train.qos: no qos 'urgnt' in this cluster; did you mean urgent?"
+    assert errors(config("cluster.groups.train.qos=urgnt"), tmp_path / "run") == [line]
+    assert errors(config("cluster.groups.train.qos=urgent"), tmp_path / "run") == []
+
+
+def test_segment_where_slurm_has_it(slurm24: Cluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Blocks of two nodes: four nodes in segments of two can be had, in one segment of four they can't."""
+    for name in ("SLURM_CONF", "PATH"):
+        monkeypatch.setenv(name, slurm24.env()[name])
+    for segment, taken in ((2, True), (4, False)):
+        run = config("train.num_nodes=4", f"cluster.groups.train.segment={segment}")
+        assert errors(run, tmp_path / "run") == []
+        (only,) = prepare(run, RunDir(tmp_path / "run"))
+        assert start.estimate(only)[1] is taken
+
+
+def test_a_run_in_use_is_refused(here: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    held = config("cluster.groups.all.sbatch.hold=null")
+    (tmp_path / "held.yaml").write_text(dump_config(held))
+    folder = tmp_path / "run"
+    words = ["miles-submit", "run", str(tmp_path / "held.yaml"), "--run-dir", str(folder)]
+    assert command(monkeypatch, words) == OK
+    job = capsys.readouterr().err.split("submitted job ")[1].split(":")[0]
+    assert command(monkeypatch, words) == WRONG
+    assert f"{folder} is in use by job {job} (pending)" in capsys.readouterr().err
+    here.run(["scancel", job])
+    assert command(monkeypatch, words) == OK
+    job = capsys.readouterr().err.split("submitted job ")[1].split(":")[0]
+    here.run(["scancel", job])
+
+
+def command(monkeypatch: pytest.MonkeyPatch, words: list[str]) -> int:
+    """miles-submit in this process; returns its exit code."""
+    monkeypatch.setattr("sys.argv", words)
+    with pytest.raises(SystemExit) as stop:
+        main()
+    return int(stop.value.code or 0)
+
+
+def test_without_slurm_there_is_the_local_alternative(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match=r"command not found; .* set cluster.executor: local"):
+        site.ask()
+    assert command(monkeypatch, ["miles-submit", "run", "recipes/tiny", *HET, "--run-dir", str(tmp_path / "run")]) == WRONG
+    assert "set cluster.executor: local" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_directory_that_cannot_be_made(here: Cluster, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(monkeypatch, ["miles-submit", "run", "recipes/tiny", *HET, "--run-dir", "/proc/nothing/here"]) == WRONG
+    assert "choose another --run-dir" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_run_directory_without_permission(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    assert [str(finding) for finding in checks.files(config(), RunDir(tmp_path / "run"))] == [
+        f"--run-dir: {tmp_path / 'run'} can't be written (no permission in {tmp_path}); choose another --run-dir"
+    ]
+    tmp_path.chmod(0o700)
