@@ -119,6 +119,46 @@ def logs(
     return show(run_dir, component, follow, lines)
 
 
+@app.command(context_settings=HELP, epilog="Example: miles-submit cancel runs/quickstart; later: miles-submit resume runs/quickstart")
+def cancel(
+    run_dir: RunPath,
+    now: Annotated[bool, typer.Option("--now", help="end it at once: what is not saved yet is done again on resume")] = False,
+) -> int:
+    """Ask a run to save and end; it is not requeued."""
+    from miles.cli.cancel import cancel as end
+
+    return end(run_dir, now)
+
+
+@app.command(context_settings=FLAGS, epilog="Example: miles-submit resume runs/quickstart cluster.groups.all.time=8:00:00")
+def resume(
+    context: typer.Context,
+    run_dir: RunPath,
+    what: Annotated[list[str] | None, typer.Argument(help="what may differ when a run goes on, as for run", metavar="[KEY=VALUE]... [--FLAGS]")] = None,
+) -> int:
+    """Go on with a run that has stopped, from its newest good checkpoint, without the nodes that failed. The same as `run RUN_DIR`."""
+    from miles.cli.run import resume as go_on
+
+    try:
+        return go_on(run_dir, [*(what or []), *context.args])
+    except KeyboardInterrupt:
+        return _complain("stopped", INTERRUPTED)
+
+
+@app.command(context_settings=FLAGS, epilog="Example: miles-submit attach runs/quickstart rollout --node 1; or with a command: -- nvidia-smi")
+def attach(
+    context: typer.Context,
+    run_dir: RunPath,
+    component: Annotated[str | None, typer.Argument(help="train or rollout; default train")] = None,
+    node: Annotated[int, typer.Option(help="which of the component's nodes, from 0")] = 0,
+    only_print: Annotated[bool, typer.Option("--print", help="print the command and do nothing")] = False,
+) -> int:
+    """Open a shell in a run's job, beside a component's processes; or run a command there, after --."""
+    from miles.cli.attach import attach as enter
+
+    return enter(run_dir, component, node, context.args, only_print)
+
+
 @app.command(context_settings=HELP, epilog="Example: miles-submit report runs/quickstart")
 def report(run_dir: RunPath, as_json: Json = False) -> int:
     """Make the report of a run, finished or not: one HTML page."""

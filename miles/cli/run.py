@@ -23,7 +23,7 @@ from miles.data.store.results import has_results
 from miles.data.store.run_dir import RunDir, write_plan
 from miles.plan.tier import guarantee
 from miles.report.build import build_report
-from miles.report.records import read_run
+from miles.report.records import read_run, require_run_dir
 from miles.report.refresh import Refresher
 from miles.report.summary import summarise
 from miles.slurm.launch import launch
@@ -141,6 +141,11 @@ def asked_for(words: list[str], run_dir: Path | None) -> tuple[RunDir, RunConfig
         if recorded.lr_schedule != "constant":
             config = configuration(words, {DECAY: recorded.lr_decay_steps})
     return folder, with_absolute_paths(config)
+
+
+def resume(run_dir: Path, words: list[str]) -> int:
+    """Go on with a run; returns the exit code. UserError where there is none."""
+    return run([str(require_run_dir(run_dir).path), *words], None)
 
 
 def follow(folder: RunDir, config: RunConfig, console: Console) -> int:

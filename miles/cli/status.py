@@ -11,26 +11,40 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from miles.config.exits import OK
+from miles.config.exits import OK, UserError
+from miles.data.store.run_dir import RunDir
 from miles.report.records import RunRecord, read_run, read_small_json
 from miles.report.scales import number
 from miles.report.summary import Summary, duration, merge_service, summarise
+from miles.slurm.records import submitted
+from miles.slurm.states import JobState
 
 ASK_SECONDS = 3.0
-STATE_STYLES = {"new": "yellow", "finished": "green", "running": "cyan", "starting": "cyan", "stopped": "yellow", "lost": "yellow", "failed": "red"}
+STATE_STYLES = {"new": "yellow", "queued": "yellow", "finished": "green", "running": "cyan", "starting": "cyan", "stopped": "yellow", "lost": "yellow", "failed": "red"}
 
 
 def status(run_dir: Path, as_json: bool) -> int:
     """Print the state of a run, as a table or as one JSON object. UserError when the folder is not a run directory."""
-    summary = state_of(run_dir)
+    summary, run, told = state_of(run_dir), RunDir(run_dir), []
+    jobs: list[JobState] = []
+    if submitted(run):
+        from miles.cli.jobs import alive, job_facts, job_rows, with_jobs
+
+        try:
+            jobs = alive(run)
+            summary, told = with_jobs(summary, jobs), job_rows(run, jobs)
+        except UserError as error:  # no Slurm here, or it doesn't answer: the files still speak
+            told = [("job", f"{submitted(run)[-1]['job_id']}, in a state unknown here ({error})")]
     if as_json:
-        print(json.dumps(summary.as_dict(), ensure_ascii=False))
+        print(json.dumps(summary.as_dict() | ({"jobs": job_facts(jobs)} if submitted(run) else {}), ensure_ascii=False))
         return OK
+    lines = rows(summary)
+    lines[3:3] = told
     console = Console(highlight=False, emoji=False)
     if console.is_terminal:
-        console.print(_table(summary))
+        console.print(_table(summary, lines))
     else:
-        for name, value in rows(summary):
+        for name, value in lines:
             print(f"{name}: {value}")
     return OK
 
@@ -45,6 +59,11 @@ def state_of(run_dir: Path) -> Summary:
 
 def ask_service(record: RunRecord) -> dict[str, Any] | None:
     """GET /status of the newest attempt's service; None when the attempt has ended or nothing answers from here."""
+    return call_service(record, "GET", "/status")
+
+
+def call_service(record: RunRecord, method: str, path: str) -> dict[str, Any] | None:
+    """A call to the newest attempt's service; None when the attempt has ended or nothing answers from here."""
     if not record.attempts or record.attempts[-1].outcome is not None:
         return None
     folder = record.attempts[-1].folder
@@ -56,7 +75,7 @@ def ask_service(record: RunRecord) -> dict[str, Any] | None:
     if service is None or not token or not isinstance(service.get("url"), str):
         return None
     try:
-        reply = httpx.get(service["url"] + "/status", headers={"Authorization": f"Bearer {token}"}, timeout=ASK_SECONDS, trust_env=False)
+        reply = httpx.request(method, service["url"] + path, headers={"Authorization": f"Bearer {token}"}, timeout=ASK_SECONDS, trust_env=False)
         answer = reply.json() if reply.status_code == 200 else None
     except (httpx.HTTPError, ValueError):
         return None
@@ -103,11 +122,11 @@ def _accuracy(summary: Summary) -> str | None:
     return f"{summary.accuracy:.3f}" + (f" (95 % {summary.accuracy_low:.3f} to {summary.accuracy_high:.3f})" if known else "")
 
 
-def _table(summary: Summary) -> Table:
+def _table(summary: Summary, lines: list[tuple[str, str]]) -> Table:
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
-    for name, value in rows(summary):
+    for name, value in lines:
         style = STATE_STYLES.get(summary.state, "") if name == "state" else "bold" if name == "run" else ""
         table.add_row(name, Text(value, style=style))
     return table

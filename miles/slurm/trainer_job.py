@@ -99,7 +99,7 @@ class TrainerJob:
         stopped = bool(attempt.stop_asked)
         failed = self.failed(outcome) if outcome["code"] == AGAIN and not stopped else {}
         self.exclude(failed, attempt.epoch)
-        tried = fruitless(self.run, self.ours) + 0
+        tried = fruitless(self.run, self.ours)
         goes_on = outcome["code"] == AGAIN and self.signals.by != "user" and self.parted in (None, "released") and (stopped or tried <= self.config.cluster.restarts)
         attempt.close(outcome, goes_on=goes_on)
         return self.after(attempt, outcome, stopped, failed)
@@ -129,7 +129,7 @@ class TrainerJob:
     def failed(self, outcome: dict[str, Any]) -> dict[str, str]:
         """Nodes that the next attempt can't have, with the reason: those that nothing runs on, and the one that hung."""
         found = nodes.failed(self.job)
-        if outcome.get("hung") and outcome.get("node"):
+        if outcome.get("told") and outcome.get("node"):  # the watchdog's word, or a role's that fell silent
             found[str(outcome["node"])] = str(outcome["reason"])
         return found
 

@@ -15,7 +15,7 @@ from miles.config.placement import node_groups
 from miles.data.store.epoch import newest_epoch
 from miles.data.store.run_dir import RunDir
 from miles.slurm.minicluster import Cluster
-from miles.slurm.minicluster.processes import environment
+from miles.slurm.minicluster.processes import Process, environment
 from miles.slurm.script import script
 
 REPOSITORY = Path(__file__).parents[2]
@@ -26,30 +26,51 @@ HET = ["cluster.placement=het", "cluster.groups.train.partition=gb300", "cluster
 SLURM = ["cluster.executor=slurm", "cluster.slurm.lead_seconds=20", "cluster.groups.all.mem=100"]
 
 
+def command(process: Process) -> list[str]:
+    """Its command line; empty for one that has ended."""
+    try:
+        return Path(f"/proc/{process.pid}/cmdline").read_bytes().decode(errors="replace").rstrip("\0").split("\0")
+    except OSError:
+        return []
+
+
 class Job:
     """A submitted run."""
 
     def __init__(self, cluster: Cluster, run_dir: Path, *words: str, sbatch: tuple[str, ...] = ()) -> None:
+        """words: overrides. sbatch: further options."""
         self.cluster, self.run_dir, self.run = cluster, run_dir, RunDir(run_dir)
         self.config = load_config(STEPS[:1], [*STEPS[1:], *SLURM, *words])
         (run_dir / "slurm").mkdir(parents=True)
         (run_dir / "run.yaml").write_text(dump_config(self.config))
         groups = list(node_groups(self.config))
         apart = [[group] for group in groups] if self.config.cluster.placement == "jobs" else [groups]
-        self.scripts = []
+        self.scripts: list[Path] = []
+        self.entries: list[dict[str, Any]] = []
         for each in apart:
             command = [sys.executable, "-m", "miles.slurm.batch", str(run_dir), *([each[0].name] if len(apart) > 1 else [])]
             self.scripts.append(run_dir / "slurm" / f"{each[0].name}.sbatch")
             self.scripts[-1].write_text(script(self.config.cluster.slurm, self.config.name, each, command, run_dir / "slurm" / "%j.log"))
         self.ids: list[int] = []
-        for path in self.scripts:
+        for path, each in zip(self.scripts, apart, strict=True):
             self.submit(path, *sbatch)
+            self.entries.append({"job_id": self.ids[-1], "name": self.config.name, "groups": [group.name for group in each], "time": time.time()})
+        (run_dir / "slurm" / "job.json").write_text(json.dumps({"submissions": self.entries}))
 
     def submit(self, path: Path, *options: str) -> int:
         """sbatch; PYTHONPATH so that the job runs this tree."""
-        env = self.cluster.env() | {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])}
-        self.ids.append(int(self.cluster.run(["sbatch", "--parsable", *options, path], env=env).stdout))
+        self.ids.append(self.submit_more(*options, str(path)))
         return self.ids[-1]
+
+    def submit_more(self, *words: str) -> int:
+        """A job that is none of the run's."""
+        env = self.cluster.env() | {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])}
+        return int(self.cluster.run(["sbatch", "--parsable", "--chdir=/tmp", *words], env=env).stdout)
+
+    def kill_role(self, role: str, rank: int = 0) -> None:
+        """kill -9 of a role process of the newest attempt."""
+        (victim,) = [each for each in self.processes() if command(each)[-2:] == ["-m", f"miles.run.{role}"] and environment(each)["MILES_RANK"] == str(rank)]
+        victim.kill()
 
     @property
     def id(self) -> int:

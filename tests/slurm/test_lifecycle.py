@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -14,6 +15,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "end_to_end"))
 
 import whole_runs as runs
 
+LOW = ["cluster.groups.all.partition=low"]
+
 
 @pytest.fixture(scope="module")
 def calm(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -23,8 +26,8 @@ def calm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_time_limit_with_two_groups(slurm: Cluster, calm: Path, tmp_path: Path) -> None:
-    """USR1 comes before the limit: all ranks save at the same step, the leader is requeued, and the second attempt finishes the run."""
+def test_signal_of_the_time_limit_with_two_groups(slurm: Cluster, calm: Path, tmp_path: Path) -> None:
+    """All ranks save at the same step, the leader is requeued, and the second attempt finishes the run."""
     job = Job(slurm, tmp_path / "run", *HET)
     job.trained(2)
     job.slurm("scancel", "--batch", "--signal=USR1", str(job.id))
@@ -32,4 +35,127 @@ def test_time_limit_with_two_groups(slurm: Cluster, calm: Path, tmp_path: Path) 
     assert job.epoch == 2
     assert (job.ending(1)["code"], job.ending(1)["stopped"], job.ending(1)["goes_on"]) == (75, True, True)
     assert job.fields()["Restarts"] == "1"
+    runs.same_run(calm, job.run_dir)
+
+
+def test_preemption(slurm: Cluster, calm: Path, tmp_path: Path) -> None:
+    """A job of higher priority takes the node: the run saves in the grace time, waits, and goes on."""
+    job = Job(slurm, tmp_path / "run", *LOW)
+    job.trained(2)
+    taker = job.submit_more("--partition=high", "--exclusive", f"--nodelist={job.fields()['NodeList']}", "--wrap=sleep 1")
+    job.finished()
+    job.ended(job=taker)
+    assert job.ending(1)["stopped"]
+    assert job.epoch == 2
+    runs.same_run(calm, job.run_dir)
+
+
+def test_requeue_by_an_administrator_and_a_killed_batch_process(slurm: Cluster, calm: Path, tmp_path: Path) -> None:
+    """`scontrol requeue` kills after some seconds; a TERM of the batch process alone saves and requeues."""
+    job = Job(slurm, tmp_path / "run")
+    job.trained(2)
+    job.slurm("scontrol", "requeue", str(job.id))
+    job.trained(3, epoch=1)
+    job.slurm("scancel", "--batch", "--signal=TERM", str(job.id))
+    job.finished()
+    assert job.epoch == 3
+    assert job.fields()["Restarts"] == "2"
+    assert all(job.ending(epoch).get("stopped", True) for epoch in (1, 2))
+    runs.same_run(calm, job.run_dir)
+
+
+def test_killed_processes_and_a_restarted_controller(slurm: Cluster, calm: Path, tmp_path: Path) -> None:
+    """Trainer, then engine: new attempts in the same allocation, also while the controller is away."""
+    job = Job(slurm, tmp_path / "run", *HET)
+    job.trained(2)
+    job.kill_role("trainer")
+    slurm.restart_controller(crash=True)
+    job.trained(3, epoch=1)
+    job.kill_role("engine")
+    job.finished()
+    assert job.epoch == 3
+    assert job.fields()["Restarts"] == "0"
+    assert "trainer 0 was killed by SIGKILL" in job.ending(1)["reason"]
+    assert "engine 0 was killed by SIGKILL" in job.ending(2)["reason"]
+    runs.same_run(calm, job.run_dir)
+
+
+def test_a_node_that_dies(slurm: Cluster, calm: Path, tmp_path: Path) -> None:
+    """The run goes on without it, and remembers it."""
+    job = Job(slurm, tmp_path / "run", *HET)
+    job.trained(2)
+    node = job.slurm("squeue", "-h", "-j", f"{job.id}+1", "-o", "%N").strip()
+    slurm.kill_node(node, tasks=True)
+    try:
+        job.finished()
+        left_out = json.loads((job.run_dir / "slurm" / "exclude.json").read_text())["nodes"]
+        assert list(left_out) == [node]
+    finally:
+        slurm.start_node(node)
+    runs.same_run(calm, job.run_dir)
+
+
+def test_a_wrong_configuration_is_never_requeued(slurm: Cluster, tmp_path: Path) -> None:
+    """One attempt, exit code 78."""
+    job = Job(slurm, tmp_path / "run", "data.input_key=nothing")
+    job.ended("FAILED")
+    assert job.fields()["ExitCode"] == "78:0"
+    assert (job.epoch, job.fields()["Restarts"], job.ending()["goes_on"]) == (1, "0", False)
+    assert "nothing" in job.log
+    job.nothing_left()
+
+
+def test_attempts_that_bring_nothing_are_given_up(slurm: Cluster, tmp_path: Path) -> None:
+    """Budget of one more attempt."""
+    job = Job(slurm, tmp_path / "run", "cluster.restarts=1", "rollout.generate_path=dies.generate")
+    job.ended("FAILED")
+    assert job.fields()["ExitCode"] == "75:0"
+    assert job.epoch == 2
+    job.nothing_left()
+
+
+def test_a_chain_of_jobs(slurm: Cluster, calm: Path, tmp_path: Path) -> None:
+    """The second job goes on where the first had to stop; the third finds nothing to do."""
+    job = Job(slurm, tmp_path / "run", "cluster.slurm.requeue=chain", sbatch=("--dependency=singleton",))
+    second, third = (job.submit(job.scripts[0], "--dependency=singleton") for _ in range(2))
+    job.trained(2)
+    job.slurm("scancel", "--batch", "--signal=USR1", str(job.id))
+    job.ended("FAILED")
+    assert job.fields()["ExitCode"] == "75:0"
+    job.ended(job=second)
+    job.ended(job=third)
+    assert job.epoch == 2
+    job.nothing_left()
+    runs.same_run(calm, job.run_dir)
+
+
+def test_two_jobs_that_find_each_other(slurm: Cluster, calm: Path, tmp_path: Path) -> None:
+    """The trainer's job is stopped and requeued; the rollout's serves its second attempt."""
+    job = Job(slurm, tmp_path / "run", "cluster.placement=jobs", *HET[1:])
+    job.trained(2)
+    job.slurm("scancel", "--batch", "--signal=USR1", str(job.id))
+    job.finished()
+    assert job.epoch == 2
+    assert [job.fields(each)["Restarts"] for each in job.ids] == ["1", "0"]
+    runs.same_run(calm, job.run_dir)
+
+
+def test_cancel_and_resume(slurm: Cluster, calm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """`cancel` saves and ends; `resume` submits again."""
+    for name, value in slurm.env().items():
+        monkeypatch.setenv(name, value)
+    from miles.cli.cancel import cancel
+    from miles.cli.status import status
+
+    job = Job(slurm, tmp_path / "run")
+    job.trained(2)
+    status(job.run_dir, as_json=False)
+    assert f"job: {job.id} running on" in capsys.readouterr().out
+    cancel(job.run_dir, now=False)
+    job.ended("FAILED")
+    assert job.fields()["ExitCode"] == "130:0"
+    job.nothing_left()
+    job.submit(job.scripts[0])
+    job.ended(job=job.ids[-1])
+    assert job.epoch == 2
     runs.same_run(calm, job.run_dir)

@@ -1,0 +1,77 @@
+"""A run's jobs in words, for `status`; none of a run on this machine."""
+
+from __future__ import annotations
+
+import datetime
+from typing import Any
+
+from miles.data.store.run_dir import RunDir
+from miles.report.summary import Summary, duration
+from miles.slurm import records
+from miles.slurm.requeue import fields
+from miles.slurm.states import ComponentState, JobState, job_state
+
+
+def alive(run: RunDir) -> list[JobState]:
+    """The run's jobs that wait or run, oldest first."""
+    found = (job_state(str(entry["job_id"])) for entry in records.submitted(run))
+    return [state for state in found if not state.over]
+
+
+def with_jobs(summary: Summary, jobs: list[JobState]) -> Summary:
+    """A run whose attempt has ended goes on while it has a job: it waits in the queue, or begins another attempt."""
+    if not jobs or summary.state in ("running", "starting", "finished"):
+        return summary
+    running = [state for state in jobs if state.state == "RUNNING"]
+    summary.state = "starting" if running else "queued"
+    summary.reason = "the job runs, and begins an attempt" if running else jobs[0].reason
+    return summary
+
+
+def job_rows(run: RunDir, jobs: list[JobState]) -> list[tuple[str, str]]:
+    """(name, value) lines of the jobs that wait or run, else of the run's last one."""
+    if not (entries := records.submitted(run)):
+        return []
+    rows = []
+    for state in jobs or [job_state(str(entries[-1]["job_id"]))]:
+        rows.append(("job", _job(state)))
+        rows += [("group", _group(each)) for each in state.components if len(state.components) > 1 and not state.over]
+    if bad := records.excluded(run):
+        rows.append(("left out", f"{', '.join(bad)} (failed; RUN/slurm/exclude.json says why)"))
+    return rows
+
+
+def job_facts(jobs: list[JobState]) -> list[dict[str, Any]]:
+    """The same for --json."""
+    return [{"job_id": int(state.job_id), "state": state.state, "reason": state.reason, "nodes": state.nodes, "restarts": state.restarts} for state in jobs]
+
+
+def _group(each: ComponentState) -> str:
+    where = f" on {each.nodes}" if each.nodes else ""
+    return f"{each.group}: {each.state.lower()}{where}" + (f" ({each.reason})" if each.reason else "")
+
+
+def _job(state: JobState) -> str:
+    """One job in words: its state, where, why not yet, how often requeued, and how long it has or has to wait."""
+    text = f"{state.job_id} {state.state.lower().replace('_', ' ')}"
+    text += f" on {state.nodes}" if state.nodes and not state.over else ""
+    text += f" ({state.reason})" if state.reason else ""
+    text += f", requeued {state.restarts} time{'s' if state.restarts > 1 else ''}" if state.restarts else ""
+    text += f", exit code {state.exit_code}" if state.exit_code is not None else ""
+    if state.over:
+        return text
+    known = next(iter(fields(state.job_id)), {})
+    if state.state == "RUNNING":
+        left = _until(known.get("EndTime", ""))
+        return text + (f", time limit in {duration(left)}" if left is not None else "")
+    wait = _until(known.get("StartTime", ""))
+    return text + (f", Slurm expects it to start in {duration(wait)}" if wait is not None else "")
+
+
+def _until(moment: str) -> float | None:
+    """Seconds until a moment as Slurm writes it; None for Unknown, and for what is past."""
+    try:
+        left = (datetime.datetime.fromisoformat(moment) - datetime.datetime.now()).total_seconds()
+    except ValueError:
+        return None
+    return left if 0 < left < 86400 * 300 else None  # without a limit Slurm names a day a year ahead
