@@ -144,12 +144,12 @@ class Conductor:
         return self.over(first)
 
     def over(self, first: dict[str, Any]) -> int:
-        """Wait for every srun; returns the code of the component that failed first."""
+        """Wait for every srun; returns the exit code of what failed first."""
         for component in self.components:
             self.wait(component, GONE_SECONDS)
         print(": ".join(text for text in (first["component"], first["word"]) if text), flush=True)
         codes = [component.process.returncode for component in self.components if first["component"] in (None, component.name)]
-        return next((code for code in codes if code and code > 0), 1)
+        return code_of(first["word"]) or next((code for code in codes if code and code > 0), 1)
 
     def finish(self, others: list[Component]) -> int:
         """The primary component has ended well: ask the others to stop, then kill those that don't."""
@@ -175,6 +175,11 @@ class Conductor:
         """Wait for an srun's end, at most so long."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             component.process.wait(seconds)
+
+
+def code_of(word: str) -> int | None:
+    """The exit code in srun's word for a task's end; srun's own is the highest of all its tasks, killed ones included."""
+    return int(word.rpartition(" ")[2]) if word.startswith("Exited with exit code ") else None
 
 
 def why_ended(leader: str) -> str:

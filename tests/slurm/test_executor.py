@@ -1,0 +1,230 @@
+"""submitit's executor for heterogeneous jobs on a real Slurm, with and without accounting."""
+
+from __future__ import annotations
+
+import ast
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from clusters import cluster_or_skip
+from submitit.core.utils import FailedJobError, FailedSubmissionError, UncompletedJobError
+
+from miles.slurm.executor import HetSlurmExecutor
+from miles.slurm.job import HetSlurmInfoWatcher, HetSlurmJob
+from miles.slurm.minicluster import Cluster, Settings
+from miles.slurm.minicluster.processes import environment, everybody
+
+HERE = Path(__file__).parent
+REPORT_SECONDS = 10.0  # from a job's end to our word of it
+
+
+@pytest.fixture(scope="module")
+def patient() -> Iterator[Cluster]:
+    """A cluster that waits as long as real ones do before it kills what SIGTERM did not end."""
+    with cluster_or_skip(nodes={"train": 4, "infer": 4, "cpu": 1}, settings=Settings(kill_wait_seconds=30)) as found:
+        yield found
+
+
+@pytest.fixture
+def cluster(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Cluster:
+    """A cluster, by default without accounting, with a shell on it that is itself in a job of which nothing may be seen."""
+    found: Cluster = request.getfixturevalue(getattr(request, "param", "patient"))
+    for name, value in found.env().items():
+        monkeypatch.setenv(name, value)
+    for name in ("SLURM_JOB_ID", "SLURM_NTASKS", "SLURM_CPUS_PER_TASK", "SLURM_ARRAY_TASK_ID", "SLURM_PROCID", "SBATCH_ACCOUNT", "SBATCH_PARTITION"):
+        monkeypatch.setenv(name, "999")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(HERE.parents[1]), str(HERE), os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.setattr(HetSlurmJob, "watcher", HetSlurmInfoWatcher())
+    return found
+
+
+both = pytest.mark.parametrize("cluster", ["patient", "slurm_accounting"], indirect=True, ids=["without accounting", "with accounting"])
+
+
+def executor(folder: Path, nodes: int = 1) -> HetSlurmExecutor:
+    """Two components: a trainer of two tasks, and a server, on nodes of different kinds."""
+    other = folder / "other python"
+    folder.mkdir(parents=True, exist_ok=True)
+    other.write_text(f"#!/bin/sh\nexport SET_UP=by_the_wrapper\nexec {sys.executable} \"$@\"\n")
+    other.chmod(0o755)
+    made = HetSlurmExecutor(folder / "jobs")
+    made.update_parameters(time="15", job_name="pair", mem="200")
+    made.component("trainer", nodes=nodes, tasks_per_node=2 // nodes, partition="gb300", gpus_per_node=4, gpu_type="gb300", environment={"ONLY_TRAINER": "1"}, setup=["export SET_UP=trainer"])
+    made.component("server", partition="cpu" if nodes == 2 else "h200", gpus_per_node=0, environment={"ONLY_SERVER": "1"}, python=f"'{other}'")
+    return made
+
+
+def ended(job: HetSlurmJob[Any]) -> float:
+    """Seconds from now until the job has reported, by each of its components."""
+    start = time.monotonic()
+    for component in job.components.values():
+        component.exception()
+    return time.monotonic() - start
+
+
+def nothing_is_left(cluster: Cluster, folder: Path) -> None:
+    """No process of a job in folder, and no held node."""
+    deadline = time.monotonic() + 10
+    while True:
+        left = [p.pid for p in everybody() if environment(p).get("SUBMITIT_FOLDER", "").startswith(str(folder))]
+        held = set(cluster.run(["sinfo", "-h", "-N", "-o", "%T"]).stdout.split()) - {"idle"}
+        if not left and not held:
+            return
+        assert time.monotonic() < deadline, (left, held)
+        time.sleep(0.1)
+
+
+@both
+def test_results_logs_and_ranks_by_component(cluster: Cluster, tmp_path: Path) -> None:
+    job = executor(tmp_path, nodes=2).submit_components({"trainer": ("payloads.train", "ok"), "server": ("payloads.serve", "ok", str(tmp_path / "ended"))})
+    first, second = job.results()
+    assert job.state in ("RUNNING", "COMPLETING", "COMPLETED")  # the server is being stopped
+    server = job.components["server"]
+    assert server.results() == [None]
+    assert (tmp_path / "ended").read_text() == "SIGTERM"
+    nothing_is_left(cluster, tmp_path)
+    assert job.state == "COMPLETED"
+
+    assert [first[name] for name in ("component", "group", "rank", "local", "node", "tasks", "nodes", "job")] == ["trainer", 0, 0, 0, 0, 2, 2, job.job_id]
+    assert [second[name] for name in ("component", "group", "rank", "local", "node", "tasks", "nodes", "job")] == ["trainer", 0, 1, 0, 1, 2, 2, job.job_id]
+    assert (first["where"], second["where"]) == ("train0", "train1")
+    assert first["nested"] == second["nested"] == "nested\n"  # srun in a task doesn't wait for what the task holds
+    other = ast.literal_eval((tmp_path / "jobs" / "server" / f"about.{job.job_id}").read_text())
+    assert [other[name] for name in ("component", "group", "rank", "tasks", "nodes", "job", "where")] == ["server", 1, 0, 1, 1, job.job_id, "cpu0"]
+    addresses = [cluster.run(["scontrol", "-o", "show", "node", node]).stdout.partition("NodeAddr=")[2].split()[0] for node in ("train0", "train1", "cpu0")]
+    assert first["addresses"] == other["addresses"] == {"trainer": addresses[:2], "server": addresses[2:]}
+
+    conf = cluster.env()["SLURM_CONF"]
+    assert first["environment"] == {"ONLY_TRAINER": "1", "SET_UP": "trainer", "SLURM_CONF": conf, "CUDA_VISIBLE_DEVICES": "0,1,2,3"}
+    assert other["environment"] == {"ONLY_SERVER": "1", "SET_UP": "by_the_wrapper", "SLURM_CONF": conf}
+
+    assert "trainer of ok" in str(job.task(1).stdout())
+    assert "complaint of ok" in str(job.task(0).stderr())
+    assert "complaint of ok" not in str(job.task(0).stdout())
+    assert sorted(path.name for path in (tmp_path / "jobs" / "trainer").iterdir()) == sorted(
+        [f"{job.job_id}_{name}" for name in ("submission.sh", "submitted.pkl", "srun.err", *(f"{rank}_{kind}" for rank in (0, 1) for kind in ("log.out", "log.err", "result.pkl")))]
+    )
+    again = HetSlurmJob.of(tmp_path / "jobs", job.job_id)
+    assert again.results() == [first, second]
+    assert again.submission().args == ("ok",)
+
+
+CASES = {
+    "trainer raises": (FailedJobError, "Task 1 of component trainer on train", "FAILED"),
+    "trainer exits": (UncompletedJobError, "Exited with exit code 9", "FAILED"),
+    "server exits": (UncompletedJobError, "Task 0 of component server on infer", "FAILED"),
+    "server killed": (UncompletedJobError, "Killed", "FAILED"),
+}
+
+
+@both
+def test_one_failure_ends_all_and_is_told(cluster: Cluster, tmp_path: Path) -> None:
+    """Four jobs side by side, in each another process fails; the rest would go on for ever and doesn't mind SIGTERM."""
+    made = executor(tmp_path)
+    jobs = {case: made.submit_components({"trainer": ("payloads.train", case), "server": ("payloads.serve", case)}) for case in CASES}
+    for case, (kind, words, state) in CASES.items():
+        components = jobs[case].components
+        failed = components["trainer"].task(1) if case.startswith("trainer") else components["server"]
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "jobs" / f"{jobs[case].job_id}_end.json").exists():
+            assert time.monotonic() < deadline, case
+            time.sleep(0.1)
+        assert ended(jobs[case]) < REPORT_SECONDS, case
+        error = failed.exception()
+        assert type(error) is kind, case
+        told = str(components["trainer"].task(0).exception())
+        assert words in told if case != "trainer raises" else "no batch 7" in str(error), told
+        assert jobs[case].state == state, case
+        with pytest.raises(UncompletedJobError):
+            components["trainer"].results()
+    assert jobs["trainer exits"].get_info()["ExitCode"] == "9"
+    nothing_is_left(cluster, tmp_path)
+
+
+def running(job: HetSlurmJob[Any], sign: Path) -> None:
+    """Wait until the server runs."""
+    deadline = time.monotonic() + 60
+    while not sign.exists():
+        assert time.monotonic() < deadline, job.get_info()
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("part", ["job", "component"])
+def test_cancelled(cluster: Cluster, tmp_path: Path, part: str) -> None:
+    """Cancelled as a whole by any of its component's jobs, or by a stranger's scancel of one component: reported long before Slurm's KillWait."""
+    job = executor(tmp_path).submit_components({"trainer": ("payloads.train", "hangs"), "server": ("payloads.serve", "hangs")})
+    running(job, tmp_path / "jobs" / "server" / f"about.{job.job_id}")
+    if part == "job":
+        job.components["server"].cancel()
+    else:
+        cluster.run(["scancel", str(int(job.job_id) + 1)])
+    assert ended(job) < REPORT_SECONDS
+    assert job.state == ("CANCELLED" if part == "job" else "FAILED")
+    assert "ended by Slurm" in str(job.task(0).exception())
+    nothing_is_left(cluster, tmp_path)
+
+
+def test_cancelled_while_it_waits(cluster: Cluster, tmp_path: Path) -> None:
+    made = executor(tmp_path)
+    made.update_parameters(sbatch={"begin": "now+1hour"})
+    job = made.submit_components({"trainer": ("payloads.train", "ok"), "server": ("payloads.serve", "ok")})
+    assert job.get_info()["State"] == "PENDING"
+    assert "may not start yet" in job.get_info()["Reason"]
+    job.cancel()
+    assert ended(job) < REPORT_SECONDS
+    assert job.state == "CANCELLED"
+
+
+def test_saved_and_requeued_as_a_whole(cluster: Cluster, tmp_path: Path) -> None:
+    """Both components save, the leader is requeued once, and the count goes on where it was."""
+    job = executor(tmp_path).submit_components({"trainer": ("payloads.Counting", 60), "server": ("payloads.Serving", str(tmp_path))})
+    log = tmp_path / "jobs" / "trainer" / f"{job.job_id}_0_log.out"
+    deadline = time.monotonic() + 60
+    while not log.exists() or "at 20\n" not in log.read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    job._interrupt()
+    begun, end, restart = job.task(0).result()
+    assert 20 <= begun < 60
+    assert (end, restart) == (60, "1")
+    assert (tmp_path / "server saved").exists()
+    assert job.components["server"].results() == [None]
+    assert job.get_info()["Restarts"] == "1"
+    nothing_is_left(cluster, tmp_path)
+
+
+def test_one_component_as_submitit_does_it(cluster: Cluster, tmp_path: Path) -> None:
+    """Without components the plugin is an executor like any other."""
+    import payloads
+    import submitit
+
+    made = submitit.AutoExecutor(tmp_path / "jobs", cluster="hetslurm")
+    made.update_parameters(timeout_min=15, mem_gb=0.2, nodes=2, name="alone", hetslurm_partition="gb300", stderr_to_stdout=True)
+    job = made.submit(payloads.train, "ok alone")
+    first, second = job.results()
+    assert (first["component"], first["group"], first["rank"], second["rank"], second["nodes"]) == ("main", 0, 0, 1, 2)
+    assert "complaint of ok alone" in str(job.task(1).stdout())
+    assert made.submit(max, 3, 5).task(0).result() == 5
+
+
+def test_what_cannot_be_submitted(cluster: Cluster, tmp_path: Path) -> None:
+    made = executor(tmp_path)
+    with pytest.raises(ValueError, match=r"unavailable parameter\(s\): partitoin; there are: account, "):
+        made.component("third", partitoin="cpu")
+    with pytest.raises(ValueError, match="component third, segment: Input should be greater than or equal to 1"):
+        made.component("third", segment=0)
+    with pytest.raises(ValueError, match="can't be imported by the job's interpreters"):
+        made.submit(lambda: 1)
+    with pytest.raises(ValueError, match="functions are given for trainer, but the components are trainer, server"):
+        made.submit_components({"trainer": ("payloads.train",)})
+    made.component("server", partition="nowhere")
+    with pytest.raises(FailedSubmissionError, match="sbatch: Invalid partition name specified"):
+        made.submit_components({"trainer": ("payloads.train", "ok"), "server": ("payloads.serve", "ok")})
+    assert not [path for path in (tmp_path / "jobs").rglob("*") if path.is_file()]
+    assert HetSlurmJob.watcher.get_state("424242", mode="force") == "FORGOTTEN"
+    assert HetSlurmJob.watcher.is_done("424242")
