@@ -1,0 +1,116 @@
+"""The state of a job in words, from the controller or the accounting, whichever knows it."""
+
+from __future__ import annotations
+
+import re
+import time
+from pathlib import Path
+
+import pytest
+
+from miles.config.exits import UserError
+from miles.slurm.minicluster import Cluster
+from miles.slurm.script import directive
+from miles.slurm.states import FORGOTTEN, JobState, from_accounting, from_controller, job_state, parse_accounting, parse_controller, words
+
+# Of Slurm 22.05, shortened; a comment that looks like a field.
+CONTROLLER = """JobId=15 HetJobId=14 HetJobOffset=1 JobName=run JobState=CANCELLED Reason=None Requeue=1 Restarts=2 BatchFlag=1 ExitCode=0:15 NodeList=cpu0 Comment=it's JobState=FAILED here
+JobId=14 HetJobId=14 HetJobOffset=0 JobName=run JobState=RUNNING Reason=None Requeue=1 Restarts=2 BatchFlag=1 ExitCode=0:0 ReqNodeList=(null) NodeList=train[0-1] BatchHost=train0
+"""
+ACCOUNTING = """17+0|17|PREEMPTED|0:0|train[0-1]|None
+17+1|18|PREEMPTED|0:0|infer0|None
+17+0|17|FAILED|9:0|train[2-3]|NonZeroExitCode
+17+1|18|CANCELLED by 1000|0:0|infer1|None
+"""
+
+
+def test_components_of_a_job_in_the_controller() -> None:
+    state = parse_controller(CONTROLLER)
+    assert state is not None
+    assert (state.job_id, state.state, state.reason, state.nodes, state.restarts, state.exit_code, state.over) == (
+        "14", "RUNNING", "component 1 is cancelled", "train[0-1],cpu0", 2, None, False,
+    )  # fmt: skip
+    assert [(each.job_id, each.group, each.state, each.nodes, each.exit_code) for each in state.components] == [
+        ("14", 0, "RUNNING", "train[0-1]", None),
+        ("15", 1, "CANCELLED", "cpu0", 143),
+    ]
+    assert parse_controller("") is None
+
+
+def test_the_last_execution_in_the_accounting() -> None:
+    state = parse_accounting(ACCOUNTING)
+    assert state is not None
+    assert (state.job_id, state.state, state.reason, state.nodes, state.restarts, state.exit_code, state.over) == (
+        "17", "FAILED", "ended with an error", "train[2-3],infer1", 1, 9, True,
+    )  # fmt: skip
+    assert [each.state for each in state.components] == ["FAILED", "CANCELLED"]
+    assert parse_accounting("") is None
+
+
+@pytest.mark.parametrize(
+    ("reason", "said"),
+    [
+        ("Priority", "waits behind jobs of higher priority"),
+        ("ReqNodeNotAvail,_UnavailableNodes:train0", "a node that it asks for, or enough nodes, are not available (UnavailableNodes:train0)"),
+        ("QOSMaxGRESPerUser", "limit of its qos reached: max gresper user"),
+        ("AssocGrpNodeLimit", "limit of its account reached: grp node limit"),
+        ("SomeNewReason", "some new reason"),
+        ("None", ""),
+    ],
+)
+def test_reasons_in_words(reason: str, said: str) -> None:
+    assert words(reason, "PENDING") == said
+
+
+def settled(job: str) -> JobState:
+    """The state once it is over."""
+    deadline = time.monotonic() + 60
+    while not (state := job_state(job)).over:
+        assert time.monotonic() < deadline, state
+        time.sleep(0.1)
+    return state
+
+
+def test_jobs_of_a_real_cluster(slurm_accounting: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The controller and the accounting tell the same of each; none is ever unknown."""
+    for name, value in slurm_accounting.env().items():
+        monkeypatch.setenv(name, value)
+
+    def submit(command: str, *options: str) -> str:
+        lines = ["--partition=cpu --output=/dev/null", *options]
+        text = "#!/bin/bash\n" + "".join(f"#SBATCH {line}\n" for line in lines) + "#SBATCH hetjob\n#SBATCH --partition=h200\n" + command
+        return slurm_accounting.run(["sbatch", "--parsable"], input=text).stdout.strip()
+
+    comment = """it's a # "quoted" $HOME JobState=FAILED 'x'"""
+    good, bad = submit("true", directive("comment", comment).removeprefix("#SBATCH ")), submit("exit 9")
+    held, cancelled = submit("sleep 1000", "--hold"), submit("sleep 1000")
+    assert f"Comment={comment} " in slurm_accounting.run(["scontrol", "-o", "show", "job", good]).stdout
+    assert (job_state(held).state, job_state(held).reason, job_state(held).over) == ("PENDING", "held by its user; release it with scontrol release", False)
+    slurm_accounting.run(["scancel", held, cancelled])
+    for job, state, code in ((good, "COMPLETED", 0), (bad, "FAILED", 9), (held, "CANCELLED", 0), (cancelled, "CANCELLED", 0)):
+        known = settled(job)
+        assert (known.job_id, known.state, known.exit_code, len(known.components)) == (job, state, code, 2)
+        deadline = time.monotonic() + 20
+        while (recorded := from_accounting(job)) is None or not recorded.over or recorded.nodes != known.nodes:
+            assert time.monotonic() < deadline, recorded
+            time.sleep(0.1)
+        assert (recorded.job_id, recorded.state, recorded.exit_code) == (job, state, code)
+        assert from_controller(str(int(job) + 1)) is not None  # a component's own id leads there, too
+    unknown = job_state("424242")
+    assert unknown.over
+    assert unknown.state == FORGOTTEN
+    assert unknown.reason == "Slurm no longer knows job 424242: its controller forgets ended jobs, and there is no record of it in the accounting"
+
+
+def test_without_accounting_and_without_controller(slurm: Cluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name, value in slurm.env().items():
+        monkeypatch.setenv(name, value)
+    job = slurm.run(["sbatch", "--parsable", "--partition=cpu", "--output=/dev/null", "--wrap=exit 3"]).stdout.strip()
+    assert (settled(job).state, settled(job).exit_code, settled(job).reason) == ("FAILED", 3, "ended with an error")
+    assert job_state("424242").state == FORGOTTEN
+    assert from_accounting(job) is None
+    text = re.sub(r"(?m)^(SlurmctldPort)=.*", r"\1=1", slurm.conf.read_text())  # nobody listens there
+    (tmp_path / "slurm.conf").write_text(text)
+    monkeypatch.setenv("SLURM_CONF", str(tmp_path / "slurm.conf"))
+    with pytest.raises(UserError, match="^scontrol: "):
+        job_state(job)
