@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import os
+import re
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -228,3 +230,16 @@ def test_what_cannot_be_submitted(cluster: Cluster, tmp_path: Path) -> None:
     assert not [path for path in (tmp_path / "jobs").rglob("*") if path.is_file()]
     assert HetSlurmJob.watcher.get_state("424242", mode="force") == "FORGOTTEN"
     assert HetSlurmJob.watcher.is_done("424242")
+
+
+def test_the_example_of_the_documentation(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    section = (HERE.parents[1] / "docs" / "slurm.md").read_text().partition("## Your own functions on groups of different hardware")[2]
+    blocks = re.findall(r"```python\n# (\w+\.py).*?\n(.*?)```", section, re.DOTALL)
+    for name, text in blocks:
+        (tmp_path / name).write_text(text)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ['PYTHONPATH']}")
+    done = subprocess.run([sys.executable, "submit.py"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    answer, state = done.stdout.splitlines()
+    assert f"It prints `{answer}`" in section
+    assert state.split()[0] in ("RUNNING", "COMPLETING", "COMPLETED")

@@ -112,5 +112,5 @@ def test_without_accounting_and_without_controller(slurm: Cluster, monkeypatch: 
     text = re.sub(r"(?m)^(SlurmctldPort)=.*", r"\1=1", slurm.conf.read_text())  # nobody listens there
     (tmp_path / "slurm.conf").write_text(text)
     monkeypatch.setenv("SLURM_CONF", str(tmp_path / "slurm.conf"))
-    with pytest.raises(UserError, match="^scontrol: "):
+    with pytest.raises(UserError, match=r"^scontrol: "):
         job_state(job)
