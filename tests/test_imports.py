@@ -26,9 +26,10 @@ ALLOWED = {
     "slurm": {"config", "data", "plan"},
     "report": {"config", "data"},
     "run": {"config", "data", "engine", "rollout", "training", "sync", "algorithms", "models", "precision"},
+    "trackers": {"config", "data"},
     "cli": {"config", "plan", "slurm", "report", "data"},
 }
-LIGHT = ("config", "slurm", "plan", "cli", "report")
+LIGHT = ("config", "slurm", "plan", "cli", "report", "trackers")
 
 
 def imported(path: Path) -> set[str]:

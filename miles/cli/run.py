@@ -31,6 +31,7 @@ from miles.slurm.meeting import free_port
 from miles.slurm.progress import finished
 from miles.slurm.sole import only_launcher
 from miles.slurm.submission import by_hand, prepare, write
+from miles.slurm.tracked import tracked
 
 DECAY = "train.optimizer.lr_decay_steps"
 
@@ -42,7 +43,7 @@ MAY_CHANGE = {
     "checkpoint.save_interval", "checkpoint.retain", "checkpoint.save_hf",
     "checkpoint.retain_batches", "checkpoint.retain_batches_days", "checkpoint.retain_batches_bytes",
 }  # fmt: skip
-ALLOCATION = ("cluster.groups.", "cluster.slurm.")  # what is asked of Slurm; numbers of ranks and engines are not among it
+FREE = ("cluster.groups.", "cluster.slurm.", "trackers.")  # what is asked of Slurm (not numbers of ranks and engines), and who is told
 
 
 def run(words: list[str], run_dir: Path | None, wait: bool = False) -> int:
@@ -159,7 +160,8 @@ def follow(folder: RunDir, config: RunConfig, console: Console) -> int:
 
     final = None
     try:
-        code = launch(config, folder, update, lambda line: progress.say(line))
+        with tracked(folder, config, progress.say):
+            code = launch(config, folder, update, progress.say)
         final = last_state(folder)
     finally:
         refresher.close()
@@ -229,7 +231,7 @@ def refuse_differences(old: RunConfig, new: RunConfig, folder: RunDir) -> None:
 def differences(old: RunConfig, new: RunConfig) -> list[str]:
     """Dotted paths of settings that differ and make it another run."""
     free = MAY_CHANGE | ({DECAY} if new.train.optimizer.lr_schedule == "constant" else set())
-    return [key for key in _differences(old.model_dump(), new.model_dump(), "") if key not in free and not key.startswith(ALLOCATION)]
+    return [key for key in _differences(old.model_dump(), new.model_dump(), "") if key not in free and not key.startswith(FREE)]
 
 
 def say_decay(old: RunConfig, new: RunConfig, console: Console) -> None:

@@ -12,6 +12,7 @@ from pydantic import Field, field_validator
 
 from miles.config.allocation import Groups, Slurm
 from miles.config.section import Section
+from miles.config.trackers import Trackers
 from miles.config.units import bytes_of
 
 Device = Literal["cpu", "cuda"]
@@ -287,6 +288,7 @@ class RunConfig(Section):
     checkpoint: Checkpoint = Field(default_factory=lambda: Checkpoint())
     debug: Debug = Field(default_factory=lambda: Debug())
     profile: Profile = Field(default_factory=lambda: Profile())
+    trackers: Trackers = Field(default_factory=lambda: Trackers())
 
     @property
     def total_steps(self) -> int:

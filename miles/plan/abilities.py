@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ from miles.config.section import Section
 Level = Literal["error", "warning", "note"]
 Entry = tuple[Level, str, str, str]  # level, where, message, mend
 FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe")  # transformers' model_type, each with a passing test
+PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow-skinny"}  # of the trackers, by import name
 REWARDS = ("exact_match", "math", "reasoning_gym", "remote_rm")
 
 
@@ -193,6 +195,9 @@ def suspicious(config: RunConfig) -> Iterator[Entry]:
             f"set train.max_tokens_per_gpu={longest}",
         )
     yield from _unread(config)
+    for name in config.trackers.names:
+        if importlib.util.find_spec(name) is None:
+            yield "warning", f"trackers.{name}", f"package {name} is not installed here, so nothing is sent to it", f"pip install {PACKAGES[name]}"
     if config.profile.steps and config.profile.steps[0] > config.total_steps:
         yield "warning", "profile.steps", f"the run has {config.total_steps} steps, so nothing is traced", "name earlier steps"
     if config.debug.recorded and config.eval.interval:

@@ -30,6 +30,7 @@ def main(words: list[str]) -> int:
     from miles.slurm.rollout_job import RolloutJob
     from miles.slurm.srun import addresses
     from miles.slurm.step import own_address
+    from miles.slurm.tracked import tracked
     from miles.slurm.trainer_job import TrainerJob
 
     run = RunDir(Path(words[0]))
@@ -37,8 +38,10 @@ def main(words: list[str]) -> int:
         config, job = load_config([run.run_yaml]), JobHere.read()
         os.environ["MILES_ADDRESSES"] = json.dumps(addresses(reachable=config.cluster.placement == "jobs"))
         os.environ["MILES_HOST"] = own_address()
-        kind = RolloutJob if words[1:] == ["rollout"] else TrainerJob
-        return kind(run, config, job, signals, say).start()
+        if words[1:] == ["rollout"]:
+            return RolloutJob(run, config, job, signals, say).start()
+        with tracked(run, config, say):
+            return TrainerJob(run, config, job, signals, say).start()
     except Fenced as error:
         say(f"{error}, which goes on with the run; this job has stopped")
         return AGAIN
