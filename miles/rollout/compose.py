@@ -12,10 +12,10 @@ from miles.rollout.jobs import BatchJob, ShardReport
 
 
 def compose(batch: BatchJob, config: RunConfig, run_id: str, epoch: int) -> Manifest:
-    """The manifest of a complete job; shards in the order of their workers. Raises UserError when the batch can't be divided."""
+    """The manifest of a complete job; shards in the order of their parts. Raises UserError when the batch can't be divided."""
     assert batch.complete, "every part is sealed"
     job = batch.job
-    reports = [batch.shards[worker] for worker in sorted(batch.shards)]
+    reports = [batch.shards[part] for part in sorted(batch.shards)]
     sampling = {} if job.kind == "sft" else (config.eval if job.kind == "eval" else config.rollout).sampling.model_dump(mode="json")
     return Manifest(
         run_id=run_id,
@@ -29,7 +29,7 @@ def compose(batch: BatchJob, config: RunConfig, run_id: str, epoch: int) -> Mani
         engines=[engine for report in reports for engine in report.engines],
         shards=[ShardEntry(**report.shard) for report in reports],
         routes=[ShardEntry(**report.routes) for report in reports if report.routes is not None],
-        draws=sorted(draw for draws in batch.orders.values() for draw in draws),
+        draws=sorted(batch.chosen),
         dropped=[Dropped(**each) for each in batch.dropped()],
         next_draw=batch.next_draw,
         assignment=[] if job.kind == "eval" else _assignment(reports, job.kind, config),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, overload
 
@@ -73,11 +73,13 @@ class Held:
     def __init__(self, run_dir: RunDir, worker: int, epoch: int, samples: dict[str, int], budget: int = BUDGET_BYTES) -> None:
         """samples: of a whole group, by kind. budget: bytes of arrays held in memory, warm-start groups aside."""
         self.samples, self.budget = samples, budget
+        self._run_dir, self._epoch = run_dir, epoch
+        self._asked: set[tuple[Name, int]] = set()
         self._journal = Journal(run_dir.journal_file(worker, epoch), fence=Fence(run_dir, epoch))
         self._groups: dict[Name, dict[int, list[Sample] | Place]] = {}
         self._rows: dict[Name, dict[int, list[Row]]] = {}
         self._bytes: dict[Name, int] = {}
-        self._sealed: set[Name] = set()
+        self._done: set[Name] = set()
         self._old = [path for path in journal_paths(run_dir.journal) if int(path.name.split(".")[-2]) < epoch]
         self._names = self._scan()
 
@@ -97,49 +99,64 @@ class Held:
         if name not in self._names:
             return {}
         self._names.discard(name)
-        found: dict[int, Place] = {}
-        for path in self._old:
-            with contextlib.suppress(FileNotFoundError):  # as in _scan
-                for position, context, group in scan_journal(path):
-                    # A group of another size is of another configuration: it is made again.
-                    if name_of(context) == name and len(group) == self.samples[name[0]]:
-                        found.setdefault(group[0].draw, (path, position))
+        found = self._find(name, self._old)
         if found:
             log.warning("step %d: %d %s groups of an earlier attempt are in the journal; they are not generated again", name[1], len(found), name[0])
         return found
 
+    def recall_lost(self, lineage: Lineage, workers: Iterable[int]) -> dict[int, Place]:
+        """Where groups of this job stand that workers of this attempt finished before they were lost, by draw; each journal is read once a job."""
+        name = name_of(lineage)
+        new = [worker for worker in workers if (name, worker) not in self._asked]
+        self._asked |= {(name, worker) for worker in new}
+        found = self._find(name, [self._run_dir.journal_file(worker, self._epoch) for worker in new])
+        if found:
+            log.warning("step %d: %d %s groups of lost workers are in their journals; they are not generated again", name[1], len(found), name[0])
+        return found
+
+    def _find(self, name: Name, paths: Iterable[Path]) -> dict[int, Place]:
+        found: dict[int, Place] = {}
+        for path in paths:
+            with contextlib.suppress(FileNotFoundError):  # retired, or never begun
+                for position, context, group in scan_journal(path):
+                    # A group of another size is of another configuration: it is made again.
+                    if name_of(context) == name and len(group) == self.samples[name[0]]:
+                        found.setdefault(group[0].draw, (path, position))
+        return found
+
     def add(self, lineage: Lineage, group: list[Sample], place: Place | None = None, *, hold: bool) -> None:
-        """Journal a finished group, unless an older journal has it at `place`, and hold it until it is sealed (a filtered one is not held)."""
+        """Journal a finished group, unless another journal has it at `place`, and hold it until it is sealed (a filtered one only by its place)."""
         if place is None and lineage["kind"] != "sft":
             place = self._journal.path, self._journal.append(group, lineage)
-        if not hold:
-            return
         name, size = name_of(lineage), size_of(group)
         self._rows.setdefault(name, {})[group[0].draw] = [row_of(sample) for sample in group]
         held = self._groups.setdefault(name, {})
-        if place is not None and sum(self._bytes.values()) + size > self.budget:
+        if place is not None and (not hold or sum(self._bytes.values()) + size > self.budget):
             held[group[0].draw] = place
         else:
             held[group[0].draw] = group
             self._bytes[name] = self._bytes.get(name, 0) + size
 
     def take(self, lineage: Lineage, draws: list[int]) -> HeldSamples:
-        """The samples of these draws, in their order; what else was held for this job is let go."""
+        """The samples of these draws, in their order. What else is held for this job stays until the next one begins."""
         name = name_of(lineage)
-        groups, rows = self._groups.pop(name), self._rows.pop(name)
-        self._bytes.pop(name, None)
-        self._sealed.add(name)
-        return HeldSamples([groups[draw] for draw in draws], [row for draw in draws for row in rows[draw]], self.samples[name[0]])
+        groups, rows = self._groups[name], self._rows[name]
+        taken = [groups.pop(draw) for draw in draws]
+        self._bytes[name] = self._bytes.get(name, 0) - sum(size_of(group) for group in taken if isinstance(group, list))
+        return HeldSamples(taken, [row for draw in draws for row in rows.pop(draw)], self.samples[name[0]])
 
     def begin(self, lineage: Lineage) -> None:
-        """A job begins: those of its kind before it are in manifests, and a long journal is shortened by them.
+        """A job begins: those of its kind before it are in manifests. What is left of them is let go, and a long journal is shortened by them.
 
         Not earlier: a shard without its manifest counts for nothing, and after a death in between the journal has all that is left.
         """
-        done = {name for name in self._sealed if name[0] == lineage["kind"] and name[1] < lineage["step"]}
-        if not done or self._journal.bytes <= SHORTEN_BYTES:
+        for name in [name for name in self._groups if name[0] == lineage["kind"] and name[1] < lineage["step"]]:
+            del self._groups[name], self._rows[name]
+            self._bytes.pop(name, None)
+            self._done.add(name)
+        if not self._done or self._journal.bytes <= SHORTEN_BYTES:
             return
-        self._sealed -= done
+        done, self._done = self._done, set()
         moved = self._journal.compact(lambda context, group: name_of(context) not in done)
         for groups in self._groups.values():
             for draw, group in groups.items():

@@ -2,13 +2,17 @@
 
 Draws are asked for in rounds. A round is judged only when all its groups are finished, and groups are accepted in draw order, so
 the batch does not depend on who was fast. Kept groups beyond what the batch needs are dropped as "surplus", on record.
+
+A worker that is lost is no loss to the batch: what it has not sealed is asked of others, who find its finished groups in its journal
+and make the rest again, with the same seeds.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from itertools import count
+from typing import Any, Literal, NamedTuple
 
 from miles.config.exits import UserError
 
@@ -39,6 +43,18 @@ class Job:
     def lineage(self) -> dict[str, Any]:
         """What worker and journal know it by."""
         return {"kind": self.kind, "step": self.step, "weight_version": self.weight_version, "weight_checksum": self.weight_checksum}
+
+
+class Part(NamedTuple):
+    """What one worker seals of a batch: one shard, or several where it does a lost worker's share as well."""
+
+    worker: int
+    number: int
+
+    @property
+    def name(self) -> str:
+        """In the names of its files: the worker's number, 0 or 0-1."""
+        return f"{self.worker}-{self.number}" if self.number else str(self.worker)
 
 
 @dataclass(frozen=True)
@@ -84,9 +100,11 @@ class BatchJob:
         self.pending: deque[int] = deque()
         self.handed: dict[int, int] = {}
         self.finished: dict[int, Finished] = {}
-        self.orders: dict[int, list[int]] = {}
-        self.given: set[int] = set()
-        self.shards: dict[int, ShardReport] = {}
+        self.chosen: list[int] = []  # the batch's draws, once a round has enough
+        self.orders: dict[Part, list[int]] = {}
+        self.given: set[Part] = set()
+        self.shards: dict[Part, ShardReport] = {}
+        self.lost: dict[int, set[int]] = {}  # draws that lost workers had, and those workers
         self._ask(max(needed, again))
 
     def _ask(self, count: int) -> None:
@@ -112,9 +130,9 @@ class BatchJob:
         if len(self.finished) < self.next_draw - self.first:
             return
         kept = self.kept()
-        if len(kept) >= self.needed:
-            for draw in kept[: self.needed]:
-                self.orders.setdefault(self.finished[draw].worker, []).append(draw)
+        if self.chosen or len(kept) >= self.needed:
+            self.chosen = self.chosen or kept[: self.needed]
+            self._order()
             return
         if not kept and len(self.finished) >= max(self.data_rows, 4 * self.needed):
             reasons = sorted({str(f.dropped) for f in self.finished.values()})
@@ -128,22 +146,47 @@ class BatchJob:
         """Draws that no filter dropped, ascending."""
         return sorted(draw for draw, group in self.finished.items() if group.dropped is None)
 
-    def order_for(self, worker: int) -> list[int] | None:
+    def _order(self) -> None:
+        """Who has a chosen draw that no shard has yet is to seal it; in a further part, if that worker was told to seal one already."""
+        ordered = {draw for draws in self.orders.values() for draw in draws}
+        for draw in self.chosen:
+            if draw not in ordered:
+                worker = self.finished[draw].worker
+                part = next(part for number in count() if (part := Part(worker, number)) not in self.given)
+                self.orders.setdefault(part, []).append(draw)
+
+    def orders_for(self, worker: int) -> list[tuple[Part, list[int]]]:
         """The draws that a worker should seal, once."""
-        if worker in self.orders and worker not in self.given:
-            self.given.add(worker)
-            return self.orders[worker]
-        return None
+        found = [(part, draws) for part, draws in self.orders.items() if part.worker == worker and part not in self.given]
+        self.given |= {part for part, _ in found}
+        return found
+
+    def lose(self, worker: int) -> None:
+        """A worker is gone for ever: what it had and has not sealed is asked for again. What a filter dropped stays dropped."""
+        for part in [part for part in self.orders if part.worker == worker and part not in self.shards]:
+            del self.orders[part]
+        sealed = {draw for draws in self.orders.values() for draw in draws}
+
+        def still_wanted(draw: int) -> bool:
+            if draw in self.finished and (self.finished[draw].dropped is not None or (self.chosen and draw not in self.chosen)):
+                return False
+            return draw not in sealed
+
+        back = [draw for draw, by in self.handed.items() if by == worker and still_wanted(draw)]
+        for draw in back:
+            self.finished.pop(draw, None)
+            del self.handed[draw]
+            self.lost.setdefault(draw, set()).add(worker)
+        self.pending = deque(sorted([*back, *self.pending]))
 
     @property
     def complete(self) -> bool:
         """Whether every part is sealed."""
-        return bool(self.orders) and self.shards.keys() == self.orders.keys()
+        return bool(self.chosen) and sum(map(len, self.orders.values())) == len(self.chosen) and self.shards.keys() == self.orders.keys()
 
     def dropped(self) -> list[dict[str, Any]]:
         """{draw, why} of every consumed draw that is not in the batch."""
-        taken = {draw for draws in self.orders.values() for draw in draws}
-        return [{"draw": draw, "why": group.dropped or "surplus"} for draw, group in sorted(self.finished.items()) if draw not in taken]
+        return [{"draw": draw, "why": group.dropped or "surplus"} for draw, group in sorted(self.finished.items()) if draw not in self.chosen]
 
     def progress(self) -> dict[str, Any]:
         """For the display."""

@@ -23,7 +23,8 @@ from miles.data.store.manifest import Manifest, find_batch, read_manifest, seal_
 from miles.data.store.run_dir import RunDir
 from miles.rollout.compose import compose
 from miles.rollout.draws import SOURCES, first_draw, number_in_source
-from miles.rollout.jobs import BatchJob, Finished, Job, ShardReport
+from miles.rollout.guests import Guests, Stale
+from miles.rollout.jobs import BatchJob, Finished, Job, Part, ShardReport
 from miles.rollout.watchdog import Hang, Watchdog, beat_seconds
 
 log = logging.getLogger(__name__)
@@ -62,11 +63,13 @@ class RolloutService:
         self.notices_told = 0
         self.stop = False
         self.end: Ended | None = None
-        self.watchdog = Watchdog(config.cluster.hang_seconds, beat_seconds(config.cluster.hang_seconds))
+        ranks = config.train.num_nodes * config.train.num_gpus_per_node
+        self.watchdog = Watchdog(config.cluster.hang_seconds, beat_seconds(config.cluster.hang_seconds), ranks)
         self.hang: Hang | None = None
         self.dump_until = 0.0
         self._wake = asyncio.Event()
-        self.workers = placement.part(config, "rollout").nodes if "rollout" in placement.components(config) else 0
+        self.places: dict[tuple[str, int], str] = {}
+        self.guests = Guests(placement.part(config, "rollout").nodes) if config.cluster.placement == "jobs" and not config.debug.recorded else None
         self._asked: tuple[tuple[str, int], float] | None = None  # the batch that the trainer waits for, and since when
 
     # Waiting.
@@ -105,23 +108,53 @@ class RolloutService:
 
     # Processes.
 
-    def register(self, role: str, rank: int, place: str = "", **facts: Any) -> None:
-        """A process is here; a later word of the same process replaces the earlier one. place: its supervisor."""
+    def register(self, role: str, rank: int, place: str = "", **facts: Any) -> int:
+        """A process is here; a later word of the same process replaces the earlier one. place: its supervisor.
+
+        Returns its rank: where workers come and go, one that takes another's place has a number of its own, and its files too.
+        """
+        if self.guests is not None and role == "worker":
+            rank = self.guests.number(rank, place)
+        if self.guests is not None and role == "engine":
+            self.guests.synced.pop(facts["url"], None)  # an address that another engine had before
+            self.peers = [peer for peer in self.peers if peer.get("url") != facts["url"]]
         self.peers = [peer for peer in self.peers if (peer["role"], peer["rank"]) != (role, rank)]
         self.peers.append({"role": role, "rank": rank, "place": place, **facts})
         self.changed()
+        return rank
 
     def of_role(self, role: str, count: int, place: str | None = None) -> list[dict[str, Any]]:
         """Its processes (at one place, or all) by rank, once there are `count` of them; else none."""
         found = sorted((peer for peer in self.peers if peer["role"] == role and place in (None, peer["place"])), key=lambda peer: peer["rank"])
         return found if len(found) >= count else []
 
-    def heartbeat(self, role: str, rank: int, progress: dict[str, Any] | None = None, dumped: bool = False) -> None:
-        """Note a sign of life, and what a trainer rank does."""
+    def heartbeat(self, role: str, rank: int, place: str = "", progress: dict[str, Any] | None = None, dumped: bool = False) -> None:
+        """Note a sign of life, and what a trainer rank does. Raises Stale for one that was given up."""
+        self.turn_away(place)
         now = time.monotonic()
         self.heard[role, rank] = now
+        self.places[role, rank] = place
         if progress is not None:
             self.watchdog.note(rank, self.node_of(role, rank), progress, now, dumped)
+
+    def turn_away(self, place: str) -> None:
+        """Raise Stale for a process of a place that was given up: others have its work."""
+        if self.guests is not None and place in self.guests.lost:
+            raise Stale(f"this rollout node ({place}) was given up: {self.guests.lost[place]}")
+
+    def lose(self, place: str, why: str) -> None:
+        """A rollout node is gone: its unfinished work goes to others, and who comes from there is turned away."""
+        assert self.guests is not None, "elsewhere the attempt ends"
+        worker = self.guests.lose(place, why)
+        self.peers = [peer for peer in self.peers if peer["place"] != place]
+        self.heard = {key: last for key, last in self.heard.items() if self.places.get(key) != place}
+        if worker is not None:
+            for batch in self.jobs.values():
+                batch.lose(worker)
+        line = f"rollout node {place} left ({why}); what it had not finished goes to others"
+        log.warning("%s", line)
+        self.notices.append(line)
+        self.changed()
 
     def node_of(self, role: str, rank: int) -> str:
         """Name of the machine that a process is on, as it said."""
@@ -130,6 +163,10 @@ class RolloutService:
     def watch(self) -> None:
         """End the attempt when a role has gone silent, or the trainer hangs; before that, all trainer ranks write down where they are."""
         now = time.monotonic()
+        if self.guests is not None:
+            for key, last in list(self.heard.items()):
+                if key[0] != "trainer" and now - last > self.silence and self.places[key] not in self.guests.lost:
+                    self.lose(self.places[key], f"{key[0]} {key[1]} was silent for {self.silence:g} s")
         if self.hang is None:
             self.hang = self.silent(now) or self.watchdog.hang(now)
             if self.hang is None:
@@ -166,7 +203,8 @@ class RolloutService:
             self.changed()
         if self._asked is None or self._asked[0] != key:
             self._asked = key, time.monotonic()
-        manifest = await self.until(lambda: self._ready(job), BATCH_WAIT_SECONDS)
+        await self.until(lambda: self._ready(job) or self.new_engines(), BATCH_WAIT_SECONDS)
+        manifest = self._ready(job)
         if manifest is not None:
             self._asked = None
             self._prefetch(job, manifest)
@@ -243,11 +281,11 @@ class RolloutService:
 
     async def work(self, report: dict[str, Any]) -> dict[str, Any]:
         """Take a worker's report, give it what to do next; waits a little when there is nothing. Raises Ended."""
-        worker = int(report["worker"])
-        self.heartbeat("worker", worker)
+        worker, place = int(report["worker"]), str(report.get("place", ""))
+        self.heartbeat("worker", worker, place)
         try:
             self._take(worker, report)
-            answer = await self.until(lambda: self._give(worker, int(report.get("idle", 0))), float(report.get("wait", WORK_WAIT_SECONDS)))
+            answer = await self.until(lambda: self._give(worker, place, int(report.get("idle", 0))), float(report.get("wait", WORK_WAIT_SECONDS)))
         except Ended as end:
             self.told.add(worker)
             if end.code != OK:
@@ -257,6 +295,9 @@ class RolloutService:
 
     def _take(self, worker: int, report: dict[str, Any]) -> None:
         failed = report.get("failed")
+        if failed and self.guests is not None and not failed["user_fault"] and failed.get("again", True):
+            self.lose(str(report.get("place", "")), failed["message"])
+            self.turn_away(str(report.get("place", "")))
         if failed:
             self.finish(WRONG if failed["user_fault"] else AGAIN if failed.get("again", True) else FAILED, failed["message"])
         self.check()
@@ -267,28 +308,53 @@ class RolloutService:
         for part in report.get("sealed", ()):
             key = part["job"]["kind"], part["job"]["step"]
             batch = self.jobs.get(key)
-            if batch is not None and batch.job.lineage() == part["job"]:
-                batch.shards[worker] = ShardReport(**part["shard"])
+            if batch is not None and batch.job.lineage() == part["job"] and Part(*part["part"]) in batch.orders:
+                batch.shards[Part(*part["part"])] = ShardReport(**part["shard"])
                 if batch.complete:
                     self._seal(key)
         if report.get("finished") or report.get("sealed"):
             self.changed()
 
-    def _give(self, worker: int, idle: int) -> dict[str, Any] | None:
-        """Seal orders and draws for a worker with `idle` free places for samples; None when there is neither."""
+    def _give(self, worker: int, place: str, idle: int) -> dict[str, Any] | None:
+        """Seal orders and draws for a worker with `idle` free places for samples; None when there is neither. Raises Stale as heartbeat()."""
+        self.turn_away(place)  # it may have been given up while it waited here
         seals, draws = [], []
         for batch in list(self.jobs.values()):
-            order = batch.order_for(worker)
-            if order is not None:
-                seals.append({"job": batch.job.lineage(), "draws": order})
-            each = {"rollout": self.config.rollout.n_samples_per_prompt, "eval": self.config.eval.n_samples_per_prompt, "sft": 1}[batch.job.kind]
-            most = SUPERVISED_AT_ONCE if batch.job.kind == "sft" else idle // each
-            taken = batch.take(worker, min(most, batch.share(worker, self.workers)))
-            if batch.job.kind != "sft":
+            job, kind = batch.job.lineage(), batch.job.kind
+            seals += [{"job": job, "part": list(part), "draws": order} for part, order in batch.orders_for(worker)]
+            if kind != "sft" and self.guests is not None and not self.guests.ready(worker, self.peers, batch.job.weight_checksum):
+                continue
+            each = {"rollout": self.config.rollout.n_samples_per_prompt, "eval": self.config.eval.n_samples_per_prompt, "sft": 1}[kind]
+            most = SUPERVISED_AT_ONCE if kind == "sft" else idle // each
+            taken = batch.take(worker, min(most, batch.share(worker, self.workers())))
+            if kind != "sft":
                 idle -= len(taken) * each
             if taken:
-                draws.append({"job": batch.job.lineage(), "draws": [self._draw(batch.job.kind, draw) for draw in taken]})
+                lost = sorted({before for draw in taken for before in batch.lost.get(draw, ())})
+                draws.append({"job": job, "draws": [self._draw(kind, draw) for draw in taken], "lost": lost})
         return {"draws": draws, "seal": seals, "stop": False} if seals or draws else None
+
+    def workers(self) -> int:
+        """How many share the work: those that are planned, or, where they come and go, those that are here."""
+        if self.guests is None:
+            return placement.part(self.config, "rollout").nodes
+        return max(1, sum(peer["role"] == "worker" for peer in self.peers))
+
+    def new_engines(self) -> list[str]:
+        """Addresses of engines that came late and don't hold the trainer's weights; none where all engines are there from the beginning."""
+        if self.guests is None:
+            return []
+        return [peer["url"] for peer in self.peers if peer["role"] == "engine" and self.guests.synced.get(peer["url"]) != self.guests.checksum]
+
+    def sync(self, checksum: str, engines: list[str], lost: list[str]) -> None:
+        """The trainer's word: these engines hold the weights of this checksum, verified; those could not be reached."""
+        assert self.guests is not None, "elsewhere all engines are the same"
+        for peer in list(self.peers):
+            if peer.get("url") in lost and peer["place"] not in self.guests.lost:
+                self.lose(peer["place"], f"engine {peer['url']} could not be reached")
+        self.guests.checksum = checksum
+        self.guests.synced |= dict.fromkeys(engines, checksum)
+        self.changed()
 
     def _draw(self, kind: str, draw: int) -> dict[str, Any]:
         prompts = self.prompts[SOURCES[kind]]
@@ -299,7 +365,9 @@ class RolloutService:
     def waiting_for(self) -> str | None:
         """What keeps the run from its next step, where processes are still getting ready; None once they are."""
         here = [peer["role"] for peer in self.peers]
-        engines = placement.engines(self.config)
+        if self.guests is not None and self._asked and self._asked[0][0] != "sft" and "worker" not in here:
+            return "a rollout node to come (none is here); training goes on when one does"
+        engines = placement.engines(self.config) if self.guests is None else 0
         missing = engines - here.count("engine")
         starting = ("an engine" if engines == 1 else f"{missing} of {engines} engines") + " to start"
         if "trainer" not in here:
@@ -319,6 +387,8 @@ class RolloutService:
         told |= {**self.announced, "notices": self.notices}
         self.notices_told = len(self.notices)
         batch = self.jobs.get(self._asked[0]) if self._asked else None
+        if self.guests is not None and (waiting := self.waiting_for()):
+            told["waiting"] = waiting
         if self._asked and batch is not None:
             progress = batch.progress()
             told |= {**progress, "phase": "generate"}

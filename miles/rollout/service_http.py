@@ -18,8 +18,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from miles.config.exits import AGAIN, OK, WRONG, TryAgain
+from miles.config.exits import AGAIN, OK, WRONG
 from miles.data.store.manifest import NAME as MANIFEST
+from miles.rollout.guests import Stale
 from miles.rollout.jobs import Job
 from miles.rollout.service import FAILED, RolloutService, as_end
 
@@ -60,8 +61,9 @@ def make_app(service: RolloutService, token: str) -> Starlette:
 
     async def register(fields: dict[str, Any]) -> tuple[int, Any]:
         service.check()
-        service.register(**{name: value for name, value in fields.items() if name != "epoch"})
-        return 200, {"epoch": service.epoch}
+        service.turn_away(fields.get("place", ""))
+        rank = service.register(**{name: value for name, value in fields.items() if name != "epoch"})
+        return 200, {"epoch": service.epoch, "rank": rank}
 
     async def peers(fields: dict[str, Any]) -> tuple[int, Any]:
         count = int(fields.get("count", 1))
@@ -86,7 +88,7 @@ def make_app(service: RolloutService, token: str) -> Starlette:
         manifest = await service.batch(job)
         if manifest is None:
             made = service.jobs.get((job.kind, job.step))
-            return 202, {"progress": made.progress() if made else {}, "stop": service.stop}
+            return 202, {"progress": made.progress() if made else {}, "stop": service.stop, "engines": service.new_engines()}
         return 200, {"manifest": str(service.run_dir.batch_of(job.kind, job.step) / MANIFEST), "next_draw": manifest.next_draw, "stop": service.stop}
 
     async def announce(fields: dict[str, Any]) -> tuple[int, Any]:
@@ -111,10 +113,26 @@ def make_app(service: RolloutService, token: str) -> Starlette:
         return 200, {}
 
     async def heartbeat(fields: dict[str, Any]) -> tuple[int, Any]:
-        service.heartbeat(fields["role"], int(fields["rank"]), fields.get("progress"), bool(fields.get("dumped")))
+        service.heartbeat(fields["role"], int(fields["rank"]), fields.get("place", ""), fields.get("progress"), bool(fields.get("dumped")))
         if service.end is not None and service.end.code == AGAIN:  # other ends are told to the main thread's next call
             raise service.end
         return 200, {"stop": service.stop, "dump": service.hang is not None}
+
+    async def engines(fields: dict[str, Any]) -> tuple[int, Any]:
+        return 200, [peer["url"] for peer in service.peers if peer["role"] == "engine"]
+
+    async def sync(fields: dict[str, Any]) -> tuple[int, Any]:
+        service.sync(fields["checksum"], fields["engines"], fields["lost"])
+        return 200, {}
+
+    async def leave(fields: dict[str, Any]) -> tuple[int, Any]:
+        """A place says goodbye. Where nobody may leave, its supervisor's end is what ends the attempt; so does a failure that would come again."""
+        if service.guests is not None and service.end is None and fields["place"] not in service.guests.lost:
+            if int(fields["code"]) == AGAIN:
+                service.lose(fields["place"], str(fields["why"]))
+            else:
+                service.finish(WRONG if int(fields["code"]) == WRONG else FAILED, str(fields["why"]))
+        return 200, {}
 
     async def health(request: Request) -> Response:
         return Response(status_code=200)
@@ -124,6 +142,9 @@ def make_app(service: RolloutService, token: str) -> Starlette:
             Route("/health", health),
             route("POST", "/register", register),
             route("GET", "/peers", peers),
+            route("GET", "/engines", engines),
+            route("POST", "/sync", sync),
+            route("POST", "/leave", leave),
             route("POST", "/value", put_value),
             route("GET", "/value", get_value),
             route("POST", "/work", work),
@@ -146,10 +167,6 @@ def _check_epoch(service: RolloutService, given: Any) -> None:
     service.fence.check()
     if given is not None and int(given) != service.epoch:
         raise Stale(f"this is attempt {service.epoch}, the call is of attempt {given}")
-
-
-class Stale(TryAgain):
-    """A call of another attempt: it ends the caller, not the service."""
 
 
 async def _until_told(service: RolloutService, workers: set[int]) -> None:

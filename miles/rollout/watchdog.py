@@ -31,9 +31,9 @@ class Hang:
     reason: str
 
     @property
-    def culprit(self) -> dict[str, Any] | None:
-        """Role, rank and node, if they are known."""
-        return None if self.rank is None else {"role": self.role, "rank": self.rank, "node": self.node}
+    def culprit(self) -> dict[str, Any]:
+        """Role, rank and node; None for what isn't known."""
+        return {"role": self.role, "rank": self.rank, "node": self.node or None}
 
 
 def beat_seconds(hang_seconds: float) -> float:
@@ -42,10 +42,10 @@ def beat_seconds(hang_seconds: float) -> float:
 
 
 class Watchdog:
-    """Heartbeats of trainer ranks. hang_seconds: without progress of any; beat_seconds: between two words of a rank that lives."""
+    """Heartbeats of trainer ranks. hang_seconds: without progress of any; beat_seconds: between two words of a rank that lives; count: of ranks."""
 
-    def __init__(self, hang_seconds: float, beat_seconds: float) -> None:
-        self.hang_seconds, self.silent_seconds = hang_seconds, 3 * beat_seconds
+    def __init__(self, hang_seconds: float, beat_seconds: float, count: int) -> None:
+        self.hang_seconds, self.silent_seconds, self.count = hang_seconds, 3 * beat_seconds, count
         self.ranks: dict[int, Rank] = {}
 
     def note(self, rank: int, node: str, told: dict[str, Any], now: float, dumped: bool = False) -> None:
@@ -59,6 +59,8 @@ class Watchdog:
         """Who holds the run up, once no rank has got on for hang_seconds; None before, and while the first rank waits for the service."""
         if 0 not in self.ranks or self.ranks[0].told["waits"] or now - max(rank.since for rank in self.ranks.values()) < self.hang_seconds:
             return None
+        if absent := [number for number in range(self.count) if number not in self.ranks]:
+            return Hang("trainer", absent[0], None, f"trainer {absent[0]} was never heard of, and no other rank got on for {self.hang_seconds:g} s")
         silent = [number for number, rank in sorted(self.ranks.items()) if now - rank.heard > self.silent_seconds]
         if silent:
             return self._of(silent[0], f"says nothing since {now - self.ranks[silent[0]].heard:.0f} s")
@@ -72,7 +74,7 @@ class Watchdog:
 
     def _of(self, number: int, why: str) -> Hang:
         rank = self.ranks[number]
-        what = f"in phase {rank.told['phase']} of step {rank.told['step']}, at {rank.told['at']}"
+        what = f"last heard in phase {rank.told['phase']} of step {rank.told['step']}, at {rank.told['at']}"
         line = f"trainer {number} on node {rank.node} hangs: it {why} ({what}), and no rank got on for {self.hang_seconds:g} s"
         return Hang("trainer", number, rank.node, f"{line}; stacks are in the trainers' logs")
 

@@ -30,6 +30,7 @@ from miles.rollout.filters import reason_to_drop
 from miles.rollout.generate import GenerateContext, generate, supervised
 from miles.rollout.held import Held, HeldSamples, Lineage, Place, name_of
 from miles.rollout.imports import load_function
+from miles.rollout.jobs import Part
 from miles.rollout.rewards import Scorer
 from miles.rollout.threads import in_thread
 from miles.rollout.tokenizer import Tokenizer
@@ -82,9 +83,9 @@ class Worker:
                 if answer["stop"]:
                     return
                 for part in answer["draws"]:
-                    await self._start(part["job"], [Draw(**fields) for fields in part["draws"]])
+                    await self._start(part["job"], [Draw(**fields) for fields in part["draws"]], part["lost"])
                 for order in answer["seal"]:
-                    await self._seal(order["job"], order["draws"])
+                    await self._seal(order["job"], Part(*order["part"]), order["draws"])
                 await self._pause()
         finally:
             for task in self._tasks:
@@ -129,7 +130,8 @@ class Worker:
 
     # Groups.
 
-    async def _start(self, job: Lineage, draws: list[Draw]) -> None:
+    async def _start(self, job: Lineage, draws: list[Draw], lost: list[int]) -> None:
+        """Begin these groups. lost: workers that had some of them before."""
         name = name_of(job)
         self._began.setdefault(name, time.time())
         if job["kind"] == "sft":
@@ -138,8 +140,12 @@ class Worker:
         if name not in self._contexts:
             async with self._journal:
                 await in_thread(self.held.begin, job)
+            for old in [old for old in self._contexts if old[0] == name[0]]:
+                del self._contexts[old], self._recalled[old]
             self._contexts[name] = self._context(job)
             self._recalled[name] = self.held.recall(job)
+        if lost:
+            self._recalled[name] |= await in_thread(self.held.recall_lost, job, lost)
         for draw in draws:
             self._in_flight += self.samples[job["kind"]]
             task = asyncio.create_task(self._run_group(self._group(job, draw)))
@@ -261,17 +267,18 @@ class Worker:
 
     # Shards.
 
-    async def _seal(self, job: Lineage, draws: list[int]) -> None:
+    async def _seal(self, job: Lineage, part: Part, draws: list[int]) -> None:
         """Seal the ordered draws, in (draw, sample) order, and tell it with the next report."""
         began = time.time()
         async with self._journal:
             samples = self.held.take(job, sorted(draws))
-        shard, routes, rows = await in_thread(self._write, job, samples)
+        shard, routes, rows = await in_thread(self._write, job, part, samples)
         described = [] if job["kind"] == "sft" else await self._engines.describe()
         entry = {"sequences": len(rows), "tokens": sum(length for _, _, length in rows)}
         self._sealed.append(
             {
                 "job": job,
+                "part": list(part),
                 "shard": {
                     "shard": {**vars(shard), **entry},
                     "routes": None if routes is None else {**vars(routes), **entry},
@@ -283,20 +290,18 @@ class Worker:
                 },
             }
         )
-        self._contexts.pop(name_of(job), None)
-        self._recalled.pop(name_of(job), None)
-        start, tokens = self._began.pop(name_of(job)), self._tokens.pop(name_of(job))
+        start, tokens = self._began.pop(name_of(job), began), self._tokens.pop(name_of(job), 0)
         self.events.append("generate", job["step"], start, began, kind=job["kind"], tokens=tokens)
         self.events.append("seal", job["step"], began, time.time(), kind=job["kind"], bytes=shard.bytes)
 
-    def _write(self, job: Lineage, samples: HeldSamples) -> tuple[Sealed, Sealed | None, list[tuple[int, int, int]]]:
+    def _write(self, job: Lineage, part: Part, samples: HeldSamples) -> tuple[Sealed, Sealed | None, list[tuple[int, int, int]]]:
         """(shard, routes if there are any, (draw, sample, length [tokens]) of each row)."""
         folder = self.run_dir.batch_of(job["kind"], job["step"])
         attrs = {"worker": self.rank, "epoch": self.fence.epoch, "kind": job["kind"], "step": job["step"]}
-        shard = write_shard(folder / f"rollout.{self.rank}.h5", samples, attrs, self.fence, samples.rows)
+        shard = write_shard(folder / f"rollout.{part.name}.h5", samples, attrs, self.fence, samples.rows)
         routes = None
         if job["kind"] != "sft":
-            routes = write_routes(folder / f"routes.{self.rank}.h5", samples, attrs, self.fence, samples.rows)
+            routes = write_routes(folder / f"routes.{part.name}.h5", samples, attrs, self.fence, samples.rows)
         return shard, routes, sorted((row["draw"], row["sample"], row["length"]) for row in samples.rows)
 
 

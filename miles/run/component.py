@@ -83,11 +83,8 @@ def verdict(role: RoleProcess, run_dir: Path, epoch: int) -> dict[str, Any]:
     """How a role ended, as the launcher wants to know it."""
     code = role.code
     assert code is not None, "only ended roles are judged"
-    fault = run_dir / "attempts" / f"{epoch:06d}" / "logs" / f"fault.{role.name}.{role.rank}.json"
-    if code in (WRONG, AGAIN) and fault.exists():
-        left = json.loads(fault.read_text())
-        whose = {"role": left["role"], "rank": left["rank"], **({"node": left["node"]} if left.get("node") else {})}
-        return {"code": code, **whose, "reason": left["message"], "killed": False, "told": True}
+    if code in (WRONG, AGAIN) and (told := word_of(role, run_dir, epoch)) is not None:
+        return told
     if code < 0:
         reason = f"{role.name} {role.rank} was killed by {signal.Signals(-code).name}"
     elif code == OK:
@@ -96,6 +93,21 @@ def verdict(role: RoleProcess, run_dir: Path, epoch: int) -> dict[str, Any]:
         reason = f"{role.name} {role.rank} ended with exit code {code}; its log is attempts/{epoch:06d}/logs/{role.name}.{role.rank}.log"
     # A process that was killed says nothing about the run itself: try again, as after a lost node.
     return {"code": AGAIN if code < 0 else code, "role": role.name, "rank": role.rank, "reason": reason, "killed": code < 0}
+
+
+def word_of(role: RoleProcess, run_dir: Path, epoch: int) -> dict[str, Any] | None:
+    """The outcome that a role has left a line about (miles.run.role.leave_fault): a user's mistake, or who holds the run up."""
+    fault = run_dir / "attempts" / f"{epoch:06d}" / "logs" / f"fault.{role.name}.{role.rank}.json"
+    if not fault.exists():
+        return None
+    left = json.loads(fault.read_text())
+    node = {"node": left["node"]} if "node" in left else {}
+    return {"code": left["code"], "role": left["role"], "rank": left["rank"], **node, "reason": left["message"], "killed": False, "told": True}
+
+
+def words_of(roles: list[RoleProcess], run_dir: Path, epoch: int) -> list[dict[str, Any]]:
+    """word_of() of every role that left one."""
+    return [word for role in roles if (word := word_of(role, run_dir, epoch)) is not None]
 
 
 class Stopped(Exception):
@@ -142,27 +154,36 @@ def supervise(run_dir: str, component: str, epoch: int, node: int | None = None)
             roles.append(start(config, root, epoch, role, here))
         outcome = watch(roles, PRIMARY[component], root, epoch, ask_to_stop(root, epoch, signals))
     except Stopped:
-        outcome = {"code": AGAIN, "role": component, "rank": here.number, "reason": f"component {component} was stopped"}
+        stopped = {"code": AGAIN, "role": component, "rank": here.number, "reason": f"component {component} was stopped"}
+        # What ended the other component may have ended ours, and here is who knows why.
+        outcome = first_cause([*words_of(roles, root, epoch), stopped])
     finally:
         signals.ignore()
         stop(roles)
+    if component == "rollout" and outcome["code"] != OK:
+        tell(root, epoch, "/leave", place=here.place, code=outcome["code"], why=outcome["reason"])  # where nodes may leave, others go on at once
     return {"node": here.name, **outcome}
+
+
+def tell(run_dir: Path, epoch: int, path: str, **fields: Any) -> bool:
+    """A word to the attempt's rollout service; False where it isn't there, or is busy."""
+    attempt = run_dir / "attempts" / f"{epoch:06d}"
+    url, token = json.loads((attempt / "service.json").read_text())["url"], (attempt / "token").read_text()
+    try:
+        reply = httpx.post(url + path, json={"epoch": epoch, **fields}, headers={"Authorization": f"Bearer {token}"}, timeout=2.0, trust_env=False)
+    except httpx.HTTPError:
+        return False
+    return reply.status_code == 200
 
 
 def ask_to_stop(run_dir: Path, epoch: int, signals: Signals) -> Callable[[], None]:
     """A function that passes a stop request on to the rollout service, once it is there; until then, and without a request, it does nothing."""
-    attempt, told = run_dir / "attempts" / f"{epoch:06d}", False
+    told = False
 
     def pass_on() -> None:
         nonlocal told
-        if told or not signals.asked:
-            return
-        url, token = json.loads((attempt / "service.json").read_text())["url"], (attempt / "token").read_text()
-        try:
-            reply = httpx.post(url + "/stop", headers={"Authorization": f"Bearer {token}"}, timeout=2.0, trust_env=False)
-        except httpx.HTTPError:
-            return  # the service is starting, or busy
-        told = reply.status_code == 200
+        if signals.asked and not told:
+            told = tell(run_dir, epoch, "/stop")
 
     return pass_on
 
@@ -178,7 +199,8 @@ def watch(roles: list[RoleProcess], primary: str, run_dir: Path, epoch: int, mea
             while any(role.code is None for role in roles) and time.monotonic() < deadline:
                 time.sleep(0.05)
             failed = [role for role in roles if role.code not in (None, OK)]
-            return first_cause([verdict(role, run_dir, epoch) for role in failed])
+            # The service tells why before it ends, since others ask it first.
+            return first_cause([*words_of(roles, run_dir, epoch), *(verdict(role, run_dir, epoch) for role in failed)])
         primaries = [role for role in roles if role.name == primary]
         if all(role.code == OK for role in primaries):
             return verdict(primaries[0], run_dir, epoch)

@@ -23,6 +23,14 @@ class StopRequested(Exception):
     """Someone asked the run to stop: save, then end."""
 
 
+class NewEngines(Exception):
+    """Engines came that don't hold the weights yet (placement jobs)."""
+
+    def __init__(self, urls: list[str]) -> None:
+        super().__init__(", ".join(urls))
+        self.urls = urls
+
+
 class Coordinator:
     """Calls of one role to the rollout service, with the run's token and this attempt's epoch."""
 
@@ -50,10 +58,11 @@ class Coordinator:
             raise RuntimeError(f"rollout service: {method} {path} answered {reply.status_code}: {reply.text[:500]}")
         return reply.status_code, body
 
-    def register(self, **more: Any) -> None:
-        """Tell the service who is here."""
+    def register(self, **more: Any) -> int:
+        """Tell the service who is here; returns this process's rank, which is another than the supervisor's for a worker that comes late."""
         role = self.role
-        self.call("POST", "/register", {"role": role.name, "rank": role.rank, "epoch": role.epoch, "node": role.node_name, "place": role.place, **more})
+        _, body = self.call("POST", "/register", {"role": role.name, "rank": role.rank, "epoch": role.epoch, "node": role.node_name, "place": role.place, **more})
+        return int(body["rank"])
 
     def peers(self, role: str, count: int, **where: Any) -> list[dict[str, Any]]:
         """Wait until `count` processes of a role have registered; where: their place, if only those count."""
@@ -62,6 +71,14 @@ class Coordinator:
                 code, body = self.call("GET", "/peers", params={"role": role, "count": count, "wait": 20, **where})
                 if code == 200:
                     return list(body)
+
+    def engines(self) -> list[str]:
+        """Addresses of the engines that are here now."""
+        return list(self.call("GET", "/engines")[1])
+
+    def synced(self, checksum: str, engines: list[str], lost: list[str]) -> None:
+        """Say which engines hold the weights of this checksum, and which could not be reached (placement jobs)."""
+        self.call("POST", "/sync", {"checksum": checksum, "engines": engines, "lost": lost, "epoch": self.role.epoch})
 
     def publish(self, key: str, value: Any) -> None:
         """Leave a value for the others (a port, a folder)."""
@@ -76,7 +93,10 @@ class Coordinator:
                     return body["value"]
 
     def batch(self, job: dict[str, Any], through_stop: bool = False) -> str:
-        """Wait for a sealed batch; returns the manifest's path. Raises StopRequested, unless the wait goes on through a stop."""
+        """Wait for a sealed batch; returns the manifest's path.
+
+        Raises StopRequested, unless the wait goes on through a stop, and NewEngines: ask again once they have the weights.
+        """
         with HERE.waiting():
             while True:
                 code, body = self.call("POST", "/batch", {"job": job, "epoch": self.role.epoch})
@@ -84,6 +104,8 @@ class Coordinator:
                     raise StopRequested  # a batch that is sealed already is used when the run goes on
                 if code == 200:
                     return str(body["manifest"])
+                if body.get("engines"):
+                    raise NewEngines(body["engines"])
 
     def announce(self, **what: Any) -> bool:
         """Say what the trainer does (for `status`); returns whether a stop was asked for."""
@@ -103,7 +125,7 @@ class Coordinator:
 
     def _beat(self, every: float, progress: Progress | None) -> None:
         beat, dumped = Coordinator(self.role), False
-        word = {"role": self.role.name, "rank": self.role.rank, "epoch": self.role.epoch}
+        word = {"role": self.role.name, "rank": self.role.rank, "place": self.role.place, "epoch": self.role.epoch}
         while True:
             told = {} if progress is None else {"progress": progress.told(), "dumped": dumped}
             try:

@@ -92,7 +92,7 @@ def main(name: str, body: Callable[[Role], None]) -> None:
         else:
             print(f"{name}: {line}", file=sys.stderr, flush=True)
             code = WRONG
-            leave_fault(role, line)
+            leave_fault(role, WRONG, line)
     sys.stdout.flush()
     sys.stderr.flush()
     # Straight out: threads of servers and process groups must not hold a dead role back.
@@ -108,10 +108,12 @@ def superseding(role: Role) -> str | None:
     return None
 
 
-def leave_fault(role: Role, line: str, whose: dict[str, Any] | None = None) -> None:
+def leave_fault(role: Role, code: int, line: str, whose: dict[str, Any] | None = None) -> None:
     """Leave the line for the supervisor (whose: role, rank and node, if it is another's fault); on a full disk the log has it already."""
+    draft = role.fault_file.with_suffix(".tmp")
     try:
-        role.fault_file.write_text(json.dumps({"role": role.name, "rank": role.rank, "message": line, **(whose or {})}))
+        draft.write_text(json.dumps({"code": code, "role": role.name, "rank": role.rank, "message": line, **(whose or {})}))
+        draft.rename(role.fault_file)
     except OSError as error:
         print(f"{role.name}: could not leave the message: {error}", file=sys.stderr, flush=True)
 

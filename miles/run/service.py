@@ -70,6 +70,8 @@ async def _serve(role: Role, listener: socket.socket, make: Callable[[], Rollout
         except Fenced as error:
             service.finish(AGAIN, str(error))
         await asyncio.sleep(POLL_SECONDS)
+    if service.end is not None and service.end.culprit:
+        leave_fault(role, AGAIN, service.end.message, service.end.culprit)
     await asyncio.wait([task], timeout=LINGER_SECONDS)
     server.should_exit = True
     await task
@@ -79,8 +81,6 @@ async def _serve(role: Role, listener: socket.socket, make: Callable[[], Rollout
     if end.code == WRONG:
         raise UserError(end.message)
     if end.code == AGAIN:
-        if end.culprit:
-            leave_fault(role, end.message, end.culprit)
         raise TryAgain(end.message)
     raise RuntimeError(end.message)
 

@@ -6,7 +6,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from miles.data.store.shard import open_shard
 from miles.rollout.evaluate import summarise_sequences
 from miles.rollout.imports import load_function
 from miles.rollout.watchdog import beat_seconds
-from miles.run.coordinator import Coordinator, StopRequested
+from miles.run.coordinator import Coordinator, NewEngines, StopRequested
 from miles.run.role import Role, load_run
 from miles.run.schedule import Step
 from miles.sync.disk import DiskTransport
@@ -54,6 +54,8 @@ class Run:
         self.parent: str | None = None  # the checkpoint that this attempt began from
         self.checksum = ""
         self.engines: list[str] = []
+        self.guests = config.cluster.placement == "jobs" and not config.debug.recorded  # engines come and go
+        self.met = False
         self.metrics: dict[str, float] = {}
 
     @classmethod
@@ -135,12 +137,14 @@ class Run:
     @property
     def engines_ready(self) -> bool:
         """Whether this attempt's engines are known."""
-        return bool(self.engines)
+        return self.met
 
     def meet_engines(self) -> None:
-        """Wait for the engines of this attempt."""
-        peers = self.service.peers("engine", engines(self.config)) if self.role.rank == 0 else []
-        self.engines = self.ranks.broadcast_json([peer["url"] for peer in peers])
+        """Wait for the engines of this attempt; where they come and go, for nobody."""
+        self.met = True
+        if not self.guests:
+            peers = self.service.peers("engine", engines(self.config)) if self.role.rank == 0 else []
+            self.engines = self.ranks.broadcast_json([peer["url"] for peer in peers])
 
     def freeze_reference(self) -> None:
         """The reference of the KL loss: the folder that the configuration names, else the weights before the first rollout."""
@@ -154,17 +158,26 @@ class Run:
 
     def batch(self, step: Step) -> Path:
         """Folder of the sealed batch of a step; raises StopRequested on every rank together."""
-        answer: str | None = None
         with self.phase("wait", step.number):
+            return self.sealed(lambda: self.ask(step))
+
+    def sealed(self, ask: Callable[[], Path]) -> Path:
+        """The folder that rank 0 gets by asking, on every rank; engines that come meanwhile get the present weights. Raises StopRequested on all."""
+        while True:
+            answer: dict[str, Any] = {}
             if self.role.rank == 0:
                 try:
-                    answer = str(self.ask(step))
+                    answer = {"folder": str(ask())}
                 except StopRequested:
-                    answer = None
+                    answer = {"stop": True}
+                except NewEngines as new:
+                    answer = {"engines": new.urls}
             answer = self.ranks.broadcast_json(answer)
-        if answer is None:
-            raise StopRequested
-        return Path(answer)
+            if "stop" in answer:
+                raise StopRequested
+            if "folder" in answer:
+                return Path(answer["folder"])
+            self.push(answer["engines"])
 
     def ask(self, step: Step) -> Path:
         """Rank 0's part of batch: the folder, once it is sealed."""
@@ -211,23 +224,32 @@ class Run:
         """Give the engines the present weights, and make sure that they hold them."""
         began = time.perf_counter()
         with self.phase("sync", self.trained):
-            self.checksum = self.transport().push(self.trainer, version=self.version)
+            if self.guests:
+                self.engines = self.ranks.broadcast_json(self.service.engines() if self.role.rank == 0 else None)
+            self.push(self.engines)
         self.metrics["perf/update_weights_time"] = time.perf_counter() - began
 
-    def transport(self) -> DiskTransport | TensorTransport:
-        """How weights reach this attempt's engines."""
+    def push(self, urls: list[str]) -> None:
+        """Give these engines the present weights, verified. Collective. Where engines come and go, those that are gone are no failure."""
+        transport = self.transport(urls)
+        self.checksum = transport.push(self.trainer, version=self.version) if urls else self.trainer.weight_checksum()
+        if self.guests and self.role.rank == 0:
+            self.service.synced(self.checksum, transport.engines.urls, transport.engines.lost)
+
+    def transport(self, urls: list[str]) -> DiskTransport | TensorTransport:
+        """How weights reach these engines."""
         if self.config.train.update_weight_transport == "tensor":
-            return TensorTransport(self.engines, self.role.token)
-        return DiskTransport(self.folder.attempt(self.role.epoch) / "sync", self.engines, self.role.token)
+            return TensorTransport(urls, self.role.token, may_leave=self.guests)
+        return DiskTransport(self.folder.attempt(self.role.epoch) / "sync", urls, self.role.token, may_leave=self.guests)
 
     def evaluate(self) -> None:
         """Evaluate the present weights; rank 0 writes the metrics once a step, also when a resumed run evaluates again."""
-        if self.role.rank != 0:
-            return
         number = self.trained
         with self.phase("eval", number):
             # Through a stop: the step is told whole, and all ranks stop together at the next batch.
-            folder = Path(self.service.batch(self.job("eval", number), through_stop=True)).parent
+            folder = self.sealed(lambda: Path(self.service.batch(self.job("eval", number), through_stop=True)).parent)
+            if self.role.rank != 0:
+                return
             manifest = read_manifest(folder)
             rows: dict[str, list[Any]] = {}
             for entry in manifest.shards:

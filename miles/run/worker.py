@@ -6,6 +6,7 @@ import asyncio
 import os
 import socket
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -31,7 +32,7 @@ def caller(role: Role, http: httpx.AsyncClient) -> Callable[[dict[str, Any]], Co
 
     async def call(report: dict[str, Any]) -> dict[str, Any]:
         try:
-            reply = await http.post("/work", content=orjson.dumps({**report, "epoch": role.epoch}))
+            reply = await http.post("/work", content=orjson.dumps({**report, "place": role.place, "epoch": role.epoch}))
         except httpx.TransportError as error:
             raise TryAgain(f"the rollout service at {role.service} is lost ({type(error).__name__} {error})") from error
         body = orjson.loads(reply.content) if reply.headers.get("content-type") == "application/json" else {}
@@ -49,15 +50,14 @@ def caller(role: Role, http: httpx.AsyncClient) -> Callable[[dict[str, Any]], Co
 def work(role: Role) -> None:
     """Body of the role."""
     config, run_dir = load_run(role.run_dir), RunDir(role.run_dir)
+    own = sum(process.role == "engine" for process in processes(config, "rollout", role.node))
+    role = replace(role, rank=Coordinator(role).register(pid=os.getpid(), host=socket.gethostname(), engines=own))
     service = Coordinator(role)
-    service.register(pid=os.getpid(), host=socket.gethostname())
     service.keep_alive()
     Scorer.check(config)
     tokenizer = Tokenizer(service.lookup("model"))
     if role.rank == 0:
         _tidy_journals(run_dir, role, service.lookup("resumed"))
-
-    own = sum(process.role == "engine" for process in processes(config, "rollout", role.node))
 
     async def find() -> list[EngineClient]:
         found = await asyncio.to_thread(lambda: service.peers("engine", own, place=role.place))

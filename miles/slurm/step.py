@@ -60,7 +60,7 @@ def enter(function: str, *arguments: Any) -> dict[str, Any]:
             signal.signal(number, signal.SIG_IGN)  # the result is being written
     if outcome["code"] != OK:
         atexit.register(_leave, outcome["code"])
-    return {**outcome, "node": os.environ.get("SLURMD_NODENAME", socket.gethostname())}
+    return {"node": os.environ.get("SLURMD_NODENAME", socket.gethostname()), **outcome}  # it may name another node, which is to blame
 
 
 def _leave(code: int) -> None:

@@ -20,9 +20,9 @@ class DiskTransport:
 
     bucket_bytes = BUCKET_BYTES
 
-    def __init__(self, folder: Path, urls: Sequence[str], token: str = "", mode: PauseMode = "abort") -> None:
+    def __init__(self, folder: Path, urls: Sequence[str], token: str = "", mode: PauseMode = "abort", may_leave: bool = False) -> None:
         self.folder = Path(folder)
-        self.engines = Engines(urls, token)
+        self.engines = Engines(urls, token, may_leave=may_leave)
         self.mode = mode
         self._version = -1
         self._trainer: Trainer | None = None

@@ -14,15 +14,20 @@ PauseMode = Literal["abort", "retract"]
 
 
 class Engines:
-    """Engines at these addresses (http://host:port), with the run's token. Calls block; engines answer concurrently."""
+    """Engines at these addresses (http://host:port), with the run's token. Calls block; engines answer concurrently.
 
-    def __init__(self, urls: Sequence[str], token: str, timeout: float = 600.0) -> None:
+    may_leave: one that is lost is no failure; it goes from `urls` to `lost`, and the others go on.
+    """
+
+    def __init__(self, urls: Sequence[str], token: str, timeout: float = 600.0, may_leave: bool = False) -> None:
         self.urls = list(urls)
+        self.lost: list[str] = []
+        self.may_leave = may_leave
         self._token = token
         self._timeout = timeout
 
     def call(self, function: Callable[[EngineClient], Awaitable[Any]]) -> list[Any]:
-        """Results of function(client) for every engine, in order. After all have answered, raises TryAgain naming those that are lost, else SyncError naming those that refuse."""
+        """Results of function(client) for every engine that is left, in order. After all have answered, raises TryAgain naming those that are lost, else SyncError naming those that refuse."""
 
         async def one(url: str) -> Any:
             async with EngineClient(url, self._token, timeout=self._timeout) as client:
@@ -33,17 +38,22 @@ class Engines:
 
         results = asyncio.run(everyone())
         failed: list[str] = []
-        lost: list[str] = []
+        lost: dict[str, str] = {}
         for url, result in zip(self.urls, results, strict=True):
             if isinstance(result, EngineError):
-                # An engine that is gone, or falling: the attempt is over, and the next one has new engines.
-                (lost if result.status == 0 or result.status >= 500 else failed).append(f"engine {url}: {result}")
+                if result.status == 0 or result.status >= 500:  # gone, or falling
+                    lost[url] = f"engine {url}: {result}"
+                else:
+                    failed.append(f"engine {url}: {result}")
             elif isinstance(result, BaseException):
                 raise result
-        if lost:
-            raise TryAgain("; ".join(lost))
+        if lost and not self.may_leave:
+            raise TryAgain("; ".join(lost.values()))  # the attempt is over, and the next one has new engines
         if failed:
             raise SyncError("; ".join(failed))
+        results = [result for url, result in zip(self.urls, results, strict=True) if url not in lost]
+        self.lost += lost
+        self.urls = [url for url in self.urls if url not in lost]
         return results
 
     def pause(self, mode: PauseMode) -> bool:

@@ -17,8 +17,10 @@ BUCKET_BYTES = 64 << 20  # a bucket is held three times on its way: tensors, byt
 class TensorTransport:
     """Sends buckets by /update_weights_from_tensor. Engines are paused from the first bucket to the last."""
 
-    def __init__(self, urls: Sequence[str], token: str = "", mode: PauseMode = "abort", bucket_bytes: int = BUCKET_BYTES) -> None:
-        self.engines = Engines(urls, token)
+    def __init__(
+        self, urls: Sequence[str], token: str = "", mode: PauseMode = "abort", bucket_bytes: int = BUCKET_BYTES, may_leave: bool = False
+    ) -> None:  # fmt: skip
+        self.engines = Engines(urls, token, may_leave=may_leave)
         self.mode = mode
         self.bucket_bytes = bucket_bytes
         self._version = -1

@@ -28,12 +28,10 @@ class Progress:
 
     @contextmanager
     def doing(self, phase: str, step: int) -> Iterator[None]:
-        """A phase of a step."""
-        before = self.phase, self.step
+        """A phase of a step; what comes after it goes by its name, until the next begins."""
         self.phase, self.step = phase, step
         self.tick()
         yield
-        self.phase, self.step = before
         self.tick()
 
     @contextmanager

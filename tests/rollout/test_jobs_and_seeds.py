@@ -18,7 +18,9 @@ from miles.recipes.quickstart import demonstrations
 from miles.rollout import builtin_rewards, filters, generate
 from miles.rollout.draws import EVAL_BASE, SFT_BASE, first_draw, number_in_source, sampling_seed
 from miles.rollout.evaluate import summarise, wilson
-from miles.rollout.jobs import BatchJob, Finished, Job, ShardReport
+from miles.rollout.jobs import BatchJob, Finished, Job, Part, ShardReport
+
+SHARD = ShardReport({}, None, [], [], [])
 
 
 def finished(draw: int, dropped: str | None = None, worker: int = 0) -> Finished:
@@ -53,13 +55,76 @@ def test_a_report_told_twice_or_by_a_stranger_counts_once() -> None:
     assert batch.finished[0].dropped is None
     assert batch.take(1, 5) == [1]
     batch.finish(finished(1, worker=1))
-    assert batch.orders == {0: [0], 1: [1]}
-    assert batch.order_for(0) == [0]
-    assert batch.order_for(0) is None
+    assert batch.orders == {Part(0, 0): [0], Part(1, 0): [1]}
+    assert batch.orders_for(0) == [(Part(0, 0), [0])]
+    assert batch.orders_for(0) == []
     assert not batch.complete
     for worker in (0, 1):
-        batch.shards[worker] = ShardReport({}, None, [], [], [])
+        batch.shards[Part(worker, 0)] = SHARD
     assert batch.complete
+    assert batch.dropped() == []
+
+
+def test_each_worker_has_its_even_share_at_most() -> None:
+    batch = BatchJob(Job("rollout", 1), 0, 8, 8, 10)
+    assert [batch.share(worker, 3) for worker in range(3)] == [3, 3, 3]
+    batch.take(0, 3)
+    assert [batch.share(worker, 3) for worker in range(3)] == [0, 3, 3]
+    for draw in (0, 1, 2):
+        batch.finish(finished(draw))
+    assert [batch.share(worker, 3) for worker in range(3)] == [2, 2, 2], "5 are left"
+
+
+def test_what_a_lost_worker_had_goes_to_others() -> None:
+    batch = BatchJob(Job("rollout", 1), first=0, needed=3, again=6, data_rows=100)
+    assert batch.take(0, 3) == [0, 1, 2]
+    batch.finish(finished(0))
+    batch.finish(finished(1, "zero_std"))
+    batch.lose(0)
+    assert list(batch.pending) == [0, 2, 3, 4, 5], "what it had finished, too: nobody else holds it; what a filter dropped is settled"
+    assert batch.take(1, 9) == [0, 2, 3, 4, 5]
+    batch.finish(finished(2, worker=0))  # it lives after all
+    assert 2 not in batch.finished
+    assert batch.lost == {0: {0}, 2: {0}}
+    for draw in (0, 2, 3, 4, 5):
+        batch.finish(finished(draw, worker=1))
+    assert batch.orders == {Part(1, 0): [0, 2, 3]}
+    assert [each["draw"] for each in batch.dropped()] == [1, 4, 5]
+
+
+def test_a_sealed_part_outlives_its_worker_and_an_order_does_not() -> None:
+    batch = BatchJob(Job("rollout", 1), first=0, needed=4, again=4, data_rows=100)
+    for worker in (0, 1):
+        for draw in batch.take(worker, 2):
+            batch.finish(finished(draw, worker=worker))
+    for worker in (0, 1):
+        assert len(batch.orders_for(worker)) == 1
+    batch.shards[Part(0, 0)] = SHARD
+    batch.lose(0)
+    assert not batch.pending
+    batch.lose(1)
+    assert batch.take(2, 1) == [2]
+    assert batch.take(3, 1) == [3]
+    batch.finish(finished(3, "the filter thinks otherwise now", worker=3))
+    batch.finish(finished(2, worker=2))
+    assert batch.orders == {Part(0, 0): [0, 1], Part(2, 0): [2], Part(3, 0): [3]}, "the batch was chosen"
+    assert not batch.complete
+    batch.shards |= {Part(2, 0): SHARD, Part(3, 0): SHARD}
+    assert batch.complete
+    assert batch.dropped() == []
+
+
+def test_who_has_sealed_already_seals_a_lost_workers_share_apart() -> None:
+    batch = BatchJob(Job("rollout", 1), first=0, needed=2, again=2, data_rows=100)
+    for worker in (0, 1):
+        for draw in batch.take(worker, 1):
+            batch.finish(finished(draw, worker=worker))
+    assert batch.orders_for(0) == [(Part(0, 0), [0])]
+    batch.lose(1)
+    assert batch.take(0, 1) == [1]
+    batch.finish(finished(1, worker=0))
+    assert batch.orders_for(0) == [(Part(0, 1), [1])]
+    assert [part.name for part in batch.orders] == ["0", "0-1"]
 
 
 def test_a_filter_that_drops_everything_ends_the_run() -> None:

@@ -16,7 +16,7 @@ import pytest
 from miles.rollout.watchdog import Watchdog
 
 RANK = """
-import time, torch.distributed
+import time
 from miles.run.coordinator import Coordinator
 from miles.run.role import main
 from miles.training.progress import HERE
@@ -28,7 +28,8 @@ def user_function_that_never_ends():
 def train(role):
     service = Coordinator(role)
     service.register()
-    service.keep_alive(0.25, HERE)
+    service.keep_alive(1.0, HERE)
+    service.peers("trainer", 2)
     for step in range(3 if role.rank == 1 else 4):
         with HERE.doing("train", step):
             time.sleep(0.05)
@@ -44,7 +45,7 @@ def told(count: int, *, phase: str = "train", step: int = 3, waits: bool = False
 
 @pytest.fixture
 def dog() -> Watchdog:
-    return Watchdog(hang_seconds=100.0, beat_seconds=2.0)
+    return Watchdog(hang_seconds=100.0, beat_seconds=2.0, count=2)
 
 
 def beats(dog: Watchdog, until: int, **ranks: dict[str, Any]) -> None:
@@ -60,7 +61,7 @@ def test_a_rank_that_lags_is_named_with_its_node_once_nobody_gets_on(dog: Watchd
     found = dog.hang(100.0)
     assert found is not None
     assert found.culprit == {"role": "trainer", "rank": 1, "node": "node1"}
-    assert found.reason.startswith("trainer 1 on node node1 hangs: it lags behind the others (in phase train of step 3, at here.py:1 f), and no rank got on for 100 s")
+    assert found.reason.startswith("trainer 1 on node node1 hangs: it lags behind the others (last heard in phase train of step 3, at here.py:1 f), and no rank got on for 100 s")
 
 
 def test_one_that_gets_on_keeps_all_of_them_alive(dog: Watchdog) -> None:
@@ -99,13 +100,20 @@ def test_nobody_is_named_where_all_wait_for_each_other(dog: Watchdog) -> None:
     beats(dog, 100, r0=told(7, collective=True), r1=told(7, collective=True))
     found = dog.hang(101.0)
     assert found is not None
-    assert found.culprit is None
+    assert found.culprit == {"role": "trainer", "rank": None, "node": None}
+
+
+def test_a_rank_that_never_spoke_is_named(dog: Watchdog) -> None:
+    beats(dog, 100, r0=told(1))
+    found = dog.hang(101.0)
+    assert found is not None
+    assert found.culprit == {"role": "trainer", "rank": 1, "node": None}
 
 
 @pytest.mark.parametrize("stopped", [False, True], ids=["never_ends", "stopped"])
 def test_stacks_are_written_and_the_attempt_ends_with_the_culprits_node(attempts, tmp_path: Path, stopped: bool) -> None:
     """The service as it is, and two ranks of which the second is behind: in a function that never ends, or stopped altogether."""
-    attempt = attempts("cluster.hang_seconds=2").start("service")
+    attempt = attempts("cluster.hang_seconds=4", "train.num_nodes=2").start("service")
     ranks = []
     for rank in range(2):
         env = {
@@ -127,7 +135,7 @@ def test_stacks_are_written_and_the_attempt_ends_with_the_culprits_node(attempts
             rank.wait()
     fault = json.loads((attempt.run.attempt(attempt.epoch) / "logs" / "fault.service.0.json").read_text())
     assert (fault["role"], fault["rank"], fault["node"]) == ("trainer", 1, "node1")
-    assert ("says nothing" if stopped else "lags behind the others (in phase start of step 0, at <string>:9 user_function_that_never_ends)") in fault["message"]
+    assert ("says nothing" if stopped else "lags behind the others (last heard in phase train of step 2, at <string>:9 user_function_that_never_ends)") in fault["message"]
     assert fault["message"] in attempt.log("service").read_text()
     for rank in (0,) if stopped else (0, 1):
         said = (tmp_path / f"{rank}.log").read_text()

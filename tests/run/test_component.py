@@ -46,11 +46,21 @@ def test_a_killed_role_means_try_again_and_is_named(run_dir: Path) -> None:
 
 def test_a_users_mistake_outweighs_its_echoes(run_dir: Path) -> None:
     line = "data.prompt_data: no such file"
-    (run_dir / "attempts" / "000001" / "logs" / "fault.worker.0.json").write_text(json.dumps({"message": line}))
+    (run_dir / "attempts" / "000001" / "logs" / "fault.worker.0.json").write_text(json.dumps({"code": 78, "role": "worker", "rank": 0, "message": line}))
     roles = [process(run_dir, "engine", "raise SystemExit(75)"), process(run_dir, "worker", "import time; time.sleep(0.05); raise SystemExit(78)")]
     outcome = watch(roles, "worker", run_dir, 1)
     stop(roles)
     assert (outcome["code"], outcome["role"], outcome["reason"]) == (78, "worker", line)
+
+
+def test_the_one_that_holds_the_run_up_outweighs_those_that_it_ended(run_dir: Path) -> None:
+    """The service is still there, for those who ask, when the first trainer has heard and left."""
+    left = {"code": 75, "role": "trainer", "rank": 5, "node": "train3", "message": "trainer 5 on node train3 hangs"}
+    (run_dir / "attempts" / "000001" / "logs" / "fault.service.0.json").write_text(json.dumps(left))
+    roles = [process(run_dir, "service", FOREVER), process(run_dir, "trainer", "raise SystemExit(75)")]
+    outcome = watch(roles, "trainer", run_dir, 1)
+    stop(roles)
+    assert (outcome["code"], outcome["rank"], outcome["node"], outcome["reason"]) == (75, 5, "train3", "trainer 5 on node train3 hangs")
 
 
 def test_a_bug_names_its_log(run_dir: Path) -> None:
