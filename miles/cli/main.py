@@ -194,7 +194,7 @@ ClusterDir = Annotated[Path | None, typer.Option("--dir", help="where the cluste
 @minicluster.command(context_settings=HELP, epilog="Example: miles-submit minicluster up --nodes train=2,infer=1,cpu=0 --accounting")
 def up(
     folder: ClusterDir = None,
-    version: Annotated[str, typer.Option(help="this machine's Slurm, or one that make slurm-24 unpacked (24.11)")] = "22.05",
+    version: Annotated[str | None, typer.Option(help="24.11 when make slurm-24 has unpacked it; default this machine's Slurm")] = None,
     accounting: Annotated[bool, typer.Option("--accounting", help="with a database, so that sacct and sacctmgr work")] = False,
     nodes: Annotated[str | None, typer.Option(help="numbers of nodes, GROUP=COUNT with commas; default train=4,infer=4,cpu=2")] = None,
     as_json: Json = False,

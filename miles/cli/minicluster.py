@@ -35,7 +35,7 @@ def counts(text: str | None) -> Mapping[str, int]:
     return found
 
 
-def up(folder: Path, version: str, accounting: bool, nodes: str | None, as_json: bool) -> int:
+def up(folder: Path, version: str | None, accounting: bool, nodes: str | None, as_json: bool) -> int:
     """Start a cluster that stays until `down`. The line for the shell goes to stdout, what is there to stderr, so that `eval` can take it."""
     try:
         Cluster(folder, version, accounting, counts(nodes)).up()

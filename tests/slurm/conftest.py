@@ -12,7 +12,7 @@ from miles.slurm.minicluster import Cluster
 
 @pytest.fixture(scope="session")
 def slurm() -> Iterator[Cluster]:
-    """Slurm 22.05 without accounting: train[0-3], infer[0-3], cpu[0-1]."""
+    """The machine's Slurm (Debian 12: 22.05) without accounting: train[0-3], infer[0-3], cpu[0-1]."""
     with cluster_or_skip() as cluster:
         yield cluster
 

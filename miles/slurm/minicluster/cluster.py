@@ -38,23 +38,24 @@ class Cluster:
     def __init__(
         self,
         folder: Path,
-        version: str = "22.05",
+        version: str | None = None,
         accounting: bool = False,
         nodes: Layout | Mapping[str, int] = DEFAULT,
         settings: Settings | None = None,
         keep: bool = False,
         elsewhere: Path | None = None,
     ) -> None:
-        """folder: new or empty, with a short path. nodes: a layout, or {group: count} for the default one. keep: leave the folder behind.
+        """version: like 22.05; None for the machine's own. folder: new or empty, with a short path. nodes: a layout, or {group: count} for the default one. keep: leave the folder behind.
         elsewhere: where a version that isn't the machine's is unpacked. UserError when that version, or a part of it, is not installed.
         """
         self.folder = folder.absolute()
         self.layout = nodes if isinstance(nodes, Layout) else DEFAULT.with_counts(nodes)
         self.settings = settings or Settings()
-        self.version = version
         self.accounting = accounting
         self.keep = keep
         self.programs = packages.find(version, accounting, elsewhere)
+        year, month = self.programs.version
+        self.version = f"{year}.{month:02}"
         self.conf = self.folder / CONF  # for SLURM_CONF
         self._keeper: subprocess.Popen[bytes] | None = None
 

@@ -32,18 +32,21 @@ class Programs:
         return str(self.found[name])
 
 
-def find(version: str, accounting: bool, elsewhere: Path | None = None) -> Programs:
-    """The programs of a version: the machine's own if it has that version, else those below `elsewhere` (default: `default_folder`).
+def find(version: str | None, accounting: bool, elsewhere: Path | None = None) -> Programs:
+    """The programs of a version: the machine's own if it has that version (None: whichever it has), else those below `elsewhere` (default: `default_folder`).
 
     UserError, one line with the command that mends it, where something is missing.
     """
-    wanted = _numbers(version)
     shared = _present({"munged"}, PACKAGES) | (_present({"mariadbd", "mariadb-install-db"}, f"{PACKAGES} {DATABASE_PACKAGES}") if accounting else {})
     own = machine_version()
+    wanted = _numbers(version) if version is not None else own
+    if wanted is None:
+        raise UserError(f"this machine has no Slurm; as root: {INSTALL} {PACKAGES}")
     if wanted == own:
         needed = {"slurmctld", "slurmd", "scontrol", "srun", *({"slurmdbd"} if accounting else set())}
         return Programs(wanted, shared | _present(needed, f"{PACKAGES} {DATABASE_PACKAGES}" if accounting else PACKAGES))
-    tree = elsewhere or default_folder(version)
+    version = f"{wanted[0]}.{wanted[1]:02}"
+    tree = (elsewhere or default_folder(version)).absolute()
     if not complete(tree):
         here = f"this machine has {own[0]}.{own[1]:02}" if own else f"this machine has no Slurm: {INSTALL} {PACKAGES}"
         mend = "; make slurm-24 unpacks 24.11 into a folder" if wanted == (24, 11) else ""
