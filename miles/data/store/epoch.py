@@ -8,6 +8,7 @@ attempt renames the staging folders of all older ones. From then on an older att
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 import shutil
@@ -150,9 +151,10 @@ def _take_staging(run_dir: RunDir, epoch: int) -> None:
     for taken in run_dir.attempts.glob(f"*/{STAGING}.taken.*"):
         for place in taken.glob(f"{MOVING}*"):
             target = run_dir.path / unquote(place.name.removeprefix(MOVING))
-            if target.exists():
-                continue  # the folder that replaces it has the name already
-            with contextlib.suppress(FileNotFoundError):  # moved by another attempt
+            try:
                 os.rename(place, target)
+            except OSError as error:  # moved by another attempt; or the folder that replaces it has the name already
+                if error.errno not in (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST):
+                    raise
             sync_folder(target.parent)
         shutil.rmtree(taken, ignore_errors=True)  # an old process may still write into it; the next attempt sweeps again
