@@ -33,9 +33,10 @@ def attach(run_dir: Path, component: str | None, node: int, command: list[str], 
     running = [state for state in alive(run) if state.state == "RUNNING" and int(state.job_id) in of_group]
     if not running:
         raise UserError(f"{run_dir}: no job of component {name} runs now; look at: miles-submit status {run_dir}")
-    here = running[-1].components[0 if apart else groups.index(place.group)]
-    nodes = slurm_command(["scontrol", "show", "hostnames", here.nodes]).stdout.split()
-    where = [f"--jobid={here.job_id}", f"--nodelist={nodes[place.first_node + node]}", "--nodes=1", "--ntasks=1", "--overlap", "--mem=0"]
+    group = 0 if apart else groups.index(place.group)
+    which = [f"--het-group={group}"] if len(running[-1].components) > 1 else []
+    nodes = slurm_command(["scontrol", "show", "hostnames", running[-1].components[group].nodes]).stdout.split()
+    where = [f"--jobid={running[-1].job_id}", *which, f"--nodelist={nodes[place.first_node + node]}", "--nodes=1", "--ntasks=1", "--overlap", "--mem=0"]
     words = ["srun", *where, "--pty", *(command or SHELL)]
     if only_print:
         print(shlex.join(words))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -12,9 +13,12 @@ from rich.console import Console
 from rich.text import Text
 
 from miles.config.exits import AGAIN, OK, UserError
+from miles.data.store.run_dir import RunDir
 from miles.report.records import Attempt, read_attempts, require_run_dir
+from miles.slurm.records import submitted
 
 POLL_SECONDS = 0.3
+ASK_SECONDS = 10.0  # between two questions to Slurm
 GRACE_SECONDS = 3.0  # after an attempt's end, in which a new attempt may begin
 TAIL_BLOCK = 64 << 10
 COLOURS = {"service": "magenta", "trainer": "green", "engine": "cyan", "worker": "yellow"}
@@ -112,7 +116,7 @@ def _follow(run_dir: Path, component: str | None, show: Printer, seen: dict[Path
     """Print what is added, of every attempt in turn, until the newest has ended and none followed it."""
     run = require_run_dir(run_dir)
     epoch: int | None = None
-    ended = 0.0
+    ended, waits = 0.0, Queue(run)
     while True:
         attempts = read_attempts(run)
         if attempts:
@@ -124,7 +128,7 @@ def _follow(run_dir: Path, component: str | None, show: Printer, seen: dict[Path
             over = latest.outcome is not None  # looked at before the logs, so that the last look sees everything
             files = choose(latest, component, must=False)
             show.width = max([show.width, *(len(path.stem) for path in files)]) if len(files) > 1 or show.width else 0
-            finished = over and ended and time.monotonic() - ended > (0.0 if _final(latest) else GRACE_SECONDS)
+            finished = over and ended and time.monotonic() - ended > (0.0 if _final(latest) else GRACE_SECONDS) and not waits.waits(latest)
             for path in files:
                 seen[path] = _more(path, seen.get(path, 0), partial(show, path.stem), last=bool(finished))
             sys.stdout.flush()
@@ -137,9 +141,28 @@ def _follow(run_dir: Path, component: str | None, show: Printer, seen: dict[Path
         time.sleep(POLL_SECONDS)
 
 
+class Queue:
+    """Whether a job of the run will go on where an attempt has ended; Slurm is asked now and then."""
+
+    def __init__(self, run: RunDir) -> None:
+        self.run = run
+        self.asked, self.answer = -math.inf, True
+
+    def waits(self, attempt: Attempt) -> bool:
+        if not (attempt.outcome or {}).get("goes_on") or not submitted(self.run):
+            return False
+        if time.monotonic() - self.asked > ASK_SECONDS:
+            from miles.cli.jobs import alive
+
+            self.asked, self.answer = time.monotonic(), bool(alive(self.run))
+        return self.answer
+
+
 def _final(attempt: Attempt) -> bool:
     """Whether no further attempt follows by itself: only after exit code 75 may one."""
     outcome = attempt.outcome or {}
+    if outcome.get("goes_on"):
+        return False
     return outcome.get("code") != AGAIN or bool(outcome.get("stopped"))
 
 

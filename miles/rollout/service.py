@@ -203,7 +203,8 @@ class RolloutService:
             self.changed()
         if self._asked is None or self._asked[0] != key:
             self._asked = key, time.monotonic()
-        await self.until(lambda: self._ready(job) or self.new_engines(), BATCH_WAIT_SECONDS)
+        # Who waits for a batch hears of a stop at once; an evaluation goes on through it.
+        await self.until(lambda: self._ready(job) or self.new_engines() or (self.stop and job.kind != "eval"), BATCH_WAIT_SECONDS)
         manifest = self._ready(job)
         if manifest is not None:
             self._asked = None

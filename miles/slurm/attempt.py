@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import httpx
 
-from miles.config.exits import OK, WRONG, disk_full, first_cause, full
+from miles.config.exits import AGAIN, OK, WRONG, disk_full, first_cause, full
 from miles.config.placement import components
 from miles.config.schema import RunConfig
 from miles.data.store.epoch import Fence, new_epoch
@@ -159,6 +159,9 @@ class Attempt:
         """Record how the attempt ended; on a full disk it goes unrecorded, and what the launcher says is all there is."""
         early = outcome["code"] == OK and self.config.last_step < self.config.total_steps
         reason = {"reason": f"stopped after step {self.config.last_step} (debug.stop_after)"} if early else {}
+        if self.stop_asked and outcome["code"] == AGAIN and outcome["role"] in ("trainer", *components(self.config)):
+            late = time.monotonic() - self.stop_asked > self.stop_seconds
+            reason = {"reason": "stopped on request" + (", before it could save: what came after the last checkpoint is done again" if late else "")}
         stopped = early or bool(self.stop_asked)
         try:
             seal_json(self.folder / "exit.json", {**outcome, **reason, "stopped": stopped, **more, "time": time.time()})

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import time
 from collections.abc import Iterable
 
 from miles.config.exits import UserError
-from miles.slurm.command import clean_environment, slurm_command
+from miles.slurm.command import clean_environment
 from miles.slurm.job_here import JobHere
+from miles.slurm.patience import patiently
 
 BROKEN = ("DOWN", "FAIL", "NOT_RESPONDING", "ERROR", "POWERED_DOWN", "REBOOT")
 PROBE_SECONDS = 30.0
+TRIES = 3
 
 
 def broken(nodes: Iterable[str]) -> dict[str, str]:
     """Of these nodes those that Slurm itself holds for broken, with its state as the reason."""
-    said = slurm_command(["scontrol", "-o", "show", "node", ",".join(nodes)], check=False).stdout
+    names = ",".join(nodes)
+    return in_words(patiently(["scontrol", "-o", "show", "node", names], check=False).stdout) if names else {}
+
+
+def in_words(said: str) -> dict[str, str]:
+    """The broken ones of `scontrol -o show node`, with their state."""
     found = {}
     for line in said.splitlines():
         fields = dict(word.split("=", 1) for word in line.split() if "=" in word)
@@ -51,8 +59,13 @@ def silent(job: JobHere, seconds: float = PROBE_SECONDS) -> dict[str, str]:
 
 def failed(job: JobHere) -> dict[str, str]:
     """Nodes of this job that nothing can be started on any more, with the reason. A controller that is away blames nobody."""
-    try:
-        found = broken(job.nodes)
-    except UserError:
-        found = {}
-    return found or silent(job)
+    here = os.environ.get("SLURMD_NODENAME")
+    for _ in range(TRIES):
+        try:
+            known = patiently(["scontrol", "-o", "show", "node", ",".join(job.nodes)], check=False).stdout
+        except UserError:
+            return {}
+        found = in_words(known) or silent(job)
+        if here not in found:
+            return found
+    return {}  # we run on that node: it is the steps that can't be started

@@ -7,7 +7,6 @@ from typing import Any
 
 from miles.config.exits import OK
 from miles.config.schema import RunConfig
-from miles.data.recorded import chosen_steps
 from miles.data.store.epoch import newest_epoch
 from miles.data.store.files import Damaged, read_json
 from miles.data.store.metrics import read_metrics
@@ -19,7 +18,12 @@ Entry = dict[str, Any]
 def finished(run: RunDir, config: RunConfig) -> bool:
     """Whether the newest attempt ended well, and there is no step left to do."""
     done = {line["step"] for line in read_metrics(run.metrics)}
-    left = set(chosen_steps(config)) - done if config.debug.rescore else max(done, default=0) < config.last_step
+    if config.debug.rescore:
+        from miles.data.recorded import chosen_steps  # reads HDF5: not for every start of a job
+
+        left = bool(set(chosen_steps(config)) - done)
+    else:
+        left = max(done, default=0) < config.last_step
     return not left and ending(run, newest_epoch(run)).get("code") == OK
 
 

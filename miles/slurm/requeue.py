@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from miles.config.exits import AGAIN, UserError
-from miles.config.schema import RunConfig
 from miles.data.store.run_dir import RunDir
 from miles.slurm.job_here import JobHere
 from miles.slurm.patience import patiently
 from miles.slurm.records import excluded, submitted
+
+if TYPE_CHECKING:
+    from miles.config.schema import RunConfig
 
 ENDING_SECONDS = 30.0  # at most so long it takes to end what could not save in time, and to requeue
 Say = Callable[[str], None]

@@ -61,18 +61,24 @@ class RolloutJob(TrainerJob):
         self.say(f"attempt {found.epoch}: engines and workers are started")
         while component.running() and self.signals.by is None and not self.superseded(found):
             time.sleep(POLL_SECONDS)
-        superseded = self.superseded(found)
-        if superseded and self.signals.by is None:
+        if self.superseded(found) and self.signals.by is None:
             wait_for(component, LEAVE_SECONDS)
         end(component)
         outcome = component.outcome()
-        if outcome["code"] == OK or superseded or self.signals.by is not None:
+        if outcome["code"] == OK or self.signals.by is not None or self.ends(found):
             return None
         return self.failure(found, outcome)
 
     def superseded(self, found: Found) -> bool:
         """Whether the attempt is over."""
         return newest_epoch(self.run) != found.epoch or (self.run.attempt(found.epoch) / "exit.json").exists()
+
+    def ends(self, found: Found) -> bool:
+        """Whether the attempt is over, too, and with it the reason for whatever its processes said: asked until its service answers, or is done with."""
+        deadline = time.monotonic() + LEAVE_SECONDS
+        while not self.superseded(found) and find(self.run) is None and time.monotonic() < deadline:
+            time.sleep(POLL_SECONDS)
+        return self.superseded(found)
 
     def failure(self, found: Found, outcome: dict[str, Any]) -> int | None:
         """The component failed while its attempt goes on: again on these nodes, on others, or, where it would only fail again, not at all."""

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from miles.config.exits import AGAIN, WRONG, UserError, first_cause
 from miles.slurm.command import slurm_command
 from miles.slurm.options import Options, arguments, srun_options
+from miles.slurm.patience import patiently
 from miles.slurm.script import ENVIRONMENT_FD
 from miles.slurm.step import LOOPBACK, delayed
 
@@ -144,7 +145,7 @@ def addresses(reachable: bool = False) -> dict[str, str]:
     nodes = all_nodes()
     if len(nodes) == 1 and not reachable:
         return {nodes[0]: LOOPBACK}
-    text = slurm_command(["scontrol", "--oneliner", "show", "node", ",".join(nodes)]).stdout
+    text = patiently(["scontrol", "--oneliner", "show", "node", ",".join(nodes)]).stdout
     return dict(re.findall(r"^NodeName=(\S+) .*?\bNodeAddr=(\S+)", text, re.MULTILINE))
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from typing import Any
 
-from miles.config.exits import AGAIN, OK, WRONG
+from miles.config.exits import AGAIN, OK, WRONG, UserError
 from miles.config.schema import RunConfig
 from miles.data.store.epoch import newest_epoch
 from miles.data.store.files import seal_json
@@ -15,6 +16,7 @@ from miles.slurm import nodes, records, requeue
 from miles.slurm.attempt import SUPERVISE, Attempt, Component, Start, because_of_disk
 from miles.slurm.job_here import JobHere
 from miles.slurm.partner import Waiting
+from miles.slurm.patience import patiently
 from miles.slurm.progress import ending, finished, fruitless
 from miles.slurm.signals import Signals
 from miles.slurm.srun import SrunRunner, steps
@@ -78,7 +80,12 @@ class TrainerJob:
         """An attempt that ended without a word may have lost a node: Slurm knows by now."""
         entries = read_provenance(self.run)["attempts"]
         if entries and not ending(self.run, int(entries[-1]["epoch"])):
-            self.exclude(nodes.broken(entries[-1].get("nodes") or []), int(entries[-1]["epoch"]))
+            try:
+                found = nodes.broken(entries[-1].get("nodes") or [])
+            except UserError as error:
+                self.say(f"warning: not known whether attempt {entries[-1]['epoch']} lost a node: {error}")
+            else:
+                self.exclude(found, int(entries[-1]["epoch"]))
 
     def exclude(self, found: dict[str, str], epoch: int) -> None:
         """Remember failed nodes, if the configuration wants that."""
@@ -112,7 +119,7 @@ class TrainerJob:
         elif outcome["code"] != AGAIN:
             self.say(f"{'error' if outcome['code'] == WRONG else 'failed'}: {outcome['reason']}")
         else:
-            self.say(f"attempt {attempt.epoch}: {'stopped' if stopped else outcome['reason']}")
+            self.say(f"attempt {attempt.epoch}: {ending(self.run, attempt.epoch).get('reason', outcome['reason'])}")
             return self.leave() if stopped or failed else None
         return int(outcome["code"])
 
@@ -149,7 +156,8 @@ class TrainerJob:
     def let_partner_go(self) -> None:
         """A rollout job that still queues would start for nothing."""
         if self.waiting is not None and (jobs := [str(entry["job_id"]) for entry in records.submitted(self.run) if "rollout" in entry["groups"]]):
-            requeue.patiently(["scancel", "--state=PENDING", *jobs], check=False)
+            with contextlib.suppress(UserError):  # Slurm doesn't answer: it starts, and ends at once
+                patiently(["scancel", "--state=PENDING", *jobs], check=False)
 
     # During an attempt.
 

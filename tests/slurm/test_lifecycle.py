@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -22,14 +24,16 @@ LOW = ["cluster.groups.all.partition=low"]
 def calm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same run on this machine, without Slurm."""
     folder = tmp_path_factory.mktemp("calm") / "run"
-    runs.run(folder, *STEPS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]))
+        runs.run(folder, *STEPS)
     return folder
 
 
 def test_signal_of_the_time_limit_with_two_groups(slurm: Cluster, calm: Path, tmp_path: Path) -> None:
     """All ranks save at the same step, the leader is requeued, and the second attempt finishes the run."""
-    job = Job(slurm, tmp_path / "run", *HET)
-    job.trained(2)
+    job = Job(slurm, tmp_path / "run", *HET, hold={1: 2})
+    job.held()
     job.slurm("scancel", "--batch", "--signal=USR1", str(job.id))
     job.finished()
     assert job.epoch == 2
@@ -40,8 +44,8 @@ def test_signal_of_the_time_limit_with_two_groups(slurm: Cluster, calm: Path, tm
 
 def test_preemption(slurm: Cluster, calm: Path, tmp_path: Path) -> None:
     """A job of higher priority takes the node: the run saves in the grace time, waits, and goes on."""
-    job = Job(slurm, tmp_path / "run", *LOW)
-    job.trained(2)
+    job = Job(slurm, tmp_path / "run", *LOW, hold={1: 2})
+    job.held()
     taker = job.submit_more("--partition=high", "--exclusive", f"--nodelist={job.fields()['NodeList']}", "--wrap=sleep 1")
     job.finished()
     job.ended(job=taker)
@@ -52,10 +56,10 @@ def test_preemption(slurm: Cluster, calm: Path, tmp_path: Path) -> None:
 
 def test_requeue_by_an_administrator_and_a_killed_batch_process(slurm: Cluster, calm: Path, tmp_path: Path) -> None:
     """`scontrol requeue` kills after some seconds; a TERM of the batch process alone saves and requeues."""
-    job = Job(slurm, tmp_path / "run")
-    job.trained(2)
+    job = Job(slurm, tmp_path / "run", hold={1: 2, 2: 3})
+    job.held(1)
     job.slurm("scontrol", "requeue", str(job.id))
-    job.trained(3, epoch=1)
+    job.held(2)
     job.slurm("scancel", "--batch", "--signal=TERM", str(job.id))
     job.finished()
     assert job.epoch == 3
@@ -66,11 +70,11 @@ def test_requeue_by_an_administrator_and_a_killed_batch_process(slurm: Cluster, 
 
 def test_killed_processes_and_a_restarted_controller(slurm: Cluster, calm: Path, tmp_path: Path) -> None:
     """Trainer, then engine: new attempts in the same allocation, also while the controller is away."""
-    job = Job(slurm, tmp_path / "run", *HET)
-    job.trained(2)
+    job = Job(slurm, tmp_path / "run", *HET, hold={1: 2, 2: 3})
+    job.held()
     job.kill_role("trainer")
     slurm.restart_controller(crash=True)
-    job.trained(3, epoch=1)
+    job.held(2)
     job.kill_role("engine")
     job.finished()
     assert job.epoch == 3
@@ -82,9 +86,9 @@ def test_killed_processes_and_a_restarted_controller(slurm: Cluster, calm: Path,
 
 def test_a_node_that_dies(slurm: Cluster, calm: Path, tmp_path: Path) -> None:
     """The run goes on without it, and remembers it."""
-    job = Job(slurm, tmp_path / "run", *HET)
-    job.trained(2)
-    node = job.slurm("squeue", "-h", "-j", f"{job.id}+1", "-o", "%N").strip()
+    job = Job(slurm, tmp_path / "run", *HET, hold={1: 2})
+    job.held()
+    node = job.fields(f"{job.id}+1")["NodeList"]
     slurm.kill_node(node, tasks=True)
     try:
         job.finished()
@@ -97,11 +101,11 @@ def test_a_node_that_dies(slurm: Cluster, calm: Path, tmp_path: Path) -> None:
 
 def test_a_wrong_configuration_is_never_requeued(slurm: Cluster, tmp_path: Path) -> None:
     """One attempt, exit code 78."""
-    job = Job(slurm, tmp_path / "run", "data.input_key=nothing")
+    job = Job(slurm, tmp_path / "run", "model.build=dies.build")
     job.ended("FAILED")
     assert job.fields()["ExitCode"] == "78:0"
     assert (job.epoch, job.fields()["Restarts"], job.ending()["goes_on"]) == (1, "0", False)
-    assert "nothing" in job.log
+    assert "error: model.build: dies.build raised ValueError: no such thing" in job.log
     job.nothing_left()
 
 
@@ -116,11 +120,11 @@ def test_attempts_that_bring_nothing_are_given_up(slurm: Cluster, tmp_path: Path
 
 def test_a_chain_of_jobs(slurm: Cluster, calm: Path, tmp_path: Path) -> None:
     """The second job goes on where the first had to stop; the third finds nothing to do."""
-    job = Job(slurm, tmp_path / "run", "cluster.slurm.requeue=chain", sbatch=("--dependency=singleton",))
-    second, third = (job.submit(job.scripts[0], "--dependency=singleton") for _ in range(2))
-    job.trained(2)
+    job = Job(slurm, tmp_path / "run", "cluster.slurm.requeue=chain", "cluster.slurm.chain=3", hold={1: 2})
+    first, second, third = job.ids
+    job.held()
     job.slurm("scancel", "--batch", "--signal=USR1", str(job.id))
-    job.ended("FAILED")
+    job.ended("FAILED", first)
     assert job.fields()["ExitCode"] == "75:0"
     job.ended(job=second)
     job.ended(job=third)
@@ -131,8 +135,8 @@ def test_a_chain_of_jobs(slurm: Cluster, calm: Path, tmp_path: Path) -> None:
 
 def test_two_jobs_that_find_each_other(slurm: Cluster, calm: Path, tmp_path: Path) -> None:
     """The trainer's job is stopped and requeued; the rollout's serves its second attempt."""
-    job = Job(slurm, tmp_path / "run", "cluster.placement=jobs", *HET[1:])
-    job.trained(2)
+    job = Job(slurm, tmp_path / "run", "cluster.placement=jobs", *HET[1:], hold={1: 2})
+    job.held()
     job.slurm("scancel", "--batch", "--signal=USR1", str(job.id))
     job.finished()
     assert job.epoch == 2
@@ -140,22 +144,20 @@ def test_two_jobs_that_find_each_other(slurm: Cluster, calm: Path, tmp_path: Pat
     runs.same_run(calm, job.run_dir)
 
 
-def test_cancel_and_resume(slurm: Cluster, calm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """`cancel` saves and ends; `resume` submits again."""
-    for name, value in slurm.env().items():
-        monkeypatch.setenv(name, value)
-    from miles.cli.cancel import cancel
-    from miles.cli.status import status
-
-    job = Job(slurm, tmp_path / "run")
-    job.trained(2)
-    status(job.run_dir, as_json=False)
-    assert f"job: {job.id} running on" in capsys.readouterr().out
-    cancel(job.run_dir, now=False)
+def test_cancel_attach_and_resume(slurm: Cluster, calm: Path, tmp_path: Path) -> None:
+    """`cancel` saves and ends; `resume` submits again, and the run has the same bits."""
+    job = Job(slurm, tmp_path / "run", *HET, hold={1: 2})
+    job.held()
+    assert f"job: {job.id} running on train" in job.miles("status", str(job.run_dir))
+    command = shlex.split(job.miles("attach", str(job.run_dir), "rollout", "--print"))
+    said = job.slurm(*[word for word in command if word not in ("--pty", "bash", "-l")], "bash", "-c", "echo $SLURMD_NODENAME $SLURM_JOB_ID")
+    assert said.split()[0].startswith("infer")
+    job.miles("cancel", str(job.run_dir))
     job.ended("FAILED")
     assert job.fields()["ExitCode"] == "130:0"
     job.nothing_left()
-    job.submit(job.scripts[0])
+    assert "state: stopped" in job.miles("status", str(job.run_dir))
+    job.miles("resume", str(job.run_dir))
     job.ended(job=job.ids[-1])
-    assert job.epoch == 2
+    assert (job.epoch, len(job.ids)) == (2, 2)
     runs.same_run(calm, job.run_dir)

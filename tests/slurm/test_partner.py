@@ -1,0 +1,68 @@
+"""How long one job waits for the other: real jobs in real states, and a clock that is turned by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from miles.config.compose import load_config
+from miles.data.store.run_dir import RunDir
+from miles.slurm.minicluster import Cluster
+from miles.slurm.partner import LOOK_SECONDS, Waiting, find, state
+
+WORDS = ["cluster.executor=slurm", "cluster.placement=jobs", "cluster.slurm.partner_seconds=60", "cluster.slurm.queue_seconds=100"]
+
+
+@pytest.fixture
+def other(slurm: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A held job of group rollout, and a waiting one's patience with it."""
+    for name, value in slurm.env().items():
+        monkeypatch.setenv(name, value)
+    job = int(slurm.run(["sbatch", "--parsable", "--hold", "--output=/dev/null", "--partition=cpu", "--wrap=sleep 60"]).stdout)
+    (tmp_path / "slurm").mkdir()
+    (tmp_path / "slurm" / "job.json").write_text(json.dumps({"submissions": [{"job_id": job, "name": "x", "groups": ["rollout"], "time": 0.0}]}))
+    clock = [0.0]
+    waiting = Waiting(RunDir(tmp_path), load_config(["recipes/tiny"], WORDS), "rollout", clock=lambda: clock[0])
+
+    def later(seconds: float) -> str | None:
+        found = None
+        for _ in range(int(seconds // LOOK_SECONDS)):
+            clock[0] += LOOK_SECONDS
+            found = found or waiting.look()
+        return found
+
+    yield slurm, job, waiting, later
+    slurm.run(["scancel", str(job)], check=False)
+
+
+def test_queueing_has_a_bound_of_its_own_and_time_counts_only_while_both_run(other) -> None:
+    slurm, job, waiting, later = other
+    assert later(100) is None
+    assert later(10) == "released"
+    assert f"group rollout ({job}) has queued for" in waiting.words("released")
+    waiting.met()
+    slurm.run(["scontrol", "release", str(job)])
+    while state(job) != "running":
+        pass
+    assert later(60) is None
+    assert later(10) == "missed"
+    slurm.run(["scancel", str(job)])
+    while state(job) != "gone":
+        pass
+    assert later(10) == "gone"
+
+
+def test_nobody_is_found_where_no_service_answers(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    assert find(run) is None
+    run.attempt(1).mkdir(parents=True)
+    assert find(run) is None
+    (run.attempt(1) / "service.json").write_text(json.dumps({"url": "http://127.0.0.1:9"}))
+    (run.attempt(1) / "token").write_text("secret")
+    assert find(run) is None
+
+
+def test_a_job_that_nobody_knows_of_is_waited_for() -> None:
+    assert state(None) == "unknown"
