@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from typing import Any
 
@@ -57,7 +58,7 @@ class RolloutJob(TrainerJob):
         self.starts += 1
         folder = self.run.attempt(found.epoch) / "submitit" / f"{self.job.id}.{self.job.restarts}.{self.starts}"
         step = steps(self.config, self.run.path)["rollout"]
-        component = SrunRunner(folder, reachable=True).submit("rollout", SUPERVISE, str(self.run.path), "rollout", found.epoch, step=step)
+        component = SrunRunner(folder, reachable=True, term_asks=False).submit("rollout", SUPERVISE, str(self.run.path), "rollout", found.epoch, step=step)
         self.say(f"attempt {found.epoch}: engines and workers are started")
         while component.running() and self.signals.by is None and not self.superseded(found):
             time.sleep(POLL_SECONDS)
@@ -85,7 +86,8 @@ class RolloutJob(TrainerJob):
         self.say(f"attempt {found.epoch}: {outcome['reason']}")
         if outcome["code"] != AGAIN:  # the trainer would wait in vain
             headers = {"Authorization": f"Bearer {found.token}"}
-            httpx.post(f"{found.url}/finish", json={"exit": outcome["code"], "message": outcome["reason"]}, headers=headers, timeout=10.0, trust_env=False)
+            with contextlib.suppress(httpx.HTTPError):  # it has ended already
+                httpx.post(f"{found.url}/finish", json={"exit": outcome["code"], "message": outcome["reason"]}, headers=headers, timeout=10.0, trust_env=False)
             return int(outcome["code"])
         failed = self.failed(outcome)
         self.exclude(failed, found.epoch)

@@ -258,11 +258,12 @@ class SrunComponent:
 class SrunRunner:
     """Starts the components of one attempt in the allocation that this process runs in.
 
-    reachable: nodes need addresses that lead in from outside of the job, even where it has one node.
+    reachable: nodes need addresses that lead in from outside of the job, even where it has one node. term_asks: a first SIGTERM asks the run
+    to stop; otherwise the component alone ends.
     """
 
-    def __init__(self, folder: Path, reachable: bool = False) -> None:
-        self.folder, self.reachable = folder, reachable
+    def __init__(self, folder: Path, reachable: bool = False, term_asks: bool = True) -> None:
+        self.folder, self.reachable, self.term_asks = folder, reachable, term_asks
         self.leader = os.environ["SLURM_JOB_ID"]
         self.base = batch_environment()
         self.addresses: dict[str, str] | None = None
@@ -288,7 +289,7 @@ class SrunRunner:
             "MILES_COMPONENT": component,
             "MILES_HET_GROUP": str(step.het_group or 0),
             "MILES_ADDRESSES": json.dumps(self.addresses),
-            "MILES_TERM_ASKS": "1",
+            "MILES_TERM_ASKS": "1" if self.term_asks else "0",
             **({"MILES_ARCHITECTURE": step.architecture} if step.architecture else {}),
         }
         return {**self.base, **step.environment, **ours}
