@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import whole_runs as runs
 
-HANG = ["cluster.hang_seconds=8", "cluster.restarts=1"]
+HANG = ["cluster.hang_seconds=12", "cluster.restarts=1"]
 # A file system that never answers: rank 1 of the first attempt waits for ever where it opens the batch of step 4.
 STUCK = """
 import os, sys, time
@@ -23,10 +23,17 @@ if os.environ.get("MILES_RANK") == "1" and os.environ.get("MILES_EPOCH") == "1" 
 """
 
 
+@pytest.fixture(scope="module")
+def calm_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two ranks that nothing happened to."""
+    folder = tmp_path_factory.mktemp("calm_two") / "run"
+    runs.run(folder, *runs.TWO_RANKS)
+    return folder
+
+
 @pytest.mark.parametrize("silent", [True, False], ids=["stopped", "stuck_in_a_file"])
-def test_a_rank_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, silent: bool) -> None:
-    calm, run_dir = tmp_path / "calm", tmp_path / "run"
-    runs.run(calm, *runs.TWO_RANKS)
+def test_a_rank_that_hangs(calm_two: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, silent: bool) -> None:
+    run_dir = tmp_path / "run"
     if not silent:
         (tmp_path / "sitecustomize.py").write_text(STUCK)
         monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]))
@@ -42,4 +49,4 @@ def test_a_rank_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sile
     assert "distributed_c10d.py" in logs[0], "the stack of rank 0 is in its log: it waits in a collective"
     assert silent or "in audit" in logs[1]
     assert launched.wait() == 0, launched.text() + runs.logs(run_dir)
-    runs.same_run(calm, run_dir)
+    runs.same_run(calm_two, run_dir)
