@@ -93,7 +93,7 @@ class Conductor:
                 "MILES_COMPONENT_ADDRESSES": json.dumps(nodes),
                 **({"MILES_ARCHITECTURE": step.architecture} if step.architecture else {}),
             }
-            command = [*step.python, "-u", "-m", "submitit.core._submit", str(folder)]
+            command = [*step.python, "-u", "-m", "miles.slurm.task", str(folder)]
             output, error = (pattern(folder, f"{self.leader}_%t_log.{kind}") for kind in ("out", "err"))
             said = folder / f"{self.leader}_srun.err"
             with said.open("wb") as log:

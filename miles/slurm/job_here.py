@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from miles.config.exits import UserError
-from miles.slurm.command import slurm_command
+from miles.slurm.hostlist import expand
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class JobHere:
             raise UserError("miles.slurm.batch: this is no Slurm job; submit with `miles-submit run`, or `sbatch` what `miles-submit render` wrote")
         size = int(env.get("SLURM_HET_SIZE", "0"))
         lists = [env[f"SLURM_JOB_NODELIST_HET_GROUP_{group}"] for group in range(size)] if size else [env["SLURM_JOB_NODELIST"]]
-        return cls(int(env["SLURM_JOB_ID"]), tuple(map(hostnames, lists)), int(env.get("SLURM_RESTART_COUNT", "0")))
+        return cls(int(env["SLURM_JOB_ID"]), tuple(map(tuple, map(expand, lists))), int(env.get("SLURM_RESTART_COUNT", "0")))
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -38,9 +38,3 @@ class JobHere:
         """All node names, each once."""
         return tuple(dict.fromkeys(node for group in self.groups for node in group))
 
-
-def hostnames(nodelist: str) -> tuple[str, ...]:
-    """train[0-2] as train0, train1, train2."""
-    if "[" not in nodelist and "," not in nodelist:
-        return (nodelist,)
-    return tuple(slurm_command(["scontrol", "show", "hostnames", nodelist]).stdout.split())

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from miles.config.exits import AGAIN, WRONG, UserError, first_cause
-from miles.slurm.command import slurm_command
+from miles.slurm.hostlist import expand
 from miles.slurm.options import Options, arguments, srun_options
 from miles.slurm.patience import patiently
 from miles.slurm.script import ENVIRONMENT_FD
@@ -128,24 +128,25 @@ def _before_setup() -> dict[str, str]:
     return dict(_READ)
 
 
-def job_nodes(het_group: int | None = None) -> list[str]:
-    """Names of the allocation's nodes, in the order of ranks; of one of its groups, if it has several."""
-    suffix = "" if het_group is None else f"_HET_GROUP_{het_group}"
-    return slurm_command(["scontrol", "show", "hostnames", os.environ[f"SLURM_JOB_NODELIST{suffix}"]]).stdout.split()
-
-
-def all_nodes() -> list[str]:
-    """Names of all nodes of the job."""
+def nodelists() -> list[str]:
+    """The allocation's nodes as Slurm writes them, group by group."""
     size = int(os.environ.get("SLURM_HET_SIZE", 0))
-    return [name for group in range(size) for name in job_nodes(group)] if size else job_nodes()
+    suffixes = [f"_HET_GROUP_{group}" for group in range(size)] or [""]
+    return [os.environ[f"SLURM_JOB_NODELIST{suffix}"] for suffix in suffixes]
+
+
+def job_nodes(het_group: int | None = None) -> list[str]:
+    """Names of the nodes of a group, in the order of ranks."""
+    return expand(nodelists()[het_group or 0])
 
 
 def addresses(reachable: bool = False) -> dict[str, str]:
     """Slurm's address of every node of the job, by name; loopback for a job on one node, unless it must be reachable from outside."""
-    nodes = all_nodes()
+    lists = nodelists()
+    nodes = [node for each in lists for node in expand(each)]
     if len(nodes) == 1 and not reachable:
         return {nodes[0]: LOOPBACK}
-    text = patiently(["scontrol", "--oneliner", "show", "node", ",".join(nodes)]).stdout
+    text = patiently(["scontrol", "--oneliner", "show", "node", ",".join(lists)]).stdout
     return dict(re.findall(r"^NodeName=(\S+) .*?\bNodeAddr=(\S+)", text, re.MULTILINE))
 
 
@@ -276,7 +277,7 @@ class SrunRunner:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{self.leader}_submitted.pkl").write_bytes(pickle.dumps(_Payload(function, arguments)))
         output = pattern(folder, f"{self.leader}_%t_log.out")
-        command = [*step.python, "-u", "-m", "submitit.core._submit", str(folder)]
+        command = [*step.python, "-u", "-m", "miles.slurm.task", str(folder)]
         said = folder / f"{self.leader}_srun.err"
         with said.open("wb") as log:
             process = start(srun(step, component, output, command), self.environment(component, step), log)
