@@ -159,7 +159,7 @@ class SrunComponent:
         self.folder, self.leader, self.said = folder, leader, said
         self.failed: dict[int, tuple[str, str]] = {}  # node, and srun's word, by rank
         self.first: tuple[int, ...] = ()  # who had failed before the rest was told to stop
-        self.noticed = self.told = 0.0
+        self.noticed = self.told = self.asked = 0.0
 
     def running(self) -> bool:
         """Whether srun lives. Shared fate within the component is kept here: a failed node stops the others, then srun ends."""
@@ -200,6 +200,7 @@ class SrunComponent:
     def outcome(self) -> dict[str, Any]:
         """{code, role, rank, reason, node, …} of an ended component: the first cause over its nodes."""
         self.listen()
+        self.asked = self.asked or time.monotonic()
         outcomes = {rank: self.of_node(rank) for rank in range(self.step.nodes)}
         return first_cause([outcomes[rank] for rank in self.first or outcomes if rank in outcomes])
 
@@ -207,7 +208,8 @@ class SrunComponent:
         """How the process of one node ended: its own word, or what can be said of one that left none."""
         path = self.folder / f"{self.leader}_{rank}_result.pkl"
         word = self.failed.get(rank, ("", ""))[1]
-        self.wait_for(path, RESULT_SECONDS if not word or word.startswith("Exited") else 0.0)
+        if not word or word.startswith("Exited"):
+            self.wait_for(path)
         if not path.exists():
             return self.vanished(rank)
         kind, result = pickle.loads(path.read_bytes())
@@ -216,10 +218,9 @@ class SrunComponent:
         last = str(result).strip().splitlines()[-1]
         return {**self.about(rank), "code": 1, "reason": f"the supervisor of component {self.name} failed: {last}; its log is {self.log(rank)}"}
 
-    def wait_for(self, path: Path, seconds: float) -> None:
-        """Until a file is there, at most so long."""
-        deadline = time.monotonic() + seconds
-        while not path.exists() and time.monotonic() < deadline:
+    def wait_for(self, path: Path) -> None:
+        """Until a file is there; all nodes share one allowance, which begins when the outcome is asked for."""
+        while not path.exists() and time.monotonic() < self.asked + RESULT_SECONDS:
             self.folder.chmod(self.folder.stat().st_mode)  # makes NFS look again
             time.sleep(0.1)
 
