@@ -277,7 +277,7 @@ class SrunRunner:
         folder = self.folder / component
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{self.leader}_submitted.pkl").write_bytes(pickle.dumps(_Payload(function, arguments)))
-        output = pattern(folder, f"{self.leader}_%t_log.out")
+        output = pattern(folder, f"{self.leader}_{rank_in_name(step)}_log.out")
         command = [*step.python, "-u", "-m", "miles.slurm.task", str(folder)]
         said = folder / f"{self.leader}_srun.err"
         with said.open("wb") as log:
@@ -322,6 +322,11 @@ def failures(said: Path) -> dict[int, tuple[str, str]]:
         for rank in numbers(ranks):
             found.setdefault(rank, (node, word.strip()))
     return found
+
+
+def rank_in_name(step: Step) -> str:
+    """srun's pattern for a task's rank. In heterogeneous jobs Slurm 24.11 counts %t from -1; the node's number is the rank where a node has one task."""
+    return "%n" if step.tasks_per_node == 1 else "%t"
 
 
 def pattern(folder: Path, name: str) -> str:
