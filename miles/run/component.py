@@ -4,7 +4,7 @@ Roles of `train`: the rollout service (first node) and the trainer ranks. Roles 
 them run here follows from the node's number (miles.config.placement).
 The first role that fails stops the others; when the primary role (trainer, worker) ends well, the rest is stopped.
 
-SIGTERM ends all of it. With MILES_TERM_ASKS=1 the first one only asks the run to stop (save, then end), and SIGUSR2 ends it at once.
+SIGTERM ends all of it. With MILES_TERM_ASKS=1 it only asks the run to stop (save, then end), roles are shielded from it, and SIGUSR2 ends all at once.
 """
 
 from __future__ import annotations
@@ -58,16 +58,32 @@ def start(config: RunConfig, run_dir: Path, epoch: int, role: Process, node: Nod
         stdin=subprocess.DEVNULL,
         stdout=log,
         stderr=subprocess.STDOUT,
-        preexec_fn=die_with_parent,
+        preexec_fn=shielded if term_asks() else die_with_parent,
     )
     return RoleProcess(role.role, role.rank, process, log)
+
+
+def term_asks() -> bool:
+    """Whether a SIGTERM is Slurm's word that the job must go, which it tells every process of it at once."""
+    return os.environ.get("MILES_TERM_ASKS") == "1"
+
+
+def shielded() -> None:
+    """For preexec_fn: as die_with_parent; besides, SIGTERM waits, so that a role and what it starts can still save."""
+    die_with_parent()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
 
 def stop(roles: list[RoleProcess], grace: float = GRACE_SECONDS) -> None:
     """Ask the roles to end, then kill those that don't."""
     for role in roles:
         if role.code is None:
-            role.process.terminate()
+            if not term_asks():
+                role.process.terminate()
+            elif role.name == "engine":
+                role.process.send_signal(signal.SIGINT)
+            else:
+                role.process.kill()
             role.process.send_signal(signal.SIGCONT)  # one that is stopped wouldn't hear it
     deadline = time.monotonic() + grace
     while any(role.code is None for role in roles) and time.monotonic() < deadline:
@@ -123,9 +139,9 @@ class Signals:
         signal.signal(signal.SIGUSR2, self._end)
 
     def _terminate(self, signum: int, frame: Any) -> None:
-        if not self.asks or self.asked:
+        if not self.asks:
             raise Stopped
-        self.asked = True
+        self.asked = True  # however often: Slurm may say it several times
 
     def _end(self, signum: int, frame: Any) -> None:
         raise Stopped
@@ -143,7 +159,7 @@ def supervise(run_dir: str, component: str, epoch: int, node: int | None = None)
     node: which of the component's nodes this is; None: what MILES_NODE says, else the first. Returns {code, role, rank, reason, node},
     code as in docs/formats.md, node the name of the machine.
     """
-    signals = Signals(asks=os.environ.get("MILES_TERM_ASKS") == "1")
+    signals = Signals(asks=term_asks())
     if os.getpgrp() != os.getpid():
         os.setsid()  # away from the terminal: its Ctrl-C is for the launcher, which asks the run to stop
     root, here = Path(run_dir), Node.here(component, int(os.environ.get("MILES_NODE", "0")) if node is None else node)

@@ -18,7 +18,6 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "slurm"))
 from clusters import cluster_or_skip
 from jobs import HET, Job
 
-from miles.data.store.metrics import read_lines
 from miles.slurm.minicluster import Cluster, Settings
 
 LEAD, GRACE = 60, 20  # s
@@ -42,13 +41,13 @@ def check(job: Job, calm: Path, stops: int, bound: float) -> None:
     ends = [json.loads((job.run.attempt(epoch) / "exit.json").read_text()) for epoch in range(1, job.epoch + 1)]
     asked = [json.loads((job.run.attempt(epoch) / "stop.json").read_text())["time"] for epoch in range(1, job.epoch)]
     seconds = [end["time"] - began for end, began in zip(ends, asked, strict=False)]
-    trained = [event["step"] for path in job.run.events.glob("trainer.0.*.jsonl") for event in read_lines(path) if event["phase"] == "train"]
+    trained = job.trained()
     shared.say(f"{job.run_dir.parent.name}: {len(seconds)} stops, saved after at most {max(seconds):.1f} s of {bound:g} s, {len(trained) - len(set(trained))} steps done again")
     shared.summary(f"slurm.{job.run_dir.parent.name}", {"stops": len(seconds), "seconds": seconds, "bound": bound})
     assert len(seconds) >= stops
     assert all(end["stopped"] and end["code"] == 75 for end in ends[:-1])
     assert max(seconds) < bound
-    assert sorted(trained) == list(range(1, job.trained_steps + 1))
+    assert trained == list(range(1, job.steps + 1))
     runs.same_run(calm, job.run_dir)
 
 

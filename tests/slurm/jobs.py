@@ -12,6 +12,7 @@ from typing import Any
 
 from miles.config.compose import load_config
 from miles.data.store.epoch import newest_epoch
+from miles.data.store.metrics import read_lines
 from miles.data.store.run_dir import RunDir
 from miles.slurm.minicluster import Cluster
 from miles.slurm.minicluster.processes import Process, environment
@@ -20,7 +21,7 @@ from miles.slurm.records import submitted
 REPOSITORY = Path(__file__).parents[2]
 PATIENCE = 240.0
 # Hardly anybody is rewarded in so few steps: without the entropy bonus most rollouts would move no weight, and equal bits would say little.
-STEPS = ["recipes/tiny", "num_rollout=3", "warm_start.steps=1", "checkpoint.save_interval=1", "eval.interval=2", "algorithm.entropy_coef=0.01", "rollout.generate_path=holds.generate"]
+STEPS = ["recipes/tiny", "num_rollout=3", "warm_start.steps=1", "checkpoint.save_interval=1000", "eval.interval=2", "algorithm.entropy_coef=0.01", "rollout.generate_path=holds.generate"]
 HET = ["cluster.placement=het", "cluster.groups.train.partition=gb300", "cluster.groups.rollout.partition=h200"]
 SLURM = ["cluster.executor=slurm", "cluster.slurm.lead_seconds=20", "cluster.groups.all.mem=100"]
 
@@ -88,8 +89,13 @@ class Job:
     def epoch(self) -> int:
         return newest_epoch(self.run)
 
+    def trained(self) -> list[int]:
+        """Steps that attempts have trained on, each as often as it was."""
+        paths = self.run.events.glob("trainer.0.*.jsonl")
+        return sorted(event["step"] for path in paths for event in read_lines(path) if event["phase"] == "train")
+
     @property
-    def trained_steps(self) -> int:
+    def steps(self) -> int:
         """Steps of the run."""
         return load_config([self.run.run_yaml]).total_steps
 

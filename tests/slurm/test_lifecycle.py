@@ -6,18 +6,30 @@ import json
 import os
 import shlex
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from clusters import cluster_or_skip
 from jobs import HET, STEPS, Job
 
-from miles.slurm.minicluster import Cluster
+from miles.slurm.minicluster import Cluster, Settings
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "end_to_end"))
 
 import whole_runs as runs
 
 LOW = ["cluster.groups.all.partition=low"]
+
+
+ALL = [1, 2, 3, 4]  # steps
+
+
+@pytest.fixture(scope="module")
+def slurm() -> Iterator[Cluster]:
+    """Small, and with time enough to save on a busy machine."""
+    with cluster_or_skip(nodes={"train": 2, "infer": 2, "cpu": 0}, settings=Settings(grace_seconds=20, kill_wait_seconds=20)) as cluster:
+        yield cluster
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +51,7 @@ def test_signal_of_the_time_limit_with_two_groups(slurm: Cluster, calm: Path, tm
     assert job.epoch == 2
     assert (job.ending(1)["code"], job.ending(1)["stopped"], job.ending(1)["goes_on"]) == (75, True, True)
     assert job.fields()["Restarts"] == "1"
+    assert job.trained() == ALL
     runs.same_run(calm, job.run_dir)
 
 
@@ -49,8 +62,8 @@ def test_preemption(slurm: Cluster, calm: Path, tmp_path: Path) -> None:
     taker = job.submit_more("--partition=high", "--exclusive", f"--nodelist={job.fields()['NodeList']}", "--wrap=sleep 1")
     job.finished()
     job.ended(job=taker)
-    assert job.ending(1)["stopped"]
-    assert job.epoch == 2
+    assert job.ending(1)["reason"] == "stopped on request"
+    assert (job.epoch, job.trained()) == (2, ALL)
     runs.same_run(calm, job.run_dir)
 
 
@@ -62,9 +75,9 @@ def test_requeue_by_an_administrator_and_a_killed_batch_process(slurm: Cluster, 
     job.held(2)
     job.slurm("scancel", "--batch", "--signal=TERM", str(job.id))
     job.finished()
-    assert job.epoch == 3
+    assert (job.epoch, job.trained()) == (3, ALL)
     assert job.fields()["Restarts"] == "2"
-    assert all(job.ending(epoch).get("stopped", True) for epoch in (1, 2))
+    assert [job.ending(epoch)["reason"] for epoch in (1, 2)] == ["stopped on request"] * 2
     runs.same_run(calm, job.run_dir)
 
 
@@ -130,6 +143,7 @@ def test_a_chain_of_jobs(slurm: Cluster, calm: Path, tmp_path: Path) -> None:
     job.ended(job=third)
     assert job.epoch == 2
     job.nothing_left()
+    assert job.trained() == ALL
     runs.same_run(calm, job.run_dir)
 
 
@@ -141,6 +155,7 @@ def test_two_jobs_that_find_each_other(slurm: Cluster, calm: Path, tmp_path: Pat
     job.finished()
     assert job.epoch == 2
     assert [job.fields(each)["Restarts"] for each in job.ids] == ["1", "0"]
+    assert job.trained() == ALL
     runs.same_run(calm, job.run_dir)
 
 
@@ -159,5 +174,5 @@ def test_cancel_attach_and_resume(slurm: Cluster, calm: Path, tmp_path: Path) ->
     assert "state: stopped" in job.miles("status", str(job.run_dir))
     job.miles("resume", str(job.run_dir))
     job.ended(job=job.ids[-1])
-    assert (job.epoch, len(job.ids)) == (2, 2)
+    assert (job.epoch, len(job.ids), job.trained()) == (2, 2, ALL)
     runs.same_run(calm, job.run_dir)
