@@ -23,7 +23,7 @@ def main(words: list[str]) -> int:
     """Entry point: RUN, and for placement jobs the name of the group."""
     signals = Signals()  # before the rest is imported: one may come at once
     from miles.config.compose import load_config
-    from miles.config.exits import AGAIN, WRONG, UserError
+    from miles.config.exits import AGAIN, WRONG, UserError, disk_full
     from miles.data.store.epoch import Fenced
     from miles.data.store.run_dir import RunDir
     from miles.slurm.job_here import JobHere
@@ -47,6 +47,11 @@ def main(words: list[str]) -> int:
         return AGAIN
     except UserError as error:
         say(f"error: {error}")
+        return WRONG
+    except OSError as error:
+        if (line := disk_full(error, run.path)) is None:
+            raise
+        say(f"error: {line}")
         return WRONG
 
 

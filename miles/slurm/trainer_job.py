@@ -106,10 +106,15 @@ class TrainerJob:
         stopped = bool(attempt.stop_asked)
         failed = self.failed(outcome) if outcome["code"] == AGAIN and not stopped else {}
         self.exclude(failed, attempt.epoch)
-        tried = fruitless(self.run, self.ours)
-        goes_on = outcome["code"] == AGAIN and self.signals.by != "user" and self.parted in (None, "released") and (stopped or tried <= self.config.cluster.restarts)
+        goes_on = outcome["code"] == AGAIN and self.goes_on(stopped, leaves=stopped or bool(failed))
         attempt.close(outcome, goes_on=goes_on)
         return self.after(attempt, outcome, stopped, failed)
+
+    def goes_on(self, stopped: bool, leaves: bool) -> bool:
+        """Whether another attempt follows one that was killed, lost or stopped, by itself: in this job, or, if we leave our nodes, in another one."""
+        if self.signals.by == "user" or self.parted not in (None, "released") or (leaves and self.config.cluster.slurm.requeue == "none"):
+            return False
+        return stopped or fruitless(self.run, self.ours) <= self.config.cluster.restarts
 
     def after(self, attempt: Attempt, outcome: dict[str, Any], stopped: bool, failed: dict[str, str]) -> int | None:
         """What an attempt's end means for the job: its exit code, None when another attempt may follow here."""
