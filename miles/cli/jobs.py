@@ -35,7 +35,8 @@ def job_rows(run: RunDir, jobs: list[JobState]) -> list[tuple[str, str]]:
     rows = []
     for state in jobs or [job_state(str(entries[-1]["job_id"]))]:
         rows.append(("job", _job(state)))
-        rows += [("group", _group(each)) for each in state.components if len(state.components) > 1 and not state.over]
+        names = next((entry["groups"] for entry in entries if str(entry["job_id"]) == state.job_id), [])
+        rows += [(f"group {name}", _group(each)) for name, each in zip(names, state.components, strict=False) if len(names) > 1 and not state.over]
     if bad := records.excluded(run):
         rows.append(("left out", f"{', '.join(bad)} (failed; RUN/slurm/exclude.json says why)"))
     return rows
@@ -48,7 +49,7 @@ def job_facts(jobs: list[JobState]) -> list[dict[str, Any]]:
 
 def _group(each: ComponentState) -> str:
     where = f" on {each.nodes}" if each.nodes else ""
-    return f"{each.group}: {each.state.lower()}{where}" + (f" ({each.reason})" if each.reason else "")
+    return f"{each.state.lower()}{where}" + (f" ({each.reason})" if each.reason else "")
 
 
 def _job(state: JobState) -> str:
