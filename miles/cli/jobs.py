@@ -35,7 +35,7 @@ def job_rows(run: RunDir, jobs: list[JobState]) -> list[tuple[str, str]]:
     rows = []
     for state in jobs or [job_state(str(entries[-1]["job_id"]))]:
         rows.append(("job", _job(state)))
-        names = next((entry["groups"] for entry in entries if str(entry["job_id"]) == state.job_id), [])
+        names: list[str] = next((entry["groups"] for entry in entries if str(entry["job_id"]) == state.job_id), [])
         rows += [(f"group {name}", _group(each)) for name, each in zip(names, state.components, strict=False) if len(names) > 1 and not state.over]
     if bad := records.excluded(run):
         rows.append(("left out", f"{', '.join(bad)} (failed; RUN/slurm/exclude.json says why)"))
