@@ -28,6 +28,7 @@ from miles.report.token_text import TokenText, load_token_text
 COUNTS = ("status", "sources", "engines", "dropped")  # objects that count what they name
 TEXTS = ("prompt", "response", "label", "text")
 TIMES = ("time", "start", "end")  # seconds since 1970, which have more digits than f32
+HUGE = 10**19  # beyond every 64-bit number: nobody's count, and as wide as a page if it were written out
 SIZES = ("B", "KB", "MB", "GB", "TB", "PB")
 
 
@@ -57,7 +58,7 @@ def words(name: str, value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int):
-        return size(value) if name.endswith("bytes") else str(value)
+        return number(value) if abs(value) >= HUGE else size(value) if name.endswith("bytes") else str(value)
     if isinstance(value, float):
         return number(value) if math.isfinite(value) else str(value)
     if isinstance(value, dict):

@@ -127,8 +127,8 @@ class Progress:
             facts.append((KINDS.get(str(status.get("kind") or status.get("phase")), "at"), f"step {status['step']}"))
         facts.append(("phase", self._phase()))
         reward = status.get("reward_mean", (status.get("metrics") or {}).get("rollout/raw_reward"))
-        for name, value in (("reward", reward), ("accuracy", status.get("accuracy")), ("tokens/s", self._speed())):
-            if value is not None and not (name == "tokens/s" and value == 0):  # 0: nothing has come in yet
+        for name, value in (("reward", reward), ("accuracy", status.get("accuracy")), self._speed()):
+            if value is not None and not (name.endswith("tokens/s") and value == 0):  # 0: nothing has come in yet
                 facts.append((name, number(float(value)) if isinstance(value, int | float) else str(value)))
         left = self.seconds_left()
         if left is not None:
@@ -146,11 +146,14 @@ class Progress:
             return None
         return (int(total) - behind) * float(each)
 
-    def _speed(self) -> Any:
-        """tokens/s of generation; in the warm start, where nothing is generated, those of training."""
+    def _speed(self) -> tuple[str, Any]:
+        """What is done at which speed: tokens/s, as `status` and the report have it, are a batch's by the seconds of its whole step; while
+        a run lives, those of generation are known, and in the warm start, where nothing is generated, those of training."""
+        if self.status.get("phase") in ENDS:
+            return "tokens/s", self.status.get("tokens_per_second")
         if self.status.get("kind") == "sft":
-            return (self.status.get("metrics") or {}).get("perf/actor_train_tok_per_s")
-        return self.status.get("tokens_per_second")
+            return "trained tokens/s", (self.status.get("metrics") or {}).get("perf/actor_train_tok_per_s")
+        return "generated tokens/s", self.status.get("tokens_per_second")
 
     def _phase(self) -> str:
         if self.status.get("waiting"):

@@ -64,7 +64,7 @@ def ask_service(record: RunRecord) -> dict[str, Any] | None:
 
 def call_service(record: RunRecord, method: str, path: str) -> dict[str, Any] | None:
     """A call to the newest attempt's service; None when the attempt has ended or nothing answers from here."""
-    if not record.attempts or record.attempts[-1].outcome is not None:
+    if not record.attempts or record.attempts[-1].outcome is not None or record.attempts[-1].damaged:
         return None
     folder = record.attempts[-1].folder
     service = read_small_json(folder / "service.json")
@@ -98,7 +98,7 @@ def rows(summary: Summary) -> list[tuple[str, str]]:
         ("accuracy", _accuracy(summary)),
         ("tokens/s", number(summary.tokens_per_second) if summary.tokens_per_second is not None else None),
         ("seconds/step", number(summary.seconds_per_step) if summary.seconds_per_step is not None else None),
-        ("time left", duration(summary.seconds_left) if summary.seconds_left is not None else None),
+        ("time left", duration(summary.seconds_left) if summary.seconds_left else None),  # at 0 the last files are written
         ("attempt", f"{summary.epoch}" + (f" ({summary.restarts} restart{'s' if summary.restarts > 1 else ''})" if summary.restarts else "") if summary.epoch is not None else None),
         ("guarantee", guarantee(summary)),
         ("checkpoint", f"step {summary.checkpoint}" if summary.checkpoint is not None else "none yet"),

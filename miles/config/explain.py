@@ -103,7 +103,7 @@ def explain(error: ValidationError, origin: Mapping[Key, str]) -> str:
     """One line about the first error; the number of the others in brackets."""
     errors = error.errors(include_url=False)
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
-    return _explain_one(errors[0], origin) + more
+    return explain_one(errors[0], origin) + more
 
 
 def place(key: Key, origin: Mapping[Key, str]) -> str:
@@ -120,7 +120,8 @@ def named(key: Key, origin: Mapping[Key, str]) -> str:
     return at if at.startswith(f"{dotted}=") else f"{at}{dotted}: "
 
 
-def _explain_one(detail: ErrorDetails, origin: Mapping[Key, str]) -> str:
+def explain_one(detail: ErrorDetails, origin: Mapping[Key, str]) -> str:
+    """One line about one of pydantic's errors."""
     key = tuple(str(part) for part in detail["loc"])
     dotted, at = ".".join(key), place(key, origin)
     if detail["type"] == "extra_forbidden":

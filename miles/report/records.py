@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from miles.config.exits import UserError
+from miles.config.lenient import usable
 from miles.data.store.events import read_events
 from miles.data.store.metrics import read_metrics
 from miles.data.store.run_dir import RunDir, newest_complete_checkpoint, read_provenance, read_run_yaml
@@ -23,6 +24,7 @@ class Attempt:
     epoch: int
     folder: Path
     outcome: dict[str, Any] | None = None
+    damaged: bool = False  # it ended, and how can't be read
 
 
 @dataclass
@@ -114,7 +116,8 @@ def read_attempts(run_dir: RunDir) -> list[Attempt]:
     found = []
     for folder in sorted(run_dir.attempts.iterdir()):
         if folder.is_dir() and folder.name.isdigit():
-            found.append(Attempt(int(folder.name), folder, read_small_json(folder / "exit.json")))
+            outcome = read_small_json(folder / "exit.json")
+            found.append(Attempt(int(folder.name), folder, outcome, damaged=outcome is None and (folder / "exit.json").exists()))
     return sorted(found, key=lambda attempt: attempt.epoch)
 
 
@@ -141,10 +144,12 @@ def read_run(path: Path) -> RunRecord:
             record.damaged.append(" ".join(str(error).split()))
             return default
 
-    record.config = attempt_to(lambda: read_run_yaml(run_dir), {})
+    record.config, wrong = usable(attempt_to(lambda: read_run_yaml(run_dir), {}))
+    record.damaged += [f"{run_dir.run_yaml}: {line}" for line in wrong]
     record.metrics = attempt_to(lambda: read_metrics(run_dir.metrics), [])
     record.provenance = attempt_to(lambda: read_provenance(run_dir), {})
     record.attempts = read_attempts(run_dir)
+    record.damaged += [f"{attempt.folder / 'exit.json'}: not a JSON object" for attempt in record.attempts if attempt.damaged]
     record.checkpoint = newest_complete_checkpoint(run_dir)
     record.events = attempt_to(lambda: read_events(run_dir), [])
     return record

@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 
 ZERO_BAND = 22.0  # pixels under the lowest decade, where values that are exactly zero are drawn
 
 
 def number(value: float, digits: int = 3) -> str:
-    """A short form for people: 0, 12 300, 1.2e-07, 0.034. Non-finite values are named."""
+    """A short form for people: 0, 12 300, 1.23e20, 1.2e-07, 0.034. Non-finite values are named."""
+    if isinstance(value, int) and abs(value) >= 10**15:  # perhaps more than a float holds
+        return f"{Decimal(value):.{max(digits - 1, 0)}e}".replace("+", "").replace("-", "−", 1)
     if math.isnan(value):
         return "–"
     if math.isinf(value):
@@ -18,7 +21,9 @@ def number(value: float, digits: int = 3) -> str:
     if value == 0:
         return "0"
     size = abs(value)
-    if size >= 10_000:
+    if size >= 1e15:
+        text = f"{value:.{max(digits - 1, 0)}e}".replace("+", "")
+    elif size >= 10_000:
         text = f"{value:,.0f}".replace(",", "\u202f")
     elif size < 1e-3:
         text = f"{value:.{max(digits - 2, 0)}e}"

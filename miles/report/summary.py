@@ -86,7 +86,9 @@ def _judge(record: RunRecord, summary: Summary, now: float) -> None:
         return
     latest = record.attempts[-1]
     summary.epoch = latest.epoch
-    if latest.outcome is None:
+    if latest.damaged:
+        summary.state, summary.reason = "lost", f"attempt {latest.epoch} has ended, but {latest.folder / 'exit.json'} is damaged; {_again(record)}"
+    elif latest.outcome is None:
         if now - last_written(record) <= QUIET_SECONDS:
             summary.state = "running" if record.metrics or record.events else "starting"
         else:
@@ -121,7 +123,8 @@ def merge_service(summary: Summary, status: dict[str, Any]) -> Summary:
     summary.phase = status.get("phase") or summary.phase
     behind = steps_behind(status)
     summary.steps_done = max(summary.steps_done, behind or 0)
-    for name in ("kind", "epoch", "step", "total_steps", "reward_mean", "accuracy", "tokens_per_second", "seconds_per_step", "message"):
+    # The service's tokens_per_second are those of generation alone; the files' are a batch's by the seconds of its whole step.
+    for name in ("kind", "epoch", "step", "total_steps", "reward_mean", "accuracy", "seconds_per_step", "message"):
         if status.get(name) is not None:
             setattr(summary, name, status[name])
     if summary.seconds_per_step is not None and summary.total_steps:

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from miles.data.sample import Flag, Sample, Status
+from miles.data.store.hdf5 import reading
 from miles.data.store.manifest import Manifest, read_manifest
 from miles.data.store.run_dir import steps_in
 from miles.data.store.shard import Shard, open_shard
@@ -91,7 +92,8 @@ def transcripts(record: RunRecord) -> Transcripts:
     for title, folder, step, kind in _chosen_batches(record):
         try:
             manifest = read_manifest(folder / "manifest.json")
-            batch = ShownBatch(title, [_show(one, train, text, shown) for one, train in _chosen_samples(record, manifest, folder, step, kind)])
+            with reading(folder):
+                batch = ShownBatch(title, [_show(one, train, text, shown) for one, train in _chosen_samples(record, manifest, folder, step, kind)])
         except (OSError, ValueError) as error:
             record.damaged.append(" ".join(str(error).split()))
             continue
@@ -135,10 +137,15 @@ def _shards(manifest: Manifest, folder: Path, stack: ExitStack) -> tuple[dict[in
     draws: set[int] = set()
     for index, entry in enumerate(manifest.shards):
         if entry.sequences and len(draws) < SAMPLES:
-            shards[index] = stack.enter_context(open_shard(folder / entry.name))
+            shards[index] = stack.enter_context(_opened(folder / entry.name))
             tables[index] = shards[index].sequences()
             draws |= set(tables[index]["draw"].tolist())
     return shards, tables
+
+
+def _opened(path: Path) -> Shard:
+    with reading(path):
+        return open_shard(path)
 
 
 def choose_rows(tables: dict[int, dict[str, NDArray[Any]]]) -> list[tuple[int, int]]:
@@ -260,7 +267,7 @@ def _train_logprobs(folder: Path, shard: int, rows: Sequence[int]) -> dict[int, 
     """The trainer's log-probs of these rows of a shard, from whichever node's record holds them; none while training goes on."""
     found: dict[int, NDArray[np.float32]] = {}
     for path in sorted(folder.glob("*.h5")):
-        with open_train_record(path) as record:
+        with reading(path), open_train_record(path) as record:
             sequences = record.sequences()
             for row in rows:
                 for index in np.flatnonzero((sequences["shard"] == shard) & (sequences["row"] == row))[:1]:

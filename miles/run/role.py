@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from miles.config.compose import load_config
 from miles.config.exits import AGAIN, OK, WRONG, TryAgain, UserError, disk_full, file_fault
@@ -79,24 +79,33 @@ def main(name: str, body: Callable[[Role], None]) -> None:
         use_import_roots(RunDir(role.run_dir), role.epoch)
         body(role)
     except TryAgain as error:
-        print(f"{name}: {error}", file=sys.stderr, flush=True)
+        _tell(f"{name}: {error}")
         code = AGAIN
     except Exception as error:
         line = user_fault(error, role.run_dir)
         if superseded := superseding(role):  # whatever went wrong then, a newer attempt's taking over is the reason
-            print(f"{name}: {superseded} ({type(error).__name__}: {error})", file=sys.stderr, flush=True)
+            _tell(f"{name}: {superseded} ({type(error).__name__}: {error})")
             code = AGAIN
         elif line is None:
-            traceback.print_exc()
+            _tell("".join(traceback.format_exception(error)))
             code = 1
         else:
-            print(f"{name}: {line}", file=sys.stderr, flush=True)
+            _tell(f"{name}: {line}")
             code = WRONG
             leave_fault(role, WRONG, line)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    _tell("", sys.stdout)
     # Straight out: threads of servers and process groups must not hold a dead role back.
     os._exit(code)
+
+
+def _tell(text: str, stream: TextIO | None = None) -> None:
+    """Write to the log, and all that waits to be written; a log on a full disk must not cost the exit code, which says the rest."""
+    stream = sys.stderr if stream is None else stream
+    try:
+        stream.write(f"{text.rstrip()}\n" if text else "")
+        stream.flush()
+    except (OSError, ValueError):  # full, or closed: nothing else is there to say it with
+        return
 
 
 def superseding(role: Role) -> str | None:
@@ -115,7 +124,7 @@ def leave_fault(role: Role, code: int, line: str, whose: dict[str, Any] | None =
         draft.write_text(json.dumps({"code": code, "role": role.name, "rank": role.rank, "message": line, **(whose or {})}))
         draft.rename(role.fault_file)
     except OSError as error:
-        print(f"{role.name}: could not leave the message: {error}", file=sys.stderr, flush=True)
+        _tell(f"{role.name}: could not leave the message: {error}")
 
 
 def load_run(run_dir: Path) -> RunConfig:

@@ -294,6 +294,32 @@ def test_provenance_of_another_shape_is_named(made, tmp_path) -> None:
         inspect(path, None, False, as_json=False)
 
 
+@pytest.mark.parametrize(("name", "value"), [("gpus", 3), ("changed", [1]), ("layout", []), ("versions", "text"), ("tier", {}), ("import_roots", "text")])
+def test_an_attempt_of_another_shape_is_named(made, tmp_path, name, value) -> None:
+    path = tmp_path / "provenance.json"
+    path.write_text(json.dumps({"schema": "miles.provenance/1", "attempts": [{"epoch": 4, name: value}]}))
+    with pytest.raises(UserError, match=rf"provenance.json: attempt 4: {name}: a \w+ expected, "):
+        inspect(path, None, False, as_json=False)
+
+
+@pytest.mark.parametrize("content", ['{"schema": "miles.plan/1", "summary": 3}', '{"schema": "miles.plan/1", "summary": ["a"]}'])
+def test_a_plan_of_another_shape_is_named(tmp_path, content) -> None:
+    (tmp_path / "plan.json").write_text(content)
+    with pytest.raises(UserError, match=r"plan\.json: an object with a summary expected, "):
+        inspect(tmp_path / "plan.json", None, False, as_json=False)
+
+
+def test_huge_numbers_stay_in_their_column(made, tmp_path, capsys) -> None:
+    shutil.copytree(made["run"], tmp_path / "run", symlinks=True)
+    path = RunDir(tmp_path / "run").metrics
+    with open(path, "a") as file:
+        file.write(f'{{"step": 9, "kind": "rollout", "time": 1.0, "a": 1.5e300, "b": -1e308, "c": {"9" * 500}, "d": 123456789012345}}\n')
+    text = page(path, capsys)
+    assert max(map(len, text.splitlines())) < 200
+    for row in (r"^a +1\.50e300$", r"^b +−1\.00e308$", r"^c +1\.00e500$", r"^d +123456789012345$"):
+        assert re.search(row, text, re.MULTILINE), row
+
+
 @pytest.mark.parametrize("kind", ["shard", "routes", "train"])
 def test_a_flipped_byte_of_hdf5s_own_is_damage_and_no_traceback(made, tmp_path, kind, capsys) -> None:
     shutil.copytree(made["run"], tmp_path / "run", symlinks=True)

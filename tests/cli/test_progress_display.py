@@ -48,7 +48,7 @@ def plain(clock: Clock | None = None) -> tuple[Progress, io.StringIO]:
 def test_a_plain_line_says_everything() -> None:
     progress, out = plain()
     progress.update(STATUS)
-    assert out.getvalue() == "step 12/40 (rollout), phase generate 3/16, reward 0.438, accuracy 0.615, tokens/s 1234, left about 4 min 50 s\n"
+    assert out.getvalue() == "step 12/40 (rollout), phase generate 3/16, reward 0.438, accuracy 0.615, generated tokens/s 1234, left about 4 min 50 s\n"
 
 
 def test_plain_lines_come_at_steps_and_every_few_seconds() -> None:
@@ -138,7 +138,7 @@ def test_speed_in_the_warm_start_is_the_trainers() -> None:
     progress.update({"step": 1, "total_steps": 5, "phase": "train", "kind": "sft"})
     progress.update({"step": 2, "total_steps": 5, "phase": "train", "kind": "sft", "metrics": {"perf/actor_train_tok_per_s": 512.0}})
     progress.update({"step": 3, "total_steps": 5, "phase": "generate", "kind": "rollout"})
-    assert out.getvalue().splitlines() == ["step 1/5 (warm start), phase train", "step 2/5 (warm start), phase train, tokens/s 512", "step 3/5 (rollout), phase generate"]
+    assert out.getvalue().splitlines() == ["step 1/5 (warm start), phase train", "step 2/5 (warm start), phase train, trained tokens/s 512", "step 3/5 (rollout), phase generate"]
 
 
 def test_an_evaluations_reward_is_not_the_next_rollouts() -> None:

@@ -17,9 +17,11 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "report"))  # the demo run's maker lives beside the report's tests
 from demo_run import begin_attempt, demo_run, empty_run, end_attempt, record_step
 
+from miles.cli.inspect import inspect
 from miles.cli.status import state_of, status
 from miles.config.exits import UserError
 from miles.data.store.run_dir import RunDir
+from miles.report.build import render
 from miles.report.records import read_run
 from miles.report.summary import duration, steps_behind, summarise
 from miles.report.tiles import tiles
@@ -208,6 +210,28 @@ def test_torn_files_do_not_matter(tmp_path: Path) -> None:
     run = demo_run(tmp_path / "run", rollouts=3, finished=False, batches=False)
     found = state_of(run.path)
     assert (found.state, found.steps_done) == ("running", 15)
+
+
+def test_a_damaged_end_is_said(tmp_path: Path) -> None:
+    run = demo_run(tmp_path / "run", rollouts=3, batches=False)
+    (run.attempt(read_run(run.path).attempts[-1].epoch) / "exit.json").write_text('{"code"')
+    found = state_of(run.path)
+    assert (found.state, found.seconds_left) == ("lost", None)
+    assert "exit.json is damaged; " in found.reason
+
+
+def test_settings_of_a_wrong_type_are_told_and_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = demo_run(tmp_path / "run", rollouts=3, batches=False)
+    wrong = {"name": 7, "num_rollout": [1], "warm_start": {"steps": "many"}, "train": 3, "data": {"exclude": [1]}, "rollout": {"batch_size": {}, "sampling": []}, "cluster": None, "later": {"key": 1}}
+    run.run_yaml.write_text(json.dumps(wrong))
+    record = read_run(run.path)
+    assert record.config == {"warm_start": {}, "data": {}, "rollout": {}, "later": {"key": 1}}
+    assert f"{run.run_yaml}: num_rollout: expected a whole number, got [1]" in record.damaged
+    assert sum(str(run.run_yaml) in line for line in record.damaged) == 8
+    assert status(run.path, False) == 0
+    assert render(record)
+    assert inspect(run.path, None, False, False) == 0
+    assert "note: run.yaml: train: expected keys and values, got 3" in capsys.readouterr().out
 
 
 def test_not_a_run_directory(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from miles.config.exits import UserError
+from miles.config.lenient import usable
 from miles.data.inspect.page import ranges
 from miles.data.inspect.recognise import recognise
 from miles.data.store.checkpoint import read_complete
@@ -95,7 +96,7 @@ def _accounts(run: RunDir) -> Iterator[Verdict]:
     """
     newest: float | None = newest_complete_checkpoint(run)
     try:
-        if run.run_yaml.exists() and read_run_yaml(run).get("debug", {}).get("rollout_only"):
+        if run.run_yaml.exists() and (usable(read_run_yaml(run))[0].get("debug") or {}).get("rollout_only"):
             newest = math.inf
     except Damaged as error:
         yield Verdict(run.run_yaml, False, str(error))

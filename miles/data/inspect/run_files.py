@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from miles.config.exits import UserError
+from miles.config.lenient import usable
 from miles.data.inspect.page import Page, Table, ranges
 from miles.data.inspect.sequences import summarise_shards
 from miles.data.store.checkpoint import SCHEMA as CHECKPOINT
 from miles.data.store.checkpoint import STATE, read_complete, read_state
 from miles.data.store.events import name_parts
-from miles.data.store.files import read_json, schema_kind
+from miles.data.store.files import Damaged, read_json, schema_kind
 from miles.data.store.hdf5 import reading
 from miles.data.store.journal import journal_paths
 from miles.data.store.manifest import NAME, SCHEMA, Manifest, read_manifest
@@ -38,7 +39,8 @@ def run_page(path: Path) -> Page:
             page.notes.append(f"{name}: {' '.join(str(error).split())}")
             return None
 
-    config = told("run.yaml", lambda: read_run_yaml(run)) or {}
+    config, wrong = usable(told("run.yaml", lambda: read_run_yaml(run)) or {})
+    page.notes += [f"run.yaml: {line}" for line in wrong]
     lines = read_metrics(run.metrics)
     attempts = (told("provenance.json", lambda: read_provenance(run)) or {}).get("attempts", [])
     complete = [step for step in steps_in(run.checkpoints) if (run.checkpoint(step) / COMPLETE).is_file()]
@@ -177,6 +179,8 @@ def provenance_page(path: Path) -> Page:
 def plan_page(path: Path) -> Page:
     """plan.json."""
     content = read_json(path)
+    if not isinstance(content, dict) or not isinstance(content.get("summary", {}), dict):
+        raise Damaged(f"{path}: an object with a summary expected, {content!r:.60} found")
     schema_kind(content.get("schema"), PLAN_SCHEMA, path)
     return Page(path, "plan: what the run was to do", content.pop("schema"), {**content.pop("summary", {}), **content})
 

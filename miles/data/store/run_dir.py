@@ -26,6 +26,9 @@ PACKAGES = (
     "miles", "torch", "transformers", "tokenizers", "numpy", "h5py", "numba", "llvmlite", "safetensors", "sglang", "megatron-core", "submitit", "pydantic",
     "math-verify", "sympy", "reasoning-gym",
 )  # fmt: skip
+ENTRY = {  # of an attempt in provenance.json; lists are of texts
+    "tier": str, "why": str, "changed": list, "gpus": list, "import_roots": list, "layout": dict, "versions": dict, "host": str,
+}  # fmt: skip
 STEP = re.compile(r"step_(\d{6,})")
 
 
@@ -191,6 +194,10 @@ def read_provenance_file(path: Path) -> dict[str, Any]:
     attempts = provenance.get("attempts")
     if not isinstance(attempts, list) or not all(isinstance(entry, dict) and isinstance(entry.get("epoch"), int) for entry in attempts):
         raise Damaged(f"{path}: attempts: a list of objects with an epoch expected, {attempts!r:.60} found")
+    for entry in attempts:
+        for name, kind in ENTRY.items():
+            if not isinstance(value := entry.get(name), kind | None) or (isinstance(value, list) and not all(isinstance(each, str) for each in value)):
+                raise Damaged(f"{path}: attempt {entry['epoch']}: {name}: a {kind.__name__} expected, {value!r:.60} found")
     return provenance
 
 
