@@ -69,9 +69,10 @@ def term_asks() -> bool:
 
 
 def shielded() -> None:
-    """For preexec_fn: as die_with_parent; besides, SIGTERM waits, so that a role and what it starts can still save."""
+    """For preexec_fn: as die_with_parent; besides, SIGTERM does nothing, so that a role and what it starts can still save."""
     die_with_parent()
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # servers handle what is ignored; multiprocessing unblocks what is blocked
 
 
 def stop(roles: list[RoleProcess], grace: float = GRACE_SECONDS) -> None:
