@@ -21,6 +21,7 @@ ALLOWED = {
     "engine": {"config", "models", "precision"},
     "rollout": {"config", "data", "engine"},
     "training": {"config", "data", "models", "precision", "algorithms"},
+    "convert": {"config", "models", "precision"},
     "sync": {"config", "engine", "models", "training"},
     "recipes": {"config"},
     "slurm": {"config", "data", "plan"},

@@ -1,19 +1,15 @@
 """Tensors through torch.distributed.checkpoint, read back without trusting its pickle.
 
-A distributed checkpoint has one pickled file, `.metadata`. It is read here through an unpickler that knows the few classes such
-metadata is made of and refuses everything else. Tensors are read by torch.load(weights_only=True); opaque byte entries, which torch
-would unpickle freely, are neither written nor read.
+Its one pickled file is read by miles.models.dcp_metadata, which refuses all but metadata. Tensors are read by
+torch.load(weights_only=True); opaque byte entries, which torch would unpickle freely, are neither written nor read.
 """
 
 from __future__ import annotations
 
 import io
-import pickle
 import warnings
-from pathlib import Path, PurePosixPath
-from typing import Any
+from pathlib import Path
 
-import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
@@ -22,52 +18,18 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorS
 from torch.distributed.checkpoint.planner import ReadItem
 
 from miles.data.store.files import Damaged
-
-METADATA = ".metadata"
-_DTYPES = {str(value).removeprefix("torch.") for value in vars(torch).values() if isinstance(value, torch.dtype)}
-_CLASSES = {
-    "collections": {"OrderedDict"},
-    "pathlib": {"PosixPath"},
-    "pathlib._local": {"PosixPath"},
-    "torch": {"Size"} | _DTYPES,
-    "torch.serialization": {"_get_layout"},  # a look-up in a fixed table
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-    "torch.distributed.checkpoint.metadata": {
-        "ChunkStorageMetadata",
-        "Metadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "TensorProperties",
-        "TensorStorageMetadata",
-        "_MEM_FORMAT_ENCODING",
-    },
-}
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if name not in _CLASSES.get(module, ()):
-            raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint's metadata")
-        return super().find_class(module, name)
+from miles.models.dcp_metadata import METADATA, unpickle_metadata
 
 
 def read_metadata(folder: Path) -> Metadata:
     """The metadata of a distributed checkpoint. Damaged for what it may not contain, and for what is no metadata."""
-    path = Path(folder) / METADATA
-    content = path.read_bytes()
     try:
-        metadata = _MetadataUnpickler(io.BytesIO(content)).load()
-    except Exception as error:  # whatever a broken pickle raises, the file is not what was sealed
-        raise Damaged(f"{path}: refused ({type(error).__name__}: {error})") from None
-    if not isinstance(metadata, Metadata):
-        raise Damaged(f"{path}: refused (a {type(metadata).__name__} in place of the metadata)")
+        metadata = unpickle_metadata(folder)
+    except ValueError as error:
+        raise Damaged(str(error)) from None
     for name, entry in metadata.state_dict_metadata.items():
         if not isinstance(entry, TensorStorageMetadata):
-            raise Damaged(f"{path}: refused (entry {name!r} is no tensor)")
-    for info in (metadata.storage_data or {}).values():
-        place = PurePosixPath(info.relative_path)
-        if place.is_absolute() or ".." in place.parts:
-            raise Damaged(f"{path}: refused (it points to {info.relative_path}, outside the checkpoint)")
+            raise Damaged(f"{Path(folder) / METADATA}: refused (entry {name!r} is no tensor)")
     return metadata
 
 

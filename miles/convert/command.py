@@ -1,0 +1,62 @@
+"""What the scripts of tools/convert share: one-line errors, exit codes, JSON, sizes in words."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from miles.config.exits import AGAIN, OK, WRONG, TryAgain, UserError, disk_full, file_fault
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose mistakes are one line and exit with 78."""
+
+    def error(self, message: str) -> Any:
+        print(f"{self.prog}: {message}; --help shows all options", file=sys.stderr)
+        sys.exit(WRONG)
+
+
+def parser(text: str | None) -> Parser:
+    """A parser with a script's docstring as its help, examples and all."""
+    made = Parser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--json", action="store_true", help="print the result as JSON on stdout")
+    return made
+
+
+def run(main: Callable[[], int]) -> None:
+    """Call a script's main and leave with its code; a user's mistake is one line on stderr and 78, a missing rank 75."""
+    try:
+        code = main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = WRONG
+    except TryAgain as error:
+        print(f"again: {error}", file=sys.stderr)
+        code = AGAIN
+    except BrokenPipeError:
+        code = OK
+    except (OSError, RuntimeError) as error:  # torch wraps a full disk in a RuntimeError of its own
+        said = disk_full(error) or (file_fault(error) if isinstance(error, OSError) else None)
+        if said is None:
+            raise
+        print(f"error: {said}", file=sys.stderr)
+        code = WRONG
+    sys.stdout.flush()
+    sys.exit(code)
+
+
+def say(found: dict[str, Any], lines: list[str], as_json: bool) -> None:
+    """The result for a program or for a person."""
+    print(json.dumps(found, indent=1) if as_json else "\n".join(lines))
+
+
+def size(count: float) -> str:
+    """1234567 as "1.2 MB"."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"

@@ -1,0 +1,31 @@
+"""Files that are whole or absent, also after a power failure."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def write_durable(path: Path, content: bytes) -> None:
+    """Write a small file under its name in one step."""
+    draft = path.with_name(f"{path.name}.part-{os.getpid()}")
+    with draft.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    publish(draft, path)
+
+
+def publish(draft: Path, path: Path) -> None:
+    """Give a synced file its name."""
+    os.replace(draft, path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make names in a folder durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

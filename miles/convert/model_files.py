@@ -1,0 +1,83 @@
+"""Which tensors of a Hugging Face folder a model's map uses, and what is wrong with the others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from miles.config.exits import UserError
+from miles.convert.hf_source import HfSource
+from miles.models.hf_folder import tokenizer_files
+from miles.models.maps.find import Known
+from miles.models.maps.pieces import Piece, mtp_copies
+from miles.precision.fp8_blocks import SCALE
+
+BUFFERS = ("rotary_emb.inv_freq", ".attention.masked_bias", ".attention.bias")
+
+
+@dataclass
+class Found:
+    """What a source holds beside the map's tensors: copies that MTP layers repeat, MTP layers left out, tensors of another part of the model."""
+
+    copies: dict[str, str] = field(default_factory=dict)
+    mtp_layers: int = 0
+    left_out: list[str] = field(default_factory=list)
+
+
+def source_mtp_layers(known: Known, names: Iterable[str]) -> int:
+    """MTP layers that a source's tensors show: layers after the last with the projection of one."""
+    if not known.family.mtp:
+        return 0
+    found, held = 0, set(names)
+    while f"{known.prefix}model.layers.{known.config.layers + found}.eh_proj.weight" in held:
+        found += 1
+    return found
+
+
+def examine(known: Known, source: HfSource, wanted: list[Piece], mtp_layers: int) -> Found:
+    """UserError for a tensor that is missing, has another shape than config.json says, or is known to nobody."""
+    shapes = {block.name: block.shape for piece in wanted for block in piece.blocks}
+    for name, shape in shapes.items():
+        if name not in source:
+            raise UserError(f"{source.folder}: {name} is missing; config.json and the tensors contradict each other: restore the folder from its origin")
+        if source.shape(name) != shape:
+            raise UserError(
+                f"{source.folder}: {name} has the shape {list(source.shape(name))}, config.json says {list(shape)}; restore the folder from its origin"
+            )
+    found = Found(mtp_layers=source_mtp_layers(known, source.stored))
+    copies = mtp_copies(known, found.mtp_layers)
+    after = tuple(f"{known.prefix}model.layers.{known.config.layers + i}." for i in range(found.mtp_layers))
+    unknown = []
+    for name in source.stored:
+        base = name.removesuffix(SCALE)
+        if name in shapes or base in shapes:
+            continue
+        if base in copies and mtp_layers:
+            found.copies[base] = copies[base]
+        elif known.tied and name == f"{known.prefix}lm_head.weight":
+            found.copies[name] = f"{known.prefix}model.embed_tokens.weight"
+        elif (after and name.startswith(after)) or not name.startswith(known.prefix) or name.endswith(BUFFERS):
+            found.left_out.append(name)
+        else:
+            unknown.append(name)
+    if unknown:
+        raise UserError(f"{source.folder}: {unknown[0]} is no tensor of a {known.config.get('model_type')!r} model of this config.json ({len(unknown)} such); correct config.json")
+    for name, of in found.copies.items():
+        if not _equal(source, name, of):
+            raise UserError(f"{source.folder}: {name} differs from {of}, of which Megatron keeps one; they can't be converted together")
+    return found
+
+
+def _equal(source: HfSource, one: str, other: str) -> bool:
+    if source.shape(one) != source.shape(other):
+        return False
+    rows, step = source.shape(one)[0], 4096
+    return all(
+        bool((source.values(one, at, min(rows, at + step)) == source.values(other, at, min(rows, at + step))).all()) for at in range(0, rows, step)
+    )
+
+
+def config_files(folder: Path) -> list[Path]:
+    """What travels with the weights: config, tokenizer, generation settings; a model's own code is not copied."""
+    return [path for path in (folder / "config.json", *tokenizer_files(folder)) if path.is_file()]

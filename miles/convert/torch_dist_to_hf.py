@@ -1,0 +1,174 @@
+"""A torch_dist checkpoint to a Hugging Face folder: ours, or what megatron-core saved in training (its optimizer state is passed over)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import struct
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from miles.config.exits import UserError
+from miles.convert.durable import write_durable
+from miles.convert.hf_source import DTYPES, INDEX, NAMES
+from miles.convert.hf_to_torch_dist import CHUNK_BYTES, SOURCE, Report
+from miles.convert.model_files import config_files
+from miles.convert.progress import Progress
+from miles.convert.torch_dist_source import TorchDistSource
+from miles.convert.units import Rank, Units
+from miles.models.hf_folder import SHARD_BYTES
+from miles.models.maps.entry import Block
+from miles.models.maps.find import Known, known_folder, read_json
+from miles.models.maps.pieces import EMBEDDING, OUTPUT, Piece, mtp_copies, pieces
+
+Place = tuple[str, tuple[int, ...]]  # tensor of the checkpoint, index on its leading axes
+
+
+def torch_dist_to_hf(source: str | Path, output: str | Path, hf: str | Path | None = None, me: Rank | None = None, quiet: bool = True) -> Report:
+    """Write a Hugging Face folder. hf: a folder with the model's config.json and tokenizer (None: the one kept in the checkpoint).
+
+    MTP layers are written where the checkpoint has them. UserError, one line, where tensors are missing or of another shape.
+    """
+    me, dist = me or Rank(), TorchDistSource(source)
+    folder = Path(hf) if hf is not None else dist.folder / "hf"
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder}: config.json is missing; give the model's Hugging Face folder with --hf")
+    work = Export(known_folder(folder), dist, folder)
+    out = Path(output)
+    units = Units(out, work.fingerprint, work.names, work.write, lambda records: work.finish(out))
+    progress = Progress(work.bytes, quiet or me.rank != 0)
+    resumed = units.run(me, progress)
+    progress.end()
+    return Report(str(out), len(work.tensors), work.bytes, len(work.names), resumed)
+
+
+class Export:
+    """The plan: which files hold which tensors, and which pieces of the checkpoint a tensor comes from."""
+
+    def __init__(self, known: Known, dist: TorchDistSource, folder: Path) -> None:
+        self.known, self.dist, self.folder = known, dist, folder
+        self.origin = read_json(dist.folder / SOURCE) if (dist.folder / SOURCE).is_file() else {}
+        mtp = 0
+        while f"mtp.layers.{mtp}.eh_proj.weight" in dist:
+            mtp += 1
+        self.sources: dict[str, list[tuple[Piece, Block, Place]]] = {}
+        self.tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+        for piece in pieces(known, mtp_layers=mtp):
+            place = self._place(piece)
+            for block in piece.blocks:
+                self.sources.setdefault(block.name, []).append((piece, block, place))
+                self.tensors[block.name] = (self._dtype(block.name, place[0]), block.shape)
+        copies = self.origin.get("copies") if self.origin else mtp_copies(known, mtp)
+        self.copies = {name: of for name, of in (copies or {}).items() if of in self.sources}
+        for name, of in self.copies.items():
+            self.tensors[name] = self.tensors[of]
+        self.files = self._files()
+        count = len(self.files)
+        self.names = ["model.safetensors"] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+        self.bytes = sum(self._bytes(name) for name in self.tensors)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of all that decides the files' content."""
+        stat = (self.dist.folder / ".metadata").stat()
+        told = [self.known.config.fields, str(self.dist.folder), stat.st_size, stat.st_mtime_ns, self.origin, SHARD_BYTES]
+        return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
+
+    def write(self, i: int, file: Any) -> dict[str, Any]:
+        """One safetensors file, in chunks of at most 32 MB."""
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        at = 0
+        for name in self.files[i]:
+            dtype, shape = self.tensors[name]
+            header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [at, at + self._bytes(name)]}
+            at += self._bytes(name)
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name in self.files[i]:
+            self._write_tensor(name, file)
+        return {}
+
+    def finish(self, out: Path) -> None:
+        """Config, tokenizer, and the index last."""
+        for file in config_files(self.folder):
+            if file.name != "config.json":
+                shutil.copyfile(file, out / file.name)
+        fields = read_json(self.folder / "config.json")
+        fields.pop("quantization_config", None)  # what is written is not quantised
+        write_durable(out / "config.json", json.dumps(fields, indent=2).encode() + b"\n")
+        if len(self.names) > 1:
+            where = {name: self.names[i] for i, names in enumerate(self.files) for name in names}
+            index = {"metadata": {"total_size": self.bytes}, "weight_map": dict(sorted(where.items()))}
+            write_durable(out / INDEX, json.dumps(index, indent=2).encode() + b"\n")
+
+    def _place(self, piece: Piece) -> Place:
+        """Where the checkpoint has a piece, stacked or layer by layer."""
+        for key, lead, axes in filter(None, [(piece.key, piece.lead, piece.axes), piece.other]):
+            if key in self.dist:
+                found = self.dist.shapes[key]
+                longer = piece.key in (EMBEDDING, OUTPUT) and found[1:] == piece.shape[1:] and found[0] >= piece.shape[0]  # padded
+                if found != axes + piece.shape and not longer:
+                    raise UserError(f"{self.dist.folder}: {key} has the shape {list(found)}, config.json says {list(axes + piece.shape)}; give the model's own config.json with --hf")
+                return key, lead
+        raise UserError(f"{self.dist.folder}: {piece.key} is missing; give the model's own config.json with --hf, or restore the checkpoint")
+
+    def _dtype(self, name: str, key: str) -> torch.dtype:
+        told = self.origin.get("dtypes", {}).get(name)
+        return DTYPES[told] if told in DTYPES else self.dist.dtypes[key]
+
+    def _bytes(self, name: str) -> int:
+        dtype, shape = self.tensors[name]
+        return dtype.itemsize * int(torch.Size(shape).numel())
+
+    def _files(self) -> list[list[str]]:
+        files: list[list[str]] = [[]]
+        size = 0
+        for name in self.tensors:
+            if files[-1] and size + self._bytes(name) > SHARD_BYTES:
+                files.append([])
+                size = 0
+            files[-1].append(name)
+            size += self._bytes(name)
+        return files
+
+    def _write_tensor(self, name: str, file: Any) -> None:
+        dtype, shape = self.tensors[name]
+        inner = shape[1:] if self._turned(name) else shape  # a matrix for each expert, or the tensor itself
+        step = max(1, CHUNK_BYTES // max(1, dtype.itemsize * int(torch.Size(inner[1:]).numel())))
+        for expert in range(shape[0]) if self._turned(name) else (None,):
+            for first in range(0, inner[0], step):
+                part = self._part(name, expert, first, min(inner[0], first + step))
+                file.write(part.view(-1).view(torch.uint8).numpy().data)
+
+    def rows(self, name: str, first: int, last: int) -> torch.Tensor:
+        """Rows of a Hugging Face tensor, put together from the checkpoint."""
+        if not self._turned(name):
+            return self._part(name, None, first, last)
+        return torch.stack([self._part(name, expert, 0, self.tensors[name][1][1]) for expert in range(first, last)])
+
+    def _turned(self, name: str) -> bool:
+        return self.sources[self.copies.get(name, name)][0][1].transposed
+
+    def _part(self, name: str, expert: int | None, first: int, last: int) -> torch.Tensor:
+        dtype, shape = self.tensors[name]
+        sources = self.sources[self.copies.get(name, name)]
+        if expert is None:
+            out = torch.empty((last - first, *shape[1:]), dtype=dtype)
+            self._fill(out, first, last, sources)
+            return out
+        _, block, (key, lead) = sources[expert]
+        assert block.expert == expert, "pieces come in the experts' order"
+        turned = torch.empty((block.rows, last - first), dtype=self.dist.dtypes[key])
+        self.dist.copy(key, (*lead, block.at, first), turned)
+        return turned.T.to(dtype).contiguous()
+
+    def _fill(self, out: torch.Tensor, first: int, last: int, sources: list[tuple[Piece, Block, Place]]) -> None:
+        for _, block, (key, lead) in sources:
+            a, b = max(first, block.start), min(last, block.start + block.rows)
+            if a < b:
+                start = (*lead, block.at + a - block.start, *(0 for _ in block.shape[1:]))
+                self.dist.copy(key, start, out[a - first : b - first])

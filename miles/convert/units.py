@@ -1,0 +1,199 @@
+"""A conversion is a list of files. Each is written whole by one worker of one rank, synced, hashed, and recorded; what is recorded and still
+has its checksum is not written again. Rank 0 waits for all records, then finishes.
+
+The plan does not depend on the number of ranks or workers, so a conversion may go on with others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import xxhash
+
+from miles.config.exits import TryAgain, UserError
+from miles.convert.durable import publish, write_durable
+from miles.convert.progress import Progress
+
+RECORDS, DONE, PLAN = ".convert", "conversion.json", "plan.json"
+PATIENCE = 600.0  # seconds without a record from any rank before rank 0 gives up
+
+
+@dataclass(frozen=True)
+class Rank:
+    """Who this process is among those that convert together, and its threads."""
+
+    rank: int = 0
+    world: int = 1
+    workers: int = 1
+
+
+def here(workers: int) -> Rank:
+    """This process's place: Slurm's, or MPI's, or alone."""
+    for rank, world in (("SLURM_PROCID", "SLURM_NTASKS"), ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"), ("PMI_RANK", "PMI_SIZE")):
+        if rank in os.environ and world in os.environ:
+            return Rank(int(os.environ[rank]), int(os.environ[world]), workers)
+    return Rank(0, 1, workers)
+
+
+class Hashed:
+    """A file that hashes what is appended to it, and counts."""
+
+    def __init__(self, file: BinaryIO, progress: Progress) -> None:
+        self._file, self._hash, self._at, self._progress = file, xxhash.xxh3_128(), 0, progress
+
+    def write(self, data: Any) -> int:
+        with memoryview(data) as view:
+            self._hash.update(view)
+            length = view.nbytes
+        self._file.write(data)
+        self._at += length
+        self._progress.add(length)
+        return length
+
+    def tell(self) -> int:
+        return self._at
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def digest(self) -> str:
+        return self._hash.hexdigest()
+
+
+@dataclass(frozen=True)
+class Units:
+    """folder: where the files go. plan: fingerprint of all that decides their content. names: the files. write(i, file) writes file i and
+    returns what to record of it. finish(records) makes the folder a checkpoint."""
+
+    folder: Path
+    plan: str
+    names: list[str]
+    write: Callable[[int, Any], dict[str, Any]]
+    finish: Callable[[list[dict[str, Any]]], None]
+
+    @property
+    def records(self) -> Path:
+        return self.folder / RECORDS
+
+    def run(self, me: Rank, progress: Progress) -> int:
+        """Write what is missing; returns how many files were there already. UserError where the destination holds something else."""
+        if self._finished():
+            return len(self.names)
+        self._claim()
+        with self._alone(me.rank):
+            mine = list(range(me.rank, len(self.names), me.world))
+            kept = [i for i in mine if self._kept(i, progress)]
+            todo = [i for i in mine if i not in set(kept)]
+            stop = threading.Event()
+            with ThreadPoolExecutor(max(1, me.workers)) as pool:
+                jobs = [pool.submit(self._write, i, progress, stop) for i in todo]
+                done, _ = wait(jobs, return_when=FIRST_EXCEPTION)
+                if any(job.exception() for job in done):
+                    stop.set()
+                    pool.shutdown(wait=True, cancel_futures=True)
+                for job in done:
+                    job.result()
+            if me.rank == 0:
+                found = self._all_records()
+                self.finish(found)
+                self._close()
+        return len(kept)
+
+    def _finished(self) -> bool:
+        mark = self.folder / DONE
+        with contextlib.suppress(OSError, ValueError):
+            return bool(json.loads(mark.read_text())["plan"] == self.plan)
+        return False
+
+    def _claim(self) -> None:
+        plan = self.records / PLAN
+        if self.folder.exists() and not plan.exists() and any(entry.name != RECORDS for entry in self.folder.iterdir()):
+            raise UserError(f"{self.folder}: not empty, and no unfinished conversion of this source with these options; choose another folder")
+        self.records.mkdir(parents=True, exist_ok=True)
+        if not plan.exists():
+            write_durable(plan, json.dumps({"plan": self.plan}).encode())
+        if json.loads(plan.read_text()).get("plan") != self.plan:
+            raise UserError(f"{self.folder}: holds an unfinished conversion of another source or with other options; finish that one, or choose another folder")
+
+    @contextlib.contextmanager
+    def _alone(self, rank: int) -> Any:
+        with (self.records / f"rank-{rank}.lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise UserError(f"{self.folder}: another process is converting into it; wait for it, or choose another folder") from None
+            yield
+
+    def _record(self, i: int) -> Path:
+        return self.records / f"{self.names[i]}.json"
+
+    def _read(self, i: int) -> dict[str, Any] | None:
+        with contextlib.suppress(OSError, ValueError):
+            found = json.loads(self._record(i).read_text())
+            if isinstance(found, dict):
+                return found
+        return None
+
+    def _kept(self, i: int, progress: Progress) -> bool:
+        found, file = self._read(i), self.folder / self.names[i]
+        if found is None or not file.is_file() or file.stat().st_size != found["bytes"] or checksum(file) != found["xxh3"]:
+            self._record(i).unlink(missing_ok=True)
+            return False
+        progress.skip(found["bytes"])
+        return True
+
+    def _write(self, i: int, progress: Progress, stop: threading.Event) -> None:
+        if stop.is_set():
+            return
+        path = self.folder / self.names[i]
+        draft = self.records / f"{self.names[i]}.part"
+        try:
+            with draft.open("wb", buffering=0) as raw:
+                file = Hashed(raw, progress)
+                about = self.write(i, file)
+                os.fsync(raw.fileno())
+        except BaseException:
+            draft.unlink(missing_ok=True)
+            stop.set()
+            raise
+        publish(draft, path)
+        write_durable(self._record(i), json.dumps({"file": path.name, "bytes": file.tell(), "xxh3": file.digest(), **about}).encode())
+
+    def _all_records(self) -> list[dict[str, Any]]:
+        seen, since = -1, time.monotonic()
+        while True:
+            missing = [i for i in range(len(self.names)) if not self._record(i).is_file()]
+            if not missing:
+                break
+            if len(missing) != seen:
+                seen, since = len(missing), time.monotonic()
+            if time.monotonic() - since > PATIENCE:
+                raise TryAgain(f"{self.folder}: {len(missing)} files of other ranks have not come for {PATIENCE:.0f} s; run the same command again")
+            time.sleep(0.2)
+        found = [self._read(i) for i in range(len(self.names))]
+        assert all(found), "just seen"
+        return [record for record in found if record is not None]
+
+    def _close(self) -> None:
+        write_durable(self.folder / DONE, json.dumps({"schema": "miles.conversion/1", "plan": self.plan}).encode())
+        shutil.rmtree(self.records)
+
+
+def checksum(file: Path) -> str:
+    """xxh3_128 of a file."""
+    whole = xxhash.xxh3_128()
+    with file.open("rb") as opened:
+        while block := opened.read(1 << 22):
+            whole.update(block)
+    return whole.hexdigest()
