@@ -20,8 +20,10 @@ $(VENV)/.train: setup.cfg requirements.txt
 	$(BIN)/python -c "import miles.models.load"  # compiles the CPU kernels once, for all processes
 	@touch $@
 
-$(VENV)/.dev: $(VENV)/.train
+# megatron-core without its dependencies, and below the Python that it declares: enough for its models and checkpoints on a CPU.
+$(VENV)/.dev: $(VENV)/.train requirements-megatron.txt
 	$(BIN)/pip install -q -e '.[train,dev]'
+	$(BIN)/pip install -q --no-deps --ignore-requires-python -r requirements-megatron.txt
 	@touch $@
 
 install: $(VENV)/.train  ## make the virtual environment

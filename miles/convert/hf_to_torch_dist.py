@@ -144,7 +144,7 @@ class Conversion:
         """A chunk's values [1 for each leading axis, rows, columns]: a view of the source where one block covers it, else put together."""
         piece, dtype = part.piece, self.dtypes[part.piece.key]
         shape = (*(1 for _ in piece.lead), part.last - part.first, *piece.shape[1:])
-        if self._is_made(piece) and self.made == "random":
+        if self._is_made(piece) and (self.made == "random" or self._name(piece.blocks[0].name) not in self.hf):
             return self._random(part, dtype).view(shape)
         overlaps = [block for block in piece.blocks if block.at < part.last and part.first < block.at + block.rows]
         if len(overlaps) == 1:
@@ -218,7 +218,7 @@ class Conversion:
         if self.options.dtype is not None:
             return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[self.options.dtype]
         name = self._name(piece.blocks[0].name)
-        return self.hf.dtype(name) if name in self.hf and not self._is_made(piece) else torch.bfloat16
+        return self.hf.dtype(name if name in self.hf else self.pieces[0].blocks[0].name)
 
     def _is_made(self, piece: Piece) -> bool:
         return self.made is not None and piece.key.startswith("mtp.")

@@ -11,7 +11,7 @@ Writes OUTPUT/release/ and, last, OUTPUT/latest_checkpointed_iteration.txt: with
 
 import sys
 
-sys.path[:] = sys.path[not sys.flags.safe_path :]  # this folder's inspect.py must not stand in for the standard library's
+sys.path[: not sys.flags.safe_path] = [__file__.rpartition("/tools/")[0] or "."]  # the repository; this folder's inspect.py would hide Python's
 
 from miles.convert.command import parser, run, say, size  # noqa: E402
 

@@ -9,7 +9,7 @@ Optimizer state is passed over; padding of the vocabulary is cut off; MTP layers
 
 import sys
 
-sys.path[:] = sys.path[not sys.flags.safe_path :]  # this folder's inspect.py must not stand in for the standard library's
+sys.path[: not sys.flags.safe_path] = [__file__.rpartition("/tools/")[0] or "."]  # the repository; this folder's inspect.py would hide Python's
 
 from miles.convert.command import parser, run, say, size  # noqa: E402
 

@@ -1,0 +1,36 @@
+"""Quantise a Hugging Face folder, or turn a quantised one back into bf16. No GPU, one matrix in memory at a time.
+
+examples:
+  python tools/convert/quantize.py models/Qwen3-30B-A3B models/Qwen3-30B-A3B-FP8 --method fp8
+  python tools/convert/quantize.py models/Qwen3-30B-A3B models/Qwen3-30B-A3B-INT4 --method int4 --group-size 32
+  python tools/convert/quantize.py models/DeepSeek-V3 models/DeepSeek-V3-bf16 --method bf16
+
+Linear layers are quantised; embeddings, output layer, norms and routers stay as they are.
+"""
+
+import sys
+
+sys.path[: not sys.flags.safe_path] = [__file__.rpartition("/tools/")[0] or "."]  # the repository; this folder's inspect.py would hide Python's
+
+from miles.convert.command import parser, run, say  # noqa: E402
+
+
+def main() -> int:
+    options = parser(__doc__)
+    options.add_argument("source", help="Hugging Face folder")
+    options.add_argument("output", help="new folder, or one with an unfinished conversion of the same source")
+    options.add_argument("--method", required=True, choices=["fp8", "int4", "bf16"], help="what to write")
+    options.add_argument("--power-of-two", action="store_true", help="FP8 scales rounded up to powers of two (ue8m0)")
+    options.add_argument("--group-size", type=int, default=32, metavar="N", help="numbers of a row that share an INT4 scale (default 32)")
+    options.add_argument("--workers", type=int, default=2, metavar="N", help="threads of this process (default 2)")
+    given = options.parse_args()
+    from miles.convert.quantize import Target, quantize
+    from miles.convert.units import here
+
+    report = quantize(given.source, given.output, Target(given.method, given.power_of_two, given.group_size), here(given.workers), quiet=False)
+    say(vars(report), [f"{report.output}: {report.tensors} tensors read, {report.files} files written"], given.json)
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)
