@@ -22,7 +22,7 @@ JOBS = ["cluster.placement=jobs", *HET[1:]]
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
     """A node for each group."""
-    with cluster_or_skip(nodes={"train": 1, "infer": 1, "cpu": 0}, settings=Settings(grace_seconds=20, kill_wait_seconds=20)) as made:
+    with cluster_or_skip(nodes={"train": 1, "infer": 1, "cpu": 0}, settings=Settings(grace_seconds=60, kill_wait_seconds=60)) as made:
         yield made
 
 

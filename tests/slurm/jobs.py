@@ -23,7 +23,7 @@ PATIENCE = 240.0
 # Hardly anybody is rewarded in so few steps: without the entropy bonus most rollouts would move no weight, and equal bits would say little.
 STEPS = ["recipes/tiny", "num_rollout=3", "warm_start.steps=1", "checkpoint.save_interval=1000", "eval.interval=2", "algorithm.entropy_coef=0.01", "rollout.generate_path=holds.generate"]
 HET = ["cluster.placement=het", "cluster.groups.train.partition=gb300", "cluster.groups.rollout.partition=h200"]
-SLURM = ["cluster.executor=slurm", "cluster.slurm.lead_seconds=20", "cluster.groups.all.mem=100"]
+SLURM = ["cluster.executor=slurm", "cluster.slurm.lead_seconds=60", "cluster.groups.all.mem=100"]
 
 
 def command(process: Process) -> list[str]:

@@ -28,7 +28,7 @@ ALL = [1, 2, 3, 4]  # steps
 @pytest.fixture(scope="module")
 def slurm() -> Iterator[Cluster]:
     """Small, and with time enough to save on a busy machine."""
-    with cluster_or_skip(nodes={"train": 2, "infer": 2, "cpu": 0}, settings=Settings(grace_seconds=20, kill_wait_seconds=20)) as cluster:
+    with cluster_or_skip(nodes={"train": 2, "infer": 2, "cpu": 0}, settings=Settings(grace_seconds=60, kill_wait_seconds=60)) as cluster:
         yield cluster
 
 
