@@ -77,9 +77,9 @@ class TrainerJob:
         return entry.get("job") == self.job.id
 
     def blame_lost_attempt(self) -> None:
-        """An attempt that ended without a word may have lost a node: Slurm knows by now."""
+        """The attempt before may have lost a node, whether it could say so or not (Slurm asks it to stop then, too): Slurm knows by now."""
         entries = read_provenance(self.run)["attempts"]
-        if entries and not ending(self.run, int(entries[-1]["epoch"])):
+        if entries and ending(self.run, int(entries[-1]["epoch"])).get("code") != OK:
             try:
                 found = nodes.broken(entries[-1].get("nodes") or [])
             except UserError as error:
