@@ -19,6 +19,8 @@ _CLASSES = {
     "torch": {"Size"} | _DTYPES,
     "torch.serialization": {"_get_layout"},  # a look-up in a fixed table
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    # megatron-core keeps what each rank wrote beside the metadata
+    "torch.distributed.checkpoint.planner": {"BytesIOWriteData", "SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"},
     "torch.distributed.checkpoint.metadata": {
         "BytesStorageMetadata",
         "ChunkStorageMetadata",
