@@ -22,6 +22,7 @@ from miles.convert.torch_dist_writer import COMMON, COMMON_STATE, write_metadata
 from miles.convert.units import Rank, Units
 from miles.models.maps.find import Known, known_folder
 from miles.models.maps.pieces import Piece, padded_vocabulary, pieces
+from miles.precision.fp8_blocks import BLOCK
 
 CHUNK_BYTES = 32 << 20
 FILE_BYTES = 1 << 30
@@ -92,6 +93,7 @@ class Conversion:
 
     def __init__(self, known: Known, hf: HfSource, options: Options) -> None:
         self.known, self.hf, self.options = known, hf, options
+        _check_quantised(known, hf)
         self.warnings: list[str] = []
         rows = padded_vocabulary(known.config.number("vocab_size"), options.make_vocab_size_divisible_by, options.tensor_parallel)
         self.made = _made_up(known, hf, options)
@@ -238,6 +240,19 @@ class Conversion:
         if len(size) == 1:
             return torch.full(size, 0.0 if part.piece.dtype else 1.0).to(dtype)
         return (torch.randn(size, generator=torch.Generator().manual_seed(seed)) * float(self.known.config.get("initializer_range", 0.02))).to(dtype)
+
+
+def _check_quantised(known: Known, hf: HfSource) -> None:
+    """FP8 in blocks of 128 × 128 is dequantised on the way; anything else would be misread."""
+    quantised = known.config.get("quantization_config") or known.config.get("compression_config")
+    if not quantised:
+        return
+    method, block = quantised.get("quant_method"), quantised.get("weight_block_size")
+    if method != "fp8" or list(block or []) != [BLOCK, BLOCK]:
+        raise UserError(
+            f"{hf.folder}: quantised by {method!r} with weight_block_size {block!r}; FP8 in blocks of {BLOCK} × {BLOCK} is read directly, "
+            f"turn others into bf16 first (tools/convert/quantize.py --method bf16)"
+        )
 
 
 def _made_up(known: Known, hf: HfSource, options: Options) -> str | None:

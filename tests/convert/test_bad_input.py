@@ -67,10 +67,15 @@ def no_json(folder):
     (folder / "config.json").write_text("{")
 
 
+def other_blocks(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8", "weight_block_size": [64, 64]}}))
+
+
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        (truncated, "truncated"), (headless, "truncated or no safetensors"), (shard_missing, r"missing: other\.safetensors"), (index_lies, "names model.ghost"),
+        (other_blocks, r"weight_block_size \[64, 64\]"), (truncated, "truncated"), (headless, "truncated or no safetensors"), (shard_missing, r"missing: other\.safetensors"), (index_lies, "names model.ghost"),
         (index_leaves, "not beside it"), (tensor_missing, r"layers\.1\.mlp\.up_proj\.weight is missing"), (wrong_shape, r"has the shape \[63\]"),
         (unknown_tensor, "is no tensor of a 'qwen3' model"), (no_json, "not readable as JSON"),
     ],

@@ -16,7 +16,7 @@ WITHOUT_EFFECT = {
     "architectures", "model_type", "auto_map", "dtype", "torch_dtype", "transformers_version", "use_cache", "initializer_range", "attention_dropout",
     "bos_token_id", "eos_token_id", "pad_token_id", "pretraining_tp", "output_router_logits", "router_aux_loss_coef", "router_jitter_noise",
     "max_window_layers", "num_nextn_predict_layers", "ep_size", "aux_loss_alpha", "seq_aux", "_name_or_path", "name_or_path", "is_decoder",
-    "use_bidirectional_attention", "quantization_config", "compression_config", "unsloth_version", "is_encoder_decoder", "attention_probs_dropout_prob",
+    "quantization_config", "compression_config", "unsloth_version", "is_encoder_decoder", "attention_probs_dropout_prob",
     "hidden_dropout_prob", "output_attentions", "output_hidden_states", "return_dict", "chunk_size_feed_forward", "id2label", "label2id", "problem_type",
     "cache_implementation", "_attn_implementation_autoset",
 }  # fmt: skip
