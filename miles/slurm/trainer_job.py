@@ -184,6 +184,6 @@ class TrainerJob:
         if self.waiting is not None and any(role["role"] == "worker" and role["silent_seconds"] < HERE_SECONDS for role in status.get("roles", [])):
             self.waiting.met()
         step = status.get("step"), status.get("total_steps"), status.get("kind")
-        if status.get("phase") in ("sft", "rollout", "eval") and step != self.shown:
+        if isinstance(step[0], int) and step != self.shown:
             self.shown = step
-            self.say(f"step {step[0]} of {step[1]} ({step[2]})")
+            self.say(f"at step {step[0]} of {step[1]} ({step[2]})")

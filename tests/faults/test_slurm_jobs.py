@@ -52,7 +52,7 @@ def test_nodes_are_released_while_the_other_job_queues(cluster: Cluster, calm: P
 def test_the_rollout_job_is_preempted(cluster: Cluster, calm: Path, tmp_path: Path) -> None:
     """The trainer's attempt goes on when the engines are back."""
     job = Job(cluster, tmp_path / "run", *JOBS, "cluster.groups.rollout.partition=low", "cluster.groups.rollout.nodelist=infer0", pace=3)
-    job.until(lambda: "step 1 of" in job.log and "engines and workers are started" in job.log, "work")
+    job.until(lambda: "(rollout)" in job.log, "rollouts are made")
     taker = job.submit_more("--partition=high", "--exclusive", "--nodelist=infer0", "--wrap=sleep 1")
     job.ended(job=taker)
     job.finished()
