@@ -18,7 +18,7 @@ from pathlib import Path
 from miles.config.exits import WRONG, UserError
 from miles.slurm.minicluster.packages import COMPLETE, INSTALL, complete, default_folder
 
-VERSION, SUITE, MIRROR = "24.11", "trixie", "http://deb.debian.org/debian"
+VERSION, SUITE = "24.11", "trixie"
 INCLUDE = ("slurmctld", "slurmd", "slurm-client", "slurmdbd", "slurm-wlm-mysql-plugin")
 DAEMONS = ("slurmctld", "slurmd", "slurmstepd", "slurmdbd")
 COMMANDS = ("sacct", "sacctmgr", "salloc", "sattach", "sbatch", "scancel", "scontrol", "sdiag", "sinfo", "sprio", "squeue", "sreport", "srun", "sshare", "sstat", "strigger")
@@ -55,7 +55,7 @@ def build(folder: Path) -> bool:
 def _unpack(folder: Path) -> None:
     """Download, and keep of the packages the libraries, Slurm's plugins, daemons and commands."""
     download, tree = folder / "download", folder / "tree"
-    _run(["debootstrap", "--variant=minbase", "--download-only", f"--include={','.join(INCLUDE)}", SUITE, str(download), MIRROR])
+    _run(["debootstrap", "--variant=minbase", "--download-only", f"--include={','.join(INCLUDE)}", SUITE, str(download)])
     for package in sorted((download / "var" / "cache" / "apt" / "archives").glob("*.deb")):
         if package.name.startswith(LIBRARIES):
             _run(["dpkg-deb", "--extract", str(package), str(tree)])
