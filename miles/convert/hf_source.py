@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from miles.config.exits import UserError
+from miles.convert.mapped import map_file, tensor_on
 from miles.models.maps.find import read_json
 from miles.precision.fp8_blocks import SCALE, dequantize_rows
 
@@ -90,7 +91,7 @@ class HfSource:
         count = (last - first) * width
         if not count:
             return torch.empty((last - first, *stored.shape[1:]), dtype=stored.dtype)
-        flat = torch.frombuffer(self._map(stored.file), dtype=stored.dtype, offset=stored.offset + first * width * stored.dtype.itemsize, count=count)
+        flat = tensor_on(self._map(stored.file), stored.dtype, stored.offset + first * width * stored.dtype.itemsize, count)
         return flat.view(last - first, *stored.shape[1:])
 
     def values(self, name: str, first: int, last: int) -> Tensor:
@@ -105,8 +106,7 @@ class HfSource:
 
     def _map(self, file: Path) -> mmap.mmap:
         if file not in self._maps:
-            with file.open("rb") as opened:
-                self._maps[file] = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)  # never written; torch asks for a writable one
+            self._maps[file] = map_file(file)
         return self._maps[file]
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, TensorStorageMetadata
 
 from miles.config.exits import UserError
+from miles.convert.mapped import map_file, tensor_on
 from miles.models.dcp_metadata import METADATA, unpickle_metadata
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -142,8 +143,7 @@ class TorchDistSource:
 
     def _map(self, name: str) -> mmap.mmap:
         if name not in self._maps:
-            with (self.folder / name).open("rb") as opened:
-                self._maps[name] = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)  # never written; torch asks for a writable one
+            self._maps[name] = map_file(self.folder / name)
         return self._maps[name]
 
 
@@ -164,7 +164,7 @@ def _describe(mapped: mmap.mmap, chunk: Chunk, dtype: torch.dtype, where: str) -
         raise refused
     if not reach:
         return torch.empty(size, dtype=dtype)
-    flat = torch.frombuffer(mapped, dtype=dtype, offset=at, count=length // dtype.itemsize)
+    flat = tensor_on(mapped, dtype, at, length // dtype.itemsize)
     return flat.as_strided(size, stride, offset)
 
 
