@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-# Said once a process by torch; none of these tensors is written to. A private writable map would be quiet, but is ten times slower to write out from.
+# Said once a process by torch; none of these tensors is written to.
 warnings.filterwarnings("ignore", message="The given buffer is not writable")
 
 
