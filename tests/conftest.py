@@ -9,8 +9,8 @@ import pytest
 from xdist.scheduler import LoadScopeScheduling
 
 HERE = Path(__file__).parent
-# The longest first, so that no worker is left alone with one at the end.
-FIRST = ("end_to_end", "bad_input", "training", "rollout", "sync", "engine")
+# The longest first, so that no worker is left alone with one at the end; Slurm's wait more than they compute, beside those that compute.
+FIRST = ("end_to_end", "slurm", "bad_input", "training", "rollout", "sync", "engine")
 
 
 class ByFolder(LoadScopeScheduling):

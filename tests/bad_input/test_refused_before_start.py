@@ -80,7 +80,7 @@ CASES = [
     Case("no recipe", "check", ["nothing to read; give a recipe, such as recipes/quickstart"]),
     Case("no recipe, run", "run", ["nothing to read; give a recipe"]),
     Case("recipe is a folder", "check model", ["model: is a folder, not a recipe; give a YAML file"]),
-    Case("recipe is the folder of recipes", "check recipes", ["recipes: is a folder, not a recipe; give one of recipes/quickstart, recipes/smollm2_135m, recipes/tiny"]),
+    Case("recipe is the folder of recipes", "check recipes", ["recipes: is a folder, not a recipe; give one of recipes/deepseek_v3, ", " recipes/quickstart, ", " recipes/smollm2_135m, recipes/tiny"]),
     Case("recipe is a run directory", "check here", ["here: is a folder, not a recipe; it holds a run: resume it with `miles-submit run here`, or give here/run.yaml"], old_run()),
     Case("unknown key", "check recipe", ["recipe.yaml:3: num_rolout: unknown key; did you mean num_rollout?"], recipe("num_rollout", "num_rolout")),
     Case("unknown section key", RUN, ["recipe.yaml:6: data.prompt_dta: unknown key; did you mean data.prompt_data?"], recipe("prompt_data", "prompt_dta")),

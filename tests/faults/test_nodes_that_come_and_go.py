@@ -67,7 +67,7 @@ class Apart:
             component.kill()
 
 
-def test_rollout_nodes_come_and_go(undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rollout_nodes_come_and_go(calm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "gated.py").write_text(GATED)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]))
     monkeypatch.setenv("GATED", str(tmp_path))
@@ -100,7 +100,7 @@ def test_rollout_nodes_come_and_go(undisturbed: Path, tmp_path: Path, monkeypatc
         assert third.outcome()["code"] == 0
     finally:
         apart.close()
-    runs.same_run(undisturbed, run_dir)
+    runs.same_run(calm, run_dir)
     names = [{entry.name for entry in read_manifest(RunDir(run_dir).batch(step)).shards} for step in (4, 8)]
     assert names == [{"rollout.0.h5"}, {"rollout.2.h5"}], "nobody else's number is taken"
     generated = Counter((tmp_path / "generated").read_text().split("\n"))
