@@ -51,3 +51,11 @@ def calm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("calm") / "run"
     runs.run(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def calm_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with two trainer ranks."""
+    folder = tmp_path_factory.mktemp("calm_two") / "run"
+    runs.run(folder, *runs.TWO_RANKS)
+    return folder

@@ -1,7 +1,8 @@
-"""More of tests/slurm/test_lifecycle.py, for which `make test` has no time. Each run ends with the weights of an undisturbed one on this machine, bit for bit."""
+"""Runs on a real Slurm through what clusters do to them. Each ends with the weights of an undisturbed run on this machine, bit for bit."""
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import sys
@@ -39,6 +40,44 @@ def calm(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parents[1] / "slurm"), *filter(None, [os.environ.get("PYTHONPATH")])]))
         runs.run(folder, *STEPS)
     return folder
+
+
+def test_signal_of_the_time_limit_with_two_groups(slurm: Cluster, calm: Path, tmp_path: Path) -> None:
+    """All ranks save at the same step, the leader is requeued, and the second attempt finishes the run."""
+    job = Job(slurm, tmp_path / "run", *HET, hold={1: 2})
+    job.held()
+    job.slurm("scancel", "--batch", "--signal=USR1", str(job.id))
+    job.finished()
+    assert job.epoch == 2
+    assert (job.ending(1)["code"], job.ending(1)["stopped"], job.ending(1)["goes_on"]) == (75, True, True)
+    assert job.fields()["Restarts"] == "1"
+    assert job.trained() == ALL
+    runs.same_run(calm, job.run_dir)
+
+
+def test_a_node_that_dies(slurm: Cluster, calm: Path, tmp_path: Path) -> None:
+    """The run goes on without it, and remembers it."""
+    job = Job(slurm, tmp_path / "run", *HET, hold={1: 2})
+    job.held()
+    node = job.fields(f"{job.id}+1")["NodeList"]
+    slurm.kill_node(node, tasks=True)
+    try:
+        job.finished()
+        left_out = json.loads((job.run_dir / "slurm" / "exclude.json").read_text())["nodes"]
+        assert list(left_out) == [node]
+    finally:
+        slurm.start_node(node)
+    runs.same_run(calm, job.run_dir)
+
+
+def test_a_wrong_configuration_is_never_requeued(slurm: Cluster, tmp_path: Path) -> None:
+    """One attempt, exit code 78."""
+    job = Job(slurm, tmp_path / "run", "model.build=dies.build")
+    job.ended("FAILED")
+    assert job.fields()["ExitCode"] == "78:0"
+    assert (job.epoch, job.fields()["Restarts"], job.ending()["goes_on"]) == (1, "0", False)
+    assert "error: model.build: dies.build raised ValueError: no such thing" in job.log
+    job.nothing_left()
 
 
 def test_preemption(slurm: Cluster, calm: Path, tmp_path: Path) -> None:
