@@ -18,11 +18,12 @@ from typing import Any
 import yaml
 
 from miles.config.compose import load_config
+from miles.config.placement import Process
 from miles.data.sample import Sample
 from miles.data.store.epoch import new_epoch
 from miles.data.store.run_dir import RunDir
 from miles.rollout.rewards import RewardContext
-from miles.run.component import environment
+from miles.run.environment import Node, environment
 from miles.run.role import load_run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -123,13 +124,14 @@ class Attempt:
         self.token = secrets.token_hex(8)
         (self.logs.parent / "service.json").write_text(json.dumps({"url": self.service}))  # as the launcher leaves them
         (self.logs.parent / "token").write_text(self.token)
+        self.node = Node.here("rehearsal", 0)
         self.processes: dict[str, subprocess.Popen[str]] = {}
 
     def start(self) -> None:
         engine = ["benchmarks.rehearse_engine", str(self.folder / "model"), str(self.case.longest), str(PROMPT), str(self.case.pace)]
         commands = {"service": ["miles.run.service"], "engine": engine, "worker": ["miles.run.worker"], "trainer": ["benchmarks.rehearse_trainer"]}
         for role, command in commands.items():
-            env = environment(load_run(self.folder), self.folder, self.epoch, role, 0, 1) | {"PYTHONPATH": str(ROOT)}
+            env = environment(load_run(self.folder), self.folder, self.epoch, Process(role, 0, 1, ()), self.node) | {"PYTHONPATH": str(ROOT)}
             with (self.logs / f"{role}.log").open("ab") as log:
                 pipe = subprocess.PIPE if role == "trainer" else None
                 self.processes[role] = subprocess.Popen(

@@ -23,7 +23,8 @@ def test_term_does_nothing(first: str) -> None:
 
 
 def test_what_it_starts_is_shielded_too() -> None:
+    before = signal.getsignal(signal.SIGTERM)
     inner = [sys.executable, "-c", BODY]
     done = subprocess.run([sys.executable, "-c", f"import subprocess; subprocess.run({inner!r}, check=True)"], preexec_fn=shielded, capture_output=True, text=True, timeout=30)
     assert (done.returncode, done.stdout) == (0, "lives\n")
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) is before
