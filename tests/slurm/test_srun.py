@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import pickle
 import sys
 import time
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 import pytest
 
 from miles.slurm.minicluster import Cluster
+from miles.slurm.srun import _PlainUnpickler
 
 HERE = Path(__file__).parent
 BATCH = """
@@ -125,3 +128,17 @@ def test_an_interpreter_that_is_not_there(told: dict[str, Any]) -> None:
     assert seen["code"] == 78
     assert "/no/such/python" in seen["reason"]
     assert "look at the group's python and container_image" in seen["reason"]
+
+
+class _Hostile:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, ("made",)
+
+
+def test_a_result_that_names_a_function_is_refused_and_runs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(pickle.UnpicklingError, match=r"plain values, not posix\.mkdir"):
+        _PlainUnpickler(io.BytesIO(pickle.dumps(("success", _Hostile())))).load()
+    assert not (tmp_path / "made").exists()
+    plain = ("success", {"code": 0, "reason": "finished", "rank": 0, "told": True, "node": None})
+    assert _PlainUnpickler(io.BytesIO(pickle.dumps(plain))).load() == plain
