@@ -159,6 +159,14 @@ def attach(
     return enter(run_dir, component, node, context.args, only_print)
 
 
+@app.command(context_settings=HELP, epilog="Example: miles-submit doctor runs/quickstart")
+def doctor(run_dir: RunPath, as_json: Json = False) -> int:
+    """What happened to a run that is dead: on which node, by which evidence, and what to do."""
+    from miles.cli.doctor import doctor as look
+
+    return look(run_dir, as_json)
+
+
 @app.command(context_settings=HELP, epilog="Example: miles-submit report runs/quickstart")
 def report(run_dir: RunPath, as_json: Json = False) -> int:
     """Make the report of a run, finished or not: one HTML page."""
