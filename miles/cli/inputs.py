@@ -46,6 +46,7 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
         update={
             "model": fixed(config.model, "hf_checkpoint"),
             "checkpoint": fixed(config.checkpoint, "ref_load", "load"),
+            "cluster": config.cluster.model_copy(update={"slurm": fixed(config.cluster.slurm, "exclude_file")}),
             "debug": fixed(config.debug, "train_only", "rescore"),
             **{name: fixed(getattr(config, name), "prompt_data") for name in ("data", "warm_start", "eval")},
         }

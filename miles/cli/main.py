@@ -98,9 +98,27 @@ def run(
         return _complain("stopped", INTERRUPTED)
 
 
+@app.command(context_settings=FLAGS, epilog="Example: miles-submit sweep recipes/my_run clusters/h200 train.optimizer.lr=1e-4,3e-4 seed=1,2 --max-parallel 2")
+def sweep(
+    context: typer.Context,
+    what: Words = None,
+    run_dir: Annotated[Path | None, typer.Option(help="folder of the runs' directories; default runs/NAME-sweep")] = None,
+    max_parallel: Annotated[int | None, typer.Option(min=1, help="runs at a time; default: as many as Slurm starts")] = None,
+    as_json: Json = False,
+) -> int:
+    """Submit a run for every combination of values: key=a,b,c. Its state: miles-submit status FOLDER."""
+    from miles.cli.sweep import sweep as submit_all
+
+    return submit_all([*(what or []), *context.args], run_dir, max_parallel, as_json)
+
+
 @app.command(context_settings=HELP, epilog="Example: miles-submit status runs/quickstart --json")
 def status(run_dir: RunPath, as_json: Json = False) -> int:
-    """What a run is doing: step, phase, reward, speed, time left; or how it ended."""
+    """What a run is doing: step, phase, reward, speed, time left; or how it ended. Of a sweep: a line a run."""
+    if (run_dir / "sweep.json").is_file():
+        from miles.cli.sweep import status as show_all
+
+        return show_all(run_dir, as_json)
     from miles.cli.status import status as show
 
     return show(run_dir, as_json)
@@ -157,6 +175,24 @@ def attach(
     from miles.cli.attach import attach as enter
 
     return enter(run_dir, component, node, context.args, only_print)
+
+
+@app.command(context_settings=FLAGS, epilog="Example: miles-submit preflight recipes/my_run clusters/h200 --run-dir /shared/runs/first")
+def preflight(
+    context: typer.Context,
+    what: Words = None,
+    run_dir: Annotated[Path | None, typer.Option(help="whose exclude list is written; default runs/NAME")] = None,
+    minutes: Annotated[int, typer.Option(min=1, help="time limit of the job [minutes]")] = 15,
+    exclude: Annotated[bool, typer.Option("--exclude/--no-exclude", help="leave slow and broken nodes out of later submissions")] = True,
+    as_json: Json = False,
+) -> int:
+    """Test the nodes that a run would get, by a short job on them. Exit code 78 when one is slow or broken."""
+    from miles.cli.preflight import preflight as test
+
+    try:
+        return test([*(what or []), *context.args], run_dir, minutes, exclude, as_json)
+    except KeyboardInterrupt:
+        return _complain("stopped; the preflight's job is cancelled", INTERRUPTED)
 
 
 @app.command(context_settings=HELP, epilog="Example: miles-submit doctor runs/quickstart")

@@ -211,8 +211,13 @@ def refuse_foreign(path: Path) -> None:
     if not there.is_dir():
         raise UserError(f"{there}: is a file, so no run can live there; choose another --run-dir")
     # What a launcher left that was killed while it wrote run.yaml is nobody's.
-    if there == path and any(not entry.match(f".run.yaml.*{TEMPORARY_SUFFIX}") for entry in path.iterdir()):
+    if there == path and any(not entry.match(f".run.yaml.*{TEMPORARY_SUFFIX}") and not _of_preflight(entry) for entry in path.iterdir()):
         raise UserError(f"{path}: not empty, and not a run; choose another --run-dir")
+
+
+def _of_preflight(entry: Path) -> bool:
+    """Whether it is what a preflight leaves in the directory of a run to come."""
+    return entry.name == "slurm" and entry.is_dir() and all(each.name in ("preflight", "exclude.json") for each in entry.iterdir())
 
 
 def refuse_differences(old: RunConfig, new: RunConfig, folder: RunDir) -> None:

@@ -88,3 +88,4 @@ class Slurm(Section):
     partner_seconds: float = Field(600.0, gt=0, description="placement jobs: seconds that a running group waits for its running partner; queueing doesn't count")
     queue_seconds: float | None = Field(None, gt=0, description="placement jobs: seconds that a running group holds its nodes while its partner queues; default: no limit")
     exclude_failed: bool = Field(True, description="nodes that failed are excluded from the run's later allocations")
+    exclude_file: str | None = Field(None, description="file of nodes that no submission asks for, shared by several runs; miles-submit preflight adds slow and broken ones to it (default: to the run's own list)")

@@ -5,11 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from miles.config.exits import UserError
 from miles.data.store.epoch import newest_epoch
-from miles.data.store.files import read_json, seal_json
+from miles.data.store.files import Damaged, read_json, seal_json
 from miles.data.store.run_dir import RunDir
+
+if TYPE_CHECKING:
+    from miles.config.schema import RunConfig
 
 
 def folder(run: RunDir) -> Path:
@@ -32,12 +36,35 @@ def excluded(run: RunDir) -> list[str]:
     return sorted(_read(run, "exclude.json").get("nodes", {}))
 
 
+def exclude_list(run: RunDir, config: RunConfig) -> Path:
+    """Where a preflight writes bad nodes: the list that several runs share, else the run's own."""
+    shared = config.cluster.slurm.exclude_file
+    return Path(shared) if shared else folder(run) / "exclude.json"
+
+
+def left_out(run: RunDir, config: RunConfig) -> list[str]:
+    """Nodes that are not asked for, sorted: the run's own bad ones, and those of cluster.slurm.exclude_file. UserError: that can't be read."""
+    shared = config.cluster.slurm.exclude_file
+    if not shared or not Path(shared).exists():
+        return excluded(run)
+    try:
+        nodes = read_json(Path(shared))["nodes"]
+    except (Damaged, KeyError, TypeError) as error:
+        raise UserError(f"cluster.slurm.exclude_file: {shared} is no list of nodes ({error}); remove it, or let miles-submit preflight write it") from error
+    return sorted({*excluded(run), *nodes})
+
+
 def exclude(run: RunDir, found: Mapping[str, str], epoch: int) -> None:
     """Remember nodes and the reason, beside those that are there already."""
-    known = _read(run, "exclude.json").get("nodes", {})
+    exclude_in(folder(run) / "exclude.json", found, epoch)
+
+
+def exclude_in(path: Path, found: Mapping[str, str], epoch: int) -> None:
+    """The same in any list; epoch 0: before any attempt."""
+    known = dict(read_json(path)).get("nodes", {}) if path.exists() else {}
     new = {node: {"reason": reason, "time": time.time(), "epoch": epoch} for node, reason in found.items() if node not in known}
     if new:
-        seal_json(folder(run) / "exclude.json", {"nodes": {**known, **new}})
+        seal_json(path, {"nodes": {**known, **new}})
 
 
 def cancelled(run: RunDir) -> set[int]:

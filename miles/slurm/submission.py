@@ -17,7 +17,7 @@ from miles.config.schema import RunConfig
 from miles.data.store.files import seal_bytes, seal_json
 from miles.data.store.run_dir import RunDir
 from miles.slurm.command import slurm_command
-from miles.slurm.records import begin_chain, excluded, folder, submitted
+from miles.slurm.records import begin_chain, folder, left_out, submitted
 from miles.slurm.script import script
 
 BATCH = "miles.slurm.batch"
@@ -43,16 +43,16 @@ def prepare(config: RunConfig, run: RunDir) -> list[Submission]:
     """The jobs of a run: one; placement jobs: one a group, the trainer's first; cluster.slurm.requeue=chain: so many times that.
 
     A batch script ends in `PYTHON -m miles.slurm.batch RUN`; with placement jobs the name of its group follows. Pure, but for
-    RUN/slurm/exclude.json, whose nodes are added to every group's --exclude.
+    RUN/slurm/exclude.json and cluster.slurm.exclude_file, whose nodes are added to every group's --exclude.
     """
-    groups = [_without(group, excluded(run)) for group in node_groups(config)]
+    groups = [without(group, left_out(run, config)) for group in node_groups(config)]
     apart = [[group] for group in groups] if config.cluster.placement == "jobs" else [groups]
     job, found = config.cluster.slurm, []
     chained = job.requeue == "chain"
     for together in apart:
         alone = len(apart) > 1
         name = _name(config, run) + (f"-{together[0].name}" if alone else "")
-        command = [_python(config, together[0]), "-m", BATCH, str(run.path), *([together[0].name] if alone else [])]
+        command = [batch_python(config, together[0]), "-m", BATCH, str(run.path), *([together[0].name] if alone else [])]
         text = script(job.model_copy(update={"job_name": name}), name, together, command, _log(run), device=config.cluster.device)
         once = Submission(name, tuple(group.name for group in together), text, ("--dependency=singleton",) if chained else ())
         found += [once] * (job.chain if chained else 1)
@@ -98,7 +98,8 @@ def submit(run: RunDir, submissions: Sequence[Submission]) -> list[dict[str, Any
     return entries
 
 
-def _without(group: NodeGroup, nodes: list[str]) -> NodeGroup:
+def without(group: NodeGroup, nodes: list[str]) -> NodeGroup:
+    """The group, with these nodes added to its --exclude."""
     if not nodes:
         return group
     words = [*([group.ask.exclude] if group.ask.exclude else []), *nodes]
@@ -118,7 +119,7 @@ def _log(run: RunDir) -> Path:
     return Path(str(folder(run)).replace("%", "%%")) / "%j.log"
 
 
-def _python(config: RunConfig, first: NodeGroup) -> str:
-    """The batch script runs on the first node itself, where an image's interpreter is not."""
+def batch_python(config: RunConfig, first: NodeGroup) -> str:
+    """The interpreter of a batch script. The batch script runs on the first node itself, where an image's interpreter is not."""
     asked = config.cluster.slurm.python or (None if first.ask.container_image else first.ask.python)
     return asked or sys.executable

@@ -1,0 +1,95 @@
+"""`miles-submit sweep`: several runs of one recipe, and what becomes of them."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from miles.cli.inputs import configuration, with_absolute_paths
+from miles.cli.run import make, refuse_errors, refuse_foreign, write_run
+from miles.cli.status import state_of
+from miles.cli.submit import refuse
+from miles.config.exits import OK, UserError
+from miles.data.store.run_dir import RunDir
+from miles.report.scales import number
+from miles.slurm import sweep as sweeps
+from miles.slurm.records import submitted
+from miles.slurm.sole import only_launcher
+from miles.slurm.states import job_state
+
+
+def sweep(words: list[str], folder: Path | None, most: int | None, as_json: bool) -> int:
+    """Check all, write all, submit all; then print what was submitted. Nothing is written before every run has been checked."""
+    console = Console(stderr=True, soft_wrap=True, markup=False, emoji=False, highlight=False)
+    shared, members = sweeps.members(words)
+    configs = [with_absolute_paths(configuration([*shared, *member.words])) for member in members]
+    if configs[0].cluster.executor != "slurm":
+        raise UserError(f"cluster.executor: {configs[0].cluster.executor} has no queue; compose with a cluster, such as clusters/h200, or start the runs one by one")
+    root = (folder or Path("runs") / f"{configs[0].name}-sweep").absolute()
+    if (root / sweeps.FILE).exists():
+        raise UserError(f"{root}: holds a sweep already; its state: miles-submit status {root}; choose another --run-dir for a new one")
+    refuse_foreign(root)
+    runs = [RunDir(root / member.name) for member in members]
+    for run, config, member in zip(runs, configs, members, strict=True):
+        try:
+            refuse_errors(config, console, run)
+        except UserError as error:
+            raise UserError(f"{member.name}: {error}") from error
+    array = sweeps.one_array(configs)
+    for run, config in zip(runs[:1] if array else runs, configs, strict=False):
+        refuse(config, run, console)
+    for run, config in zip(runs, configs, strict=True):
+        make(run)
+        with only_launcher(run):
+            write_run(run, config)
+    sweeps.write_record(root, runs, members, None, [])  # the array's tasks look into it, and may start at once
+    try:
+        job = sweeps.submit_array(root, runs, configs, most) if array else None
+        ids = [] if array else sweeps.submit_each(runs, configs, most)
+    except UserError:
+        (root / sweeps.FILE).unlink()
+        raise
+    sweeps.write_record(root, runs, members, job, ids)
+    if as_json:
+        print(json.dumps({"folder": str(root), **sweeps.read_record(root)}, indent=1, ensure_ascii=False))
+        return OK
+    for index, (run, member) in enumerate(zip(runs, members, strict=True)):
+        print(f"{f'{job}_{index}' if array else ', '.join(map(str, ids[index]))}  {run.path}  {' '.join(member.words)}")
+    how = f"one array, job {job}" if array else "a job each" if configs[0].cluster.placement != "jobs" else "jobs of their own"
+    console.print(f"submitted {len(runs)} runs as {how}{f', at most {most} at a time' if most else ''}; follow them with: miles-submit status {shlex.quote(str(root))}")
+    return OK
+
+
+def status(root: Path, as_json: bool) -> int:
+    """A line a run: its state, step, reward, and job."""
+    record = sweeps.read_record(root)
+    found = [_one(index, entry, record) for index, entry in enumerate(record["runs"])]
+    if as_json:
+        print(json.dumps({"folder": str(root), "array": record["array"], "runs": found}, indent=1, ensure_ascii=False))
+        return OK
+    wide = max(len(each["name"]) for each in found)
+    for each in found:
+        step = f"step {each['step'] or 0} of {each['total_steps']}" if each["total_steps"] else ""
+        reward = f"reward {number(each['reward'])}" if each["reward"] is not None else ""
+        print("  ".join(filter(None, [f"{each['name']:<{wide}}", f"{each['state']:<8}", step, reward, f"job {each['job']}", each["reason"] or ""])))
+    states = [each["state"] for each in found]
+    print(f"{len(found)} runs: {', '.join(f'{states.count(state)} {state}' for state in dict.fromkeys(states))}")
+    return OK
+
+
+def _one(index: int, entry: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
+    """What is known of one run; before it has begun, what Slurm says of its job."""
+    run = RunDir(Path(entry["run_dir"]))
+    summary = state_of(run.path)
+    known = [str(each["job_id"]) for each in submitted(run)]
+    job = known[-1] if known else f"{record['array']}_{index}" if record["array"] else ""
+    state, reason = summary.state, summary.reason
+    if job and state not in ("running", "finished"):
+        told = job_state(job)
+        if not told.over:
+            state, reason = ("starting", "") if told.state == "RUNNING" else ("queued", told.reason)
+    return {"name": entry["name"], "run_dir": entry["run_dir"], "words": entry["words"], "state": state, "reason": reason, "step": summary.step, "total_steps": summary.total_steps, "reward": summary.reward_mean, "job": job}

@@ -1,0 +1,148 @@
+"""The preflight job's process on its first node: `python -m miles.slurm.preflight.batch FOLDER [GROUP]`. A step over each group, then verdicts.
+
+FOLDER has run.yaml; result.GROUPS.json is written there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from miles.config.compose import load_config
+from miles.config.exits import AGAIN, OK, UserError
+from miles.config.placement import NodeGroup, node_groups
+from miles.config.schema import RunConfig
+from miles.data.store.files import seal_json
+from miles.plan.place import counts_gpus
+from miles.slurm.options import srun_options
+from miles.slurm.preflight.hub import Hub
+from miles.slurm.preflight.job import read_by_nodes
+from miles.slurm.preflight.judge import bad, judge
+from miles.slurm.preflight.node import Plan
+from miles.slurm.signals import Signals
+from miles.slurm.srun import SrunComponent, SrunRunner, Step, addresses, job_nodes
+from miles.slurm.step import own_address
+
+PROBE = "miles.slurm.preflight.node.probe"
+WAIT_SECONDS = 30.0  # for what the others do
+MEGABYTES = 64
+ROUNDS = 8
+NCCL_SECONDS = 150.0  # a round of it
+LATE_SECONDS = 60.0  # start of Python on a cold file system, image import aside
+
+
+def main(words: list[str]) -> int:
+    """Entry point."""
+    signals = Signals()
+    folder = Path(words[0])
+    config = load_config([folder / "run.yaml"])
+    groups = [group for group in node_groups(config) if words[1:] in ([], [group.name])]
+    result = Preflight(folder, config, groups, signals).run()
+    seal_json(folder / f"result.{'-'.join(group.name for group in groups)}.json", result)
+    return OK if not result["bad"] else AGAIN
+
+
+class Preflight:
+    """One job's tests."""
+
+    def __init__(self, folder: Path, config: RunConfig, groups: list[NodeGroup], signals: Signals) -> None:
+        self.folder, self.config, self.groups, self.signals = folder, config, groups, signals
+        self.het = len(groups) > 1
+        self.nodes = [job_nodes(number) for number in range(len(groups))]
+        self.token = secrets.token_hex(16)
+
+    def run(self) -> dict[str, Any]:
+        """{"job", "nodes": by node the judged report, "bad": by node the reason}."""
+        every = [node for nodes in self.nodes for node in nodes]
+        os.environ["MILES_ADDRESSES"] = json.dumps(addresses())
+        host = own_address()
+        canaries = self.folder / f"canary.{os.environ['SLURM_JOB_ID']}"
+        canaries.mkdir()
+        runner = SrunRunner(self.folder / "submitit")
+        with Hub(host, self.token) as hub:
+            steps = []
+            for number, group in enumerate(self.groups):
+                plan = self.plan(group, self.nodes[number], every, (host, hub.port), canaries)
+                steps.append(runner.submit(group.name, PROBE, asdict(plan), step=self.step(number, group)))
+            self.wait(steps)
+            reports = {key.partition("/")[2]: value for key, value in list(hub.words.items()) if key.startswith("report/")}
+        silent: dict[str, str] = {}
+        for number, step in enumerate(steps):
+            for rank, node in enumerate(self.nodes[number]):
+                if node not in reports:
+                    self.late(step, rank, node, reports, silent)
+        judged = judge(every, reports, silent)
+        for path in canaries.iterdir():
+            path.unlink()
+        canaries.rmdir()
+        return {"job": int(os.environ["SLURM_JOB_ID"]), "nodes": judged, "bad": bad(judged), "time": time.time()}
+
+    def plan(self, group: NodeGroup, mine: list[str], every: list[str], hub: tuple[str, int], canaries: Path) -> Plan:
+        """What the nodes of a group are told."""
+        return Plan(
+            hub=hub,
+            token=self.token,
+            folder=str(canaries),
+            nodes=every,
+            group=group.name,
+            mine=mine,
+            device=self.config.cluster.device,
+            gpus=group.gpus_per_node,
+            counts_gpus=counts_gpus(self.config, group),
+            image=group.ask.container_image,
+            read=read_by_nodes(self.config),
+            port=self.config.cluster.port,
+            seconds=WAIT_SECONDS,
+            megabytes=MEGABYTES,
+            rounds=ROUNDS,
+        )
+
+    def step(self, number: int, group: NodeGroup) -> Step:
+        """One task on every node of a group, as the run's components are started there."""
+        ask = group.ask
+        return Step(
+            het_group=number if self.het else None,
+            first_node=0,
+            nodes=len(self.nodes[number]),
+            options=srun_options(group, self.config.cluster.device, mounts=(f"{self.folder}:{self.folder}",)),
+            python=(ask.python or sys.executable,),
+            setup=tuple(ask.setup),
+            environment=ask.environment,
+            architecture=ask.architecture,
+        )
+
+    def wait(self, steps: list[SrunComponent]) -> None:
+        """Until all steps end, a signal says that the job must, or it takes too long."""
+        nccl = NCCL_SECONDS * min(ROUNDS, max(len(nodes) for nodes in self.nodes) - 1) if self.config.cluster.device == "cuda" else 0.0
+        until = time.monotonic() + LATE_SECONDS + (3 + min(ROUNDS, sum(map(len, self.nodes)) - 1)) * WAIT_SECONDS + nccl
+        while any(step.process.poll() is None for step in steps) and time.monotonic() < until and self.signals.by is None:
+            time.sleep(0.1)
+        for step in steps:
+            step.kill()
+
+    def late(self, step: SrunComponent, rank: int, node: str, reports: dict[str, Any], silent: dict[str, str]) -> None:
+        """A node that told the hub nothing: its result file has the report all the same, or what is known of its end."""
+        outcome: dict[str, Any] = {}
+        with contextlib.suppress(OSError):  # its result lies on a file system that fails
+            step.listen()
+            step.asked = step.asked or time.monotonic()
+            outcome = step.of_node(rank)
+        if "report" in outcome:
+            reports[node] = outcome["report"]
+        else:
+            silent[node] = str(outcome.get("reason", "gave no answer in time"))
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except UserError as error:
+        print(f"error: {error}", flush=True)
+        sys.exit(78)

@@ -1,0 +1,111 @@
+"""The preflight on the login node: its folder, its batch scripts (one a job of the run), submission, and waiting for the results."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from miles.config.compose import dump_config
+from miles.config.exits import TryAgain, UserError
+from miles.config.placement import NodeGroup, node_groups
+from miles.config.schema import RunConfig
+from miles.data.store.files import read_json, seal_bytes
+from miles.data.store.run_dir import RunDir
+from miles.slurm import records
+from miles.slurm.command import slurm_command
+from miles.slurm.script import script
+from miles.slurm.states import job_state
+from miles.slurm.submission import Submission, batch_python, without
+
+BATCH = "miles.slurm.preflight.batch"
+LEAD_SECONDS = 30
+POLL_SECONDS = 0.5
+LATE_SECONDS = 15.0  # a shared file system may show the result later than the job's end
+
+
+def folder_of(run: RunDir) -> Path:
+    """RUN/slurm/preflight."""
+    return records.folder(run) / "preflight"
+
+
+def read_by_nodes(config: RunConfig) -> list[str]:
+    """Files and folders that the run's nodes read, made absolute before; a model that the run builds itself isn't there yet."""
+    model = [] if config.model.build else [config.model.hf_checkpoint]
+    named = [*model, config.checkpoint.ref_load, config.checkpoint.load, config.debug.train_only, config.debug.rescore, *(part.prompt_data for part in (config.data, config.warm_start, config.eval))]
+    paths = [re.sub(r"@\[[^\]]*\]$", "", text) for text in named if text]
+    return list(dict.fromkeys(path for path in paths if Path(path).is_absolute()))
+
+
+def prepare(config: RunConfig, run: RunDir, minutes: int) -> list[Submission]:
+    """One job, or with placement jobs one a group: the run's groups, for so many minutes, without the nodes that are known as bad."""
+    groups = [without(_for(group, minutes), records.left_out(run, config)) for group in node_groups(config)]
+    apart = [[group] for group in groups] if config.cluster.placement == "jobs" else [groups]
+    found = []
+    for together in apart:
+        names = tuple(group.name for group in together)
+        command = [batch_python(config, together[0]), "-m", BATCH, str(folder_of(run)), *([names[0]] if len(apart) > 1 else [])]
+        job = config.cluster.slurm.model_copy(update={"job_name": f"preflight-{config.name}", "requeue": "none", "lead_seconds": LEAD_SECONDS})
+        output = Path(str(folder_of(run)).replace("%", "%%")) / "%j.log"
+        found.append(Submission(f"preflight-{config.name}", names, script(job, config.name, together, command, output, device=config.cluster.device)))
+    return found
+
+
+def _for(group: NodeGroup, minutes: int) -> NodeGroup:
+    return NodeGroup(group.name, group.nodes, group.gpus_per_node, group.components, group.ask.model_copy(update={"time": str(minutes)}))
+
+
+def submit(config: RunConfig, run: RunDir, submissions: list[Submission]) -> list[int]:
+    """Submit all or none; returns the job ids. An earlier preflight's files are gone then. UserError: what Slurm refuses."""
+    folder = folder_of(run)
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"{folder}: can't be made ({error.strerror}); choose another --run-dir") from error
+    seal_bytes(folder / "run.yaml", dump_config(config).encode())
+    jobs: list[int] = []
+    try:
+        for each in submissions:
+            path = folder / each.file
+            seal_bytes(path, each.script.encode())
+            jobs.append(int(slurm_command(["sbatch", "--parsable", str(path)]).stdout.split(";")[0]))
+    except UserError:
+        cancel(jobs)
+        raise
+    return jobs
+
+
+def cancel(jobs: list[int]) -> None:
+    """End the jobs."""
+    if jobs:
+        slurm_command(["scancel", *map(str, jobs)], check=False)
+
+
+def results(run: RunDir, submissions: list[Submission], jobs: list[int], say: Callable[[str], None]) -> list[dict[str, Any]]:
+    """Wait for the jobs; returns their results. TryAgain: a job ended without one. say: hears why they wait."""
+    folder, said, found = folder_of(run), "", []
+    while True:
+        states = [job_state(str(job)) for job in jobs]
+        if all(state.over for state in states):
+            break
+        words = "; ".join(f"job {state.job_id} {state.state.lower()}{': ' + state.reason if state.reason else ''}" for state in states if not state.over)
+        if words != said:
+            say(words)
+            said = words
+        time.sleep(POLL_SECONDS)
+    for each, state in zip(submissions, states, strict=True):
+        path = folder / f"result.{'-'.join(each.groups)}.json"
+        until = time.monotonic() + LATE_SECONDS
+        while not path.exists() and state.exit_code in (0, 75) and time.monotonic() < until:
+            time.sleep(POLL_SECONDS)
+        if not path.exists():
+            log = folder / f"{state.job_id}.log"
+            lines = log.read_text(errors="replace").split("\n") if log.exists() else []
+            last = next((line for line in reversed(lines) if line.strip()), "it printed nothing")
+            raise TryAgain(f"the preflight's job {state.job_id} ended without a result ({state.state.lower()}{': ' + state.reason if state.reason else ''}); {log}: {last}")
+        found.append(read_json(path))
+    return found

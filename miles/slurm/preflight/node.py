@@ -1,0 +1,147 @@
+"""What runs on every node of a preflight: all probes, one after another, each within bounds. Its report goes to the hub, and is returned as well."""
+
+from __future__ import annotations
+
+import os
+import platform
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from miles.slurm.preflight import clock, files, gpus, nccl, network
+from miles.slurm.preflight.hub import Guest
+from miles.slurm.preflight.infiniband import infiniband
+from miles.slurm.preflight.pairs import partner, rounds
+from miles.slurm.preflight.verdict import Verdict, broken, not_checked, ok
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a node is told. nodes: of the whole job, group after group; group: this one's name and nodes; seconds: how long others are waited for."""
+
+    hub: tuple[str, int]
+    token: str
+    folder: str
+    nodes: list[str]
+    group: str
+    mine: list[str]
+    device: str
+    gpus: int
+    counts_gpus: bool
+    image: str | None
+    read: list[str]
+    port: int
+    seconds: float
+    megabytes: int
+    rounds: int
+
+
+def probe(plan: dict[str, Any]) -> dict[str, Any]:
+    """The body of the step (called by import name with a Plan's fields): {"code": 0, "report": …}."""
+    told = Plan(**{**plan, "hub": tuple(plan["hub"])})
+    name, host = os.environ.get("SLURMD_NODENAME", socket.gethostname()), os.environ["MILES_HOST"]
+    found: dict[str, Verdict] = {}
+    wrote = _tried(lambda: files.canary_write(Path(told.folder), name))
+    found["gpus granted"] = gpus.granted(told.gpus, told.counts_gpus)
+    found["gpu health"] = gpus.health(told.device, told.gpus)
+    found["fabric"] = gpus.fabric(told.device)
+    found["imex"] = gpus.imex(told.device == "cuda" and os.environ.get("NCCL_MNNVL_ENABLE", "0") not in ("0", ""))
+    found["infiniband"] = infiniband()
+    found["container"] = ok(f"runs in {told.image}") if told.image else not_checked("the group has no container_image")
+    found["files"] = files.readable(told.read)
+    found["ports"] = network.ports(host, told.port if told.nodes[0] == name else 0)
+    report = {"node": name, "group": told.group, "host": host, "python": platform.python_version(), "architecture": platform.machine(), "probes": found}
+    try:
+        hub = Guest(*told.hub, told.token)
+    except OSError as error:
+        why = f"{told.hub[0]}:{told.hub[1]} of the first node is not reached: {error.strerror or error}"
+        found |= {"hub": broken(why), "clock": not_checked(why), "network": not_checked(why), "nccl": not_checked(why), "shared files": _alone(wrote, why)}
+        return {"code": 0, "report": report}
+    found["clock"] = clock.skew(hub)
+    until = time.monotonic() + told.seconds
+    with network.Sink(host) as sink:
+        hub.tell(f"sink/{name}", [host, sink.port])
+        hub.together("probed", name, len(told.nodes), until)  # from here on all have written
+        found["shared files"] = _shared(told, wrote)
+        found["network"] = tcp(told, hub, name)
+        hub.together("sent", name, len(told.nodes), time.monotonic() + told.seconds)  # the sink is needed until then
+    found["nccl"] = fast(told, hub, name, host)
+    hub.tell(f"report/{name}", report)
+    return {"code": 0, "report": report}
+
+
+def _tried(write: Callable[[], None]) -> str | None:
+    """Why it could not be done."""
+    try:
+        write()
+    except OSError as error:
+        return f"{error.filename}: {(error.strerror or type(error).__name__).lower()}"
+    return None
+
+
+def _alone(wrote: str | None, why: str) -> Verdict:
+    return broken(f"can't write {wrote}") if wrote else not_checked(why)
+
+
+def _shared(told: Plan, wrote: str | None) -> Verdict:
+    """Its own view: the canaries of all others. Who is to blame for one that isn't seen is judged with everybody's view at hand."""
+    if wrote:
+        return broken(f"can't write {wrote}", wrote=False)
+    spent, missing = files.canary_seen(Path(told.folder), told.nodes, told.seconds)
+    detail = f"sees what all {len(told.nodes)} nodes wrote after {spent:.1f} s" if not missing else f"doesn't see within {told.seconds:g} s what {', '.join(missing)} wrote"
+    return {**ok(detail), "seconds": spent, "missing": missing, "wrote": True}
+
+
+def tcp(told: Plan, hub: Guest, name: str) -> Verdict:
+    """MiB/s to other nodes, pair by pair; `rates` is by node, null where it wasn't reached."""
+    if len(told.nodes) == 1:
+        return not_checked("the job has one node")
+    me, rates, why = told.nodes.index(name), {}, ""
+    for number, pairs in enumerate(rounds(len(told.nodes), told.rounds)):
+        other = partner(pairs, me)
+        if other is not None and me < other:
+            peer, rate = told.nodes[other], None
+            address = hub.word(f"sink/{peer}", time.monotonic() + 1.0)
+            if address is None:
+                continue  # it never came this far: its own report, or the lack of one, says why
+            try:
+                rate = network.send(*address, told.megabytes)
+            except OSError as error:
+                why = f"{peer} at {address[0]}: {error.strerror or error}"
+            rates[peer] = rate
+        hub.together(f"round{number}", name, len(told.nodes), time.monotonic() + told.seconds)
+    if why:
+        return {**ok(f"not reached: {why}"), "rates": rates}
+    known = [rate for rate in rates.values() if rate is not None]
+    return {**ok(f"{min(known):.0f} to {max(known):.0f} MiB/s over TCP to {len(known)} nodes" if known else "reached by others"), "rates": rates}
+
+
+def fast(told: Plan, hub: Guest, name: str, host: str) -> Verdict:
+    """GB/s of NCCL between GPU 0 of this node and of others of its group; `rates` as above."""
+    if told.device != "cuda":
+        return not_checked(f"cluster.device is {told.device}")
+    if len(told.mine) == 1:
+        return not_checked("the group has one node")
+    if (why := nccl.missing()) is not None:
+        return not_checked(why)
+    me, rates, why = told.mine.index(name), {}, ""
+    for number, pairs in enumerate(rounds(len(told.mine), told.rounds)):
+        other = partner(pairs, me)
+        if other is not None:
+            key = f"nccl/{told.group}/{number}/{min(me, other)}"
+            if me < other:
+                with network.Sink(host) as free:
+                    port = free.port
+                hub.tell(key, [host, port])
+            address = hub.word(key, time.monotonic() + told.seconds)
+            if address is not None:
+                rate, said = nccl.measured(int(me > other), *address)
+                rates[told.mine[other]], why = rate, said or why
+        hub.together(f"{told.group}/nccl{number}", name, len(told.mine), time.monotonic() + nccl.SECONDS + told.seconds)
+    known = [rate for rate in rates.values() if rate is not None]
+    if not rates:
+        return not_checked("no other node came to measure with")
+    return {**ok(f"{min(known):.1f} to {max(known):.1f} GB/s between GPUs 0" if known else f"failed: {why}"), "rates": rates}

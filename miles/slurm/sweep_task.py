@@ -1,0 +1,33 @@
+"""A task of a sweep's array: becomes the batch process of its run. `python -m miles.slurm.sweep_task SWEEP`."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+
+from miles.data.store.files import read_json, seal_json
+from miles.data.store.run_dir import RunDir
+from miles.slurm import records
+from miles.slurm.submission import BATCH
+
+
+def main(folder: Path) -> None:
+    """Note the task's own job id where the run's commands look for it, write to the run's own log, and be miles.slurm.batch from there on."""
+    task, job = int(os.environ["SLURM_ARRAY_TASK_ID"]), int(os.environ["SLURM_JOB_ID"])
+    run = RunDir(Path(read_json(folder / "sweep.json")["runs"][task]["run_dir"]))
+    records.folder(run).mkdir(exist_ok=True)
+    before = records.submitted(run)
+    if job not in [entry["job_id"] for entry in before]:  # a requeued task keeps its id
+        entry = {"job_id": job, "name": os.environ.get("SLURM_JOB_NAME", ""), "groups": ["all"], "time": time.time()}
+        seal_json(records.folder(run) / "job.json", {"submissions": [*before, entry]})
+    sys.stdout.flush()
+    log = os.open(records.folder(run) / f"{job}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.execv(sys.executable, [sys.executable, "-m", BATCH, str(run.path)])
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
