@@ -25,7 +25,7 @@ from miles.slurm.options import srun_options
 from miles.slurm.preflight.hub import Hub
 from miles.slurm.preflight.job import read_by_nodes
 from miles.slurm.preflight.judge import bad, judge
-from miles.slurm.preflight.node import Plan
+from miles.slurm.preflight.node import PRESENT, Plan
 from miles.slurm.signals import Signals
 from miles.slurm.srun import SrunComponent, SrunRunner, Step, addresses, job_nodes
 from miles.slurm.step import own_address
@@ -71,6 +71,7 @@ class Preflight:
             for number, group in enumerate(self.groups):
                 plan = self.plan(group, self.nodes[number], every, (host, hub.port), canaries)
                 steps.append(runner.submit(group.name, PROBE, asdict(plan), step=self.step(number, group)))
+            self.begin(steps, hub)
             self.wait(steps)
             reports = {key.partition("/")[2]: value for key, value in list(hub.words.items()) if key.startswith("report/")}
         silent: dict[str, str] = {}
@@ -100,6 +101,7 @@ class Preflight:
             read=read_by_nodes(self.config),
             port=self.config.cluster.port,
             seconds=WAIT_SECONDS,
+            patience=LATE_SECONDS + WAIT_SECONDS,
             megabytes=MEGABYTES,
             rounds=ROUNDS,
         )
@@ -118,10 +120,27 @@ class Preflight:
             architecture=ask.architecture,
         )
 
+    def begin(self, steps: list[SrunComponent], hub: Hub) -> None:
+        """Say who is tested together, as soon as all have come whose process hasn't failed, or after LATE_SECONDS."""
+        until = time.monotonic() + LATE_SECONDS
+        come: list[str] = []
+        lost: set[str] = set()
+        while self.signals.by is None:
+            lost = set()
+            for number, step in enumerate(steps):
+                step.listen()
+                over = step.process.poll() is not None
+                lost |= {node for rank, node in enumerate(self.nodes[number]) if over or rank in step.failed}
+            come = [node for nodes in self.nodes for node in nodes if f"sink/{node}" in hub.words]
+            if all(node in come or node in lost for nodes in self.nodes for node in nodes) or time.monotonic() > until:
+                break
+            time.sleep(0.05)
+        hub.words[PRESENT] = [node for node in come if node not in lost]
+
     def wait(self, steps: list[SrunComponent]) -> None:
         """Until all steps end, a signal says that the job must, or it takes too long."""
         nccl = NCCL_SECONDS * min(ROUNDS, max(len(nodes) for nodes in self.nodes) - 1) if self.config.cluster.device == "cuda" else 0.0
-        until = time.monotonic() + LATE_SECONDS + (3 + min(ROUNDS, sum(map(len, self.nodes)) - 1)) * WAIT_SECONDS + nccl
+        until = time.monotonic() + WAIT_SECONDS + (3 + min(ROUNDS, sum(map(len, self.nodes)) - 1)) * WAIT_SECONDS + nccl
         while any(step.process.poll() is None for step in steps) and time.monotonic() < until and self.signals.by is None:
             time.sleep(0.1)
         for step in steps:

@@ -7,7 +7,7 @@ import platform
 import socket
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,13 @@ from miles.slurm.preflight.infiniband import infiniband
 from miles.slurm.preflight.pairs import partner, rounds
 from miles.slurm.preflight.verdict import Verdict, broken, not_checked, ok
 
+PRESENT = "present"  # the hub's word for the nodes that are tested together
+
 
 @dataclass(frozen=True)
 class Plan:
-    """What a node is told. nodes: of the whole job, group after group; group: this one's name and nodes; seconds: how long others are waited for."""
+    """What a node is told. nodes: of the whole job, group after group; group: this one's name and nodes; seconds: how long others are
+    waited for; patience: how long for those that start late."""
 
     hub: tuple[str, int]
     token: str
@@ -35,6 +38,7 @@ class Plan:
     read: list[str]
     port: int
     seconds: float
+    patience: float
     megabytes: int
     rounds: int
 
@@ -61,10 +65,15 @@ def probe(plan: dict[str, Any]) -> dict[str, Any]:
         found |= {"hub": broken(why), "clock": not_checked(why), "network": not_checked(why), "nccl": not_checked(why), "shared files": _alone(wrote, why)}
         return {"code": 0, "report": report}
     found["clock"] = clock.skew(hub)
-    until = time.monotonic() + told.seconds
     with network.Sink(host) as sink:
         hub.tell(f"sink/{name}", [host, sink.port])
-        hub.together("probed", name, len(told.nodes), until)  # from here on all have written
+        present = hub.word(PRESENT, time.monotonic() + told.patience) or []  # from here on all of them have written
+        if name not in present:
+            why = "it came too late to be tested with the others"
+            found |= {"shared files": _alone(wrote, why), "network": not_checked(why), "nccl": not_checked(why)}
+            hub.tell(f"report/{name}", report)
+            return {"code": 0, "report": report}
+        told = replace(told, nodes=present, mine=[node for node in told.mine if node in present])
         found["shared files"] = _shared(told, wrote)
         found["network"] = tcp(told, hub, name)
         hub.together("sent", name, len(told.nodes), time.monotonic() + told.seconds)  # the sink is needed until then
@@ -91,14 +100,14 @@ def _shared(told: Plan, wrote: str | None) -> Verdict:
     if wrote:
         return broken(f"can't write {wrote}", wrote=False)
     spent, missing = files.canary_seen(Path(told.folder), told.nodes, told.seconds)
-    detail = f"sees what all {len(told.nodes)} nodes wrote after {spent:.1f} s" if not missing else f"doesn't see within {told.seconds:g} s what {', '.join(missing)} wrote"
+    detail = f"sees what {len(told.nodes)} nodes wrote after {spent:.1f} s" if not missing else f"doesn't see within {told.seconds:g} s what {', '.join(missing)} wrote"
     return {**ok(detail), "seconds": spent, "missing": missing, "wrote": True}
 
 
 def tcp(told: Plan, hub: Guest, name: str) -> Verdict:
     """MiB/s to other nodes, pair by pair; `rates` is by node, null where it wasn't reached."""
     if len(told.nodes) == 1:
-        return not_checked("the job has one node")
+        return not_checked("there is no other node")
     me, rates, why = told.nodes.index(name), {}, ""
     for number, pairs in enumerate(rounds(len(told.nodes), told.rounds)):
         other = partner(pairs, me)
@@ -124,7 +133,7 @@ def fast(told: Plan, hub: Guest, name: str, host: str) -> Verdict:
     if told.device != "cuda":
         return not_checked(f"cluster.device is {told.device}")
     if len(told.mine) == 1:
-        return not_checked("the group has one node")
+        return not_checked("there is no other node in the group")
     if (why := nccl.missing()) is not None:
         return not_checked(why)
     me, rates, why = told.mine.index(name), {}, ""

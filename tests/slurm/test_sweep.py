@@ -1,0 +1,105 @@
+"""Sweeps: what varies (pure), and an array and single jobs on a real Slurm, whose dead runs the doctor explains."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from jobs import REPOSITORY
+
+from miles.config.exits import UserError
+from miles.slurm.minicluster import Cluster
+from miles.slurm.sweep import members, split
+
+CASES = [
+    ("1,2", ["1", "2"]),
+    ("[1,2]", ["[1,2]"]),
+    ("[1,2],[3]", ["[1,2]", "[3]"]),
+    ("{a: 1, b: 2}", ["{a: 1, b: 2}"]),
+    ("'a,b',c", ["'a,b'", "c"]),
+    ("one", ["one"]),
+]
+
+
+@pytest.mark.parametrize(("text", "parts"), CASES)
+def test_commas(text: str, parts: list[str]) -> None:
+    assert split(text) == parts
+
+
+def test_every_combination() -> None:
+    shared, found = members(["recipes/tiny", "seed=1,2", "train.optimizer.lr=1e-4,3e-4", "--kl-coef", "0.1", "num_rollout=3"])
+    assert shared == ["recipes/tiny", "--kl-coef", "0.1", "num_rollout=3"]
+    assert [member.name for member in found] == ["seed=1_lr=1e-4", "seed=1_lr=3e-4", "seed=2_lr=1e-4", "seed=2_lr=3e-4"]
+    assert found[1].words == ("seed=1", "train.optimizer.lr=3e-4")
+
+
+def test_names_are_folders_and_told_apart() -> None:
+    _, found = members(["a.size=1,2", "b.size=1,2", "model.hf_checkpoint=/models/x,/models/y"])
+    assert found[0].name == "a.size=1_b.size=1_hf_checkpoint=x"
+    _, same = members(["model.hf_checkpoint=/a/x,/b/x"])
+    assert [member.name for member in same] == ["000_hf_checkpoint=x", "001_hf_checkpoint=x"]
+    assert all("/" not in member.name for member in [*found, *same])
+
+
+@pytest.mark.parametrize(("words", "what"), [(["recipes/tiny"], "nothing varies"), (["seed=1,1"], "given twice"), (["seed=1,"], "empty"), (["seed=1,2", "seed=3,4"], "a key is given twice"), ([f"seed={','.join(map(str, range(40)))}", f"num_rollout={','.join(map(str, range(1, 41)))}"], "more than 1000")])  # fmt: skip
+def test_what_is_no_sweep(words: list[str], what: str) -> None:
+    with pytest.raises(UserError, match=what):
+        members(words)
+
+
+def miles(cluster: Cluster, *words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    here = os.pathsep.join([str(REPOSITORY), str(Path(__file__).parent)])
+    return cluster.run([sys.executable, "-m", "miles.cli", *words], env=cluster.env() | {"PYTHONPATH": here}, cwd=REPOSITORY, check=check)
+
+
+def over(cluster: Cluster) -> None:
+    """Wait until no job is left."""
+    deadline = time.monotonic() + 120
+    while cluster.run(["squeue", "-h"]).stdout:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+SLURM = ["cluster.executor=slurm", "cluster.groups.all.mem=100", "cluster.groups.all.time=10"]
+
+
+def test_an_array_whose_runs_die_each_for_its_own_reason(slurm: Cluster, tmp_path: Path) -> None:
+    """One wrong configuration, one worker that is killed again and again; one after the other. Status and doctor say so."""
+    root = tmp_path / "sweep"
+    words = ["recipes/tiny", *SLURM, "warm_start.steps=0", "cluster.restarts=0", "model.build=dies.build,miles.recipes.tiny.build", "rollout.generate_path=dies.generate"]
+    said = miles(slurm, "sweep", *words, "--run-dir", str(root), "--max-parallel", "1", "--json")
+    array = json.loads(said.stdout)["array"]
+    assert "ArrayTaskThrottle=1" in slurm.run(["scontrol", "-o", "show", "job", str(array)]).stdout
+    over(slurm)
+    runs = json.loads(miles(slurm, "status", str(root), "--json").stdout)["runs"]
+    assert [each["state"] for each in runs] == ["failed", "lost"] or [each["state"] for each in runs] == ["failed", "stopped"]
+    first, second = (json.loads(miles(slurm, "doctor", each["run_dir"], "--json").stdout)["diagnoses"] for each in runs)
+    assert (first[0]["cause"], first[0]["happened"]) == ("wrong", "model.build: dies.build raised ValueError: no such thing")
+    assert [each["cause"] for each in second][:2] == ["killed", "budget"]
+    assert "worker 0 was killed by SIGKILL" in second[0]["happened"]
+    assert second[0]["node"]
+    assert miles(slurm, "sweep", *words, "--run-dir", str(root), check=False).returncode == 78
+
+
+def test_jobs_of_their_own_wait_for_each_other(slurm: Cluster, tmp_path: Path) -> None:
+    """Het jobs can't be arrays; held, they never start, and the doctor says why."""
+    root = tmp_path / "sweep"
+    words = ["recipes/tiny", *SLURM, "cluster.placement=het", "cluster.groups.rollout.partition=h200", "cluster.groups.all.sbatch={hold: null}", "seed=1,2,3"]
+    said = json.loads(miles(slurm, "sweep", *words, "--run-dir", str(root), "--max-parallel", "2", "--json").stdout)
+    ids = [each["jobs"][0] for each in said["runs"]]
+    try:
+        shown = [slurm.run(["scontrol", "-o", "show", "job", str(job)]).stdout for job in ids]
+        assert [f"Dependency=afterany:{ids[0]}" in each for each in shown] == [False, False, True]
+        (found,) = json.loads(miles(slurm, "doctor", said["runs"][0]["run_dir"], "--json").stdout)["diagnoses"]
+        assert (found["cause"], "held by its user" in found["happened"]) == ("pending", True)
+        assert [each["state"] for each in json.loads(miles(slurm, "status", str(root), "--json").stdout)["runs"]] == ["queued"] * 3
+    finally:
+        slurm.run(["scancel", *map(str, ids)])
+        over(slurm)
+    (found,) = json.loads(miles(slurm, "doctor", said["runs"][0]["run_dir"], "--json").stdout)["diagnoses"][:1]
+    assert found["cause"] == "cancelled"
