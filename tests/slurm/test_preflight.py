@@ -162,7 +162,7 @@ def test_ports_and_the_way_between() -> None:
     assert network.ports("127.0.0.1", 0)["status"] == "ok"
     with socket.create_server(("127.0.0.1", 0)) as closed:
         port = closed.getsockname()[1]
-    with pytest.raises(OSError):
+    with pytest.raises(ConnectionRefusedError):
         network.send("127.0.0.1", port, 1)
 
 

@@ -71,7 +71,7 @@ SLURM = ["cluster.executor=slurm", "cluster.groups.all.mem=100", "cluster.groups
 def test_an_array_whose_runs_die_each_for_its_own_reason(slurm: Cluster, tmp_path: Path) -> None:
     """One wrong configuration, one worker that is killed again and again; one after the other. Status and doctor say so."""
     root = tmp_path / "sweep"
-    words = ["recipes/tiny", *SLURM, "warm_start.steps=0", "cluster.restarts=0", "model.build=dies.build,miles.recipes.tiny.build", "rollout.generate_path=dies.generate"]
+    words = ["recipes/tiny", *SLURM, "warm_start.steps=0", "cluster.restarts=0", "model.build=dies.build,miles.recipes.quickstart.build_tiny", "rollout.generate_path=dies.generate"]
     said = miles(slurm, "sweep", *words, "--run-dir", str(root), "--max-parallel", "1", "--json")
     array = json.loads(said.stdout)["array"]
     assert "ArrayTaskThrottle=1" in slurm.run(["scontrol", "-o", "show", "job", str(array)]).stdout
