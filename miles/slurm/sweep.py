@@ -103,7 +103,8 @@ def submit_array(folder: Path, runs: Sequence[RunDir], configs: Sequence[RunConf
     config, group = configs[0], node_groups(configs[0])[0]
     job = config.cluster.slurm.model_copy(update={"job_name": config.cluster.slurm.job_name or config.name})
     group = without(group, left_out(runs[0], config))
-    tasks = f"0-{len(runs) - 1}" + (f"%{most}" if most else "")
+    # The last task to start keeps the array's own id, by which Slurm's commands mean the whole array: one more that does nothing takes it.
+    tasks = f"0-{len(runs)}" + (f"%{most}" if most else "")
     group = replace(group, ask=group.ask.model_copy(update={"sbatch": {**group.ask.sbatch, "array": tasks}}))
     output = Path(str(folder).replace("%", "%%")) / "array.%A_%a.log"
     words = [batch_python(config, group), "-m", TASK, str(folder)]

@@ -1,4 +1,4 @@
-"""A task of a sweep's array: becomes the batch process of its run. `python -m miles.slurm.sweep_task SWEEP`."""
+"""A task of a sweep's array becomes the batch process of its run. `python -m miles.slurm.sweep_task SWEEP`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from miles.slurm.submission import BATCH
 def main(folder: Path) -> None:
     """Note the task's own job id where the run's commands look for it, write to the run's own log, and be miles.slurm.batch from there on."""
     task, job = int(os.environ["SLURM_ARRAY_TASK_ID"]), int(os.environ["SLURM_JOB_ID"])
-    run = RunDir(Path(read_json(folder / "sweep.json")["runs"][task]["run_dir"]))
+    runs = read_json(folder / "sweep.json")["runs"]
+    if task == len(runs):
+        return  # see submit_array
+    run = RunDir(Path(runs[task]["run_dir"]))
     records.folder(run).mkdir(exist_ok=True)
     before = records.submitted(run)
     if job not in [entry["job_id"] for entry in before]:  # a requeued task keeps its id

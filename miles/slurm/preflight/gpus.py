@@ -29,7 +29,7 @@ def granted(wanted: int, counts: bool) -> Verdict:
     if given is None:
         return not_checked("Slurm sets no CUDA_VISIBLE_DEVICES here")
     number = len([word for word in given.split(",") if word and word != "NoDevFiles"])
-    return ok(f"{number} given") if number == wanted else broken(f"{number} GPUs given, {wanted} wanted")
+    return ok(f"{number} given") if number >= wanted else broken(f"{number} GPUs given, {wanted} wanted")
 
 
 def health(device: str, wanted: int) -> Verdict:
