@@ -114,6 +114,14 @@ def test_broken_nodes_disk_and_budget() -> None:
     assert diagnose(replace(seen, free_bytes=4096))[0].cause == "disk_full"
 
 
+def test_what_is_killed_in_a_stop_is_the_stops_doing() -> None:
+    """As `scontrol requeue` left it: Slurm's SIGTERM reached a worker before the run had ended."""
+    seen = ended(node="n0", code=75, role="worker", rank=0, reason="worker 0 was killed by SIGTERM", killed=True, stopped=True, goes_on=True)
+    found = diagnose(replace(seen, attempts=(replace(seen.attempts[0], stop_by="slurm"),)))
+    assert [each.cause for each in found] == ["stopped", "killed"]
+    assert found[0].evidence[0] == Line("attempts/000001/stop.json", "by slurm")
+
+
 def test_pending_for_ever_is_told_from_a_queue() -> None:
     waits = diagnose(replace(DEAD, attempts=(), jobs=(job("PENDING", "waits for enough free nodes", None),)))[0]
     never = diagnose(replace(DEAD, attempts=(), jobs=(job("PENDING", "held by its user; release it with scontrol release", None),)))[0]

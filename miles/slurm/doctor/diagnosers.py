@@ -60,14 +60,25 @@ def pending(seen: Evidence) -> Diagnosis | None:
 
 def cancelled(seen: Evidence) -> Diagnosis | None:
     """Somebody ended it."""
-    job, asked = seen.job, bool(seen.outcome.get("stopped")) and seen.outcome.get("goes_on") is False
+    job = seen.job
     if job is not None and int(job.job_id) in seen.cancelled:
         return Diagnosis("cancelled", 95, f"job {job.job_id} was cancelled with `miles-submit cancel`", RESUME, (Line("slurm/cancelled.json", str(sorted(seen.cancelled))), _slurm(seen)))
     if job is not None and job.state == "CANCELLED":
         return Diagnosis("cancelled", 93, f"job {job.job_id} was cancelled with scancel, by its user or an administrator", RESUME, (_slurm(seen),))
-    if asked and seen.outcome.get("code") != OK:
-        return Diagnosis("stopped", 70, "the run was asked to stop, and saved", RESUME, (_word(seen),))
     return None
+
+
+ASKERS = {"user": "its user", "slurm": "Slurm (its time limit came near, it was preempted, or it was requeued)"}
+
+
+def stopped(seen: Evidence) -> Diagnosis | None:
+    """The newest attempt was asked to stop: what was killed then was killed for that."""
+    if not (seen.outcome.get("stopped") or (seen.last and seen.last.stop_by)) or seen.outcome.get("code") == OK or seen.last is None:
+        return None
+    by = ASKERS.get(seen.last.stop_by, "the launcher" if not seen.last.stop_by else f"placement jobs: {seen.last.stop_by}")
+    later = " It was to go on in a later job; if none waits or runs," if seen.outcome.get("goes_on") else ""
+    lines = (*((Line(f"attempts/{seen.last.epoch:06d}/stop.json", f"by {seen.last.stop_by}"),) if seen.last.stop_by else ()), _word(seen))
+    return Diagnosis("stopped", 83, f"attempt {seen.last.epoch} was asked to stop by {by}", f"{later} {RESUME}".strip(), lines)
 
 
 def wrong(seen: Evidence) -> Diagnosis | None:
@@ -222,7 +233,7 @@ def not_submitted(seen: Evidence) -> Diagnosis | None:
     return Diagnosis("not_started", 40, "the run was written but never started", "start it: `miles-submit run RUN`", (Line("slurm/job.json", "not there"),))
 
 
-ALL: tuple[Diagnoser, ...] = (finished, alive, pending, cancelled, wrong, disk, hung, node_failed, job_state, killed, budget, crashed, silent, never_started, forgotten, not_submitted)
+ALL: tuple[Diagnoser, ...] = (finished, alive, pending, cancelled, stopped, wrong, disk, hung, node_failed, job_state, killed, budget, crashed, silent, never_started, forgotten, not_submitted)
 
 
 def diagnose(seen: Evidence, diagnosers: Sequence[Diagnoser] = ALL) -> list[Diagnosis]:

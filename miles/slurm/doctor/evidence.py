@@ -19,13 +19,15 @@ class Line:
 
 @dataclass(frozen=True)
 class Ended:
-    """An attempt: its exit.json (None: it left none), the faults its roles left, the job and nodes it had, when its exit.json was written."""
+    """An attempt: its exit.json (None: it left none), the faults its roles left, the job and nodes it had, and who
+    asked it to stop (stop.json: user, slurm, or a placement job's partner; empty: nobody)."""
 
     epoch: int
     outcome: dict[str, Any] | None
     faults: tuple[tuple[str, dict[str, Any]], ...] = ()
     job: int | None = None
     nodes: tuple[str, ...] = ()
+    stop_by: str = ""
 
     @property
     def where(self) -> str:

@@ -79,7 +79,7 @@ def _attempts(run: RunDir) -> tuple[Ended, ...]:
         folder, entry = run.attempt(epoch), entries.get(epoch, {})
         if folder.is_dir():
             faults = tuple((_name(run, path), fault) for path in sorted(folder.glob("logs/fault.*.json")) if (fault := _json(path)) is not None)
-            found.append(Ended(epoch, _json(folder / "exit.json"), faults, entry.get("job"), tuple(entry.get("nodes") or ())))
+            found.append(Ended(epoch, _json(folder / "exit.json"), faults, entry.get("job"), tuple(entry.get("nodes") or ()), str((_json(folder / "stop.json") or {}).get("by", ""))))
     return tuple(found)
 
 
