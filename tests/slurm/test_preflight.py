@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -178,6 +179,29 @@ def test_canaries_and_files(tmp_path: Path) -> None:
     (model / "lost").symlink_to(tmp_path / "nowhere")
     found = files.readable([str(model)])
     assert (found["status"], "lost: no such file" in found["detail"]) == ("broken", True)
+
+
+NODE = "import json, sys; from miles.slurm.preflight.node import probe; assert 'pydantic' not in sys.modules and 'submitit' not in sys.modules; probe(json.loads(sys.argv[1]))"
+
+
+def test_nodes_that_meet(tmp_path: Path) -> None:
+    """Three nodes as processes with the standard library alone; the second never comes, the others are tested without it."""
+    with Hub("127.0.0.1", "t") as hub:
+        plan = {"hub": ["127.0.0.1", hub.port], "token": "t", "folder": str(tmp_path), "nodes": ["a", "b", "c"], "group": "all", "mine": ["a", "b", "c"], "device": "cpu", "gpus": 1, "counts_gpus": False}
+        plan |= {"image": None, "read": [str(Path(__file__))], "port": 0, "seconds": 10.0, "patience": 20.0, "megabytes": 1, "rounds": 8}
+        env = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(REPOSITORY)}
+        running = [subprocess.Popen([sys.executable, "-S", "-c", NODE, json.dumps(plan)], env={**env, "SLURMD_NODENAME": name, "MILES_HOST": host}) for name, host in (("a", "127.0.0.2"), ("c", "127.0.0.3"))]
+        deadline = time.monotonic() + 20
+        while not {"sink/a", "sink/c"} <= hub.words.keys() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        hub.words["present"] = ["a", "c"]
+        assert [each.wait(30) for each in running] == [0, 0]
+        told = {node: hub.words[f"report/{node}"] for node in "ac"}
+    judged = judge(["a", "b", "c"], told, {})
+    assert bad(judged) == {"b": "answer: gave no answer"}
+    probes = judged["a"]["probes"]
+    assert {name for name, each in probes.items() if each["status"] == "ok"} == {"shared files", "clock", "files", "ports", "network"} | ({"infiniband"} & {name for name, each in probes.items() if "ports" in each})
+    assert probes["network"]["rates"].keys() == {"c"}
 
 
 def test_a_preflight_on_a_real_slurm_names_the_broken_node(slurm: Cluster, tmp_path: Path) -> None:
