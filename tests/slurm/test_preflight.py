@@ -209,9 +209,9 @@ def test_a_preflight_on_a_real_slurm_names_the_broken_node(slurm: Cluster, tmp_p
     # The nodes share this machine's files and devices: what can be broken on one of them alone is what its shell does.
     broken = "if [ $SLURMD_NODENAME = train1 ]; then exit 9; fi"
     words = ["recipes/tiny", "cluster.executor=slurm", "cluster.placement=het", "train.num_nodes=3", "cluster.groups.train.partition=gb300", "cluster.groups.rollout.partition=h200"]
-    words += ["cluster.groups.train.nodelist=train1", "cluster.groups.all.mem=100", f'cluster.groups.train.setup=["{broken}"]']
+    words += ["cluster.groups.train.nodelist=train[0-2]", "cluster.groups.all.mem=100", f'cluster.groups.train.setup=["{broken}"]']
     run = tmp_path / "run"
-    done = slurm.run([sys.executable, "-m", "miles.cli", "preflight", *words, "--run-dir", str(run), "--json"], env=slurm.env() | {"PYTHONPATH": str(REPOSITORY)}, cwd=REPOSITORY, check=False)
+    done = slurm.run([sys.executable, "-m", "miles.cli", "preflight", *words, "--run-dir", str(run), "--json"], env=slurm.env() | {"PYTHONPATH": str(REPOSITORY)}, cwd=REPOSITORY, check=False, timeout=180)
     assert done.returncode == 78, done.stderr
     said = json.loads(done.stdout)
     assert list(said["bad"]) == ["train1"]

@@ -54,7 +54,7 @@ def test_what_is_no_sweep(words: list[str], what: str) -> None:
 
 def miles(cluster: Cluster, *words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
     here = os.pathsep.join([str(REPOSITORY), str(Path(__file__).parent)])
-    return cluster.run([sys.executable, "-m", "miles.cli", *words], env=cluster.env() | {"PYTHONPATH": here}, cwd=REPOSITORY, check=check)
+    return cluster.run([sys.executable, "-m", "miles.cli", *words], env=cluster.env() | {"PYTHONPATH": here}, cwd=REPOSITORY, check=check, timeout=180)
 
 
 def over(cluster: Cluster) -> None:
@@ -77,9 +77,10 @@ def test_an_array_whose_runs_die_each_for_its_own_reason(slurm: Cluster, tmp_pat
     assert "ArrayTaskThrottle=1" in slurm.run(["scontrol", "-o", "show", "job", str(array)]).stdout
     over(slurm)
     runs = json.loads(miles(slurm, "status", str(root), "--json").stdout)["runs"]
-    assert [each["state"] for each in runs] == ["failed", "lost"] or [each["state"] for each in runs] == ["failed", "stopped"]
+    assert [each["state"] for each in runs] == ["failed", "lost"]
     first, second = (json.loads(miles(slurm, "doctor", each["run_dir"], "--json").stdout)["diagnoses"] for each in runs)
-    assert (first[0]["cause"], first[0]["happened"]) == ("wrong", "model.build: dies.build raised ValueError: no such thing")
+    assert first[0]["cause"] == "wrong"
+    assert first[0]["happened"].startswith("model.build: dies.build raised ValueError: no such thing")
     assert [each["cause"] for each in second][:2] == ["killed", "budget"]
     assert "worker 0 was killed by SIGKILL" in second[0]["happened"]
     assert second[0]["node"]
