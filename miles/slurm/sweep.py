@@ -147,7 +147,7 @@ def _submit_after(run: RunDir, submissions: list[Submission], before: list[int])
 
 def write_record(folder: Path, runs: Sequence[RunDir], found: Sequence[Member], array: int | None, ids: Sequence[Sequence[int]]) -> None:
     """sweep.json: what the sweep is, for status and for the array's tasks."""
-    entries = [{"name": member.name, "run_dir": str(run.path), "words": list(member.words), "jobs": list(jobs)} for member, run, jobs in zip(found, runs, ids or [[] for _ in runs], strict=True)]
+    entries = [{"name": member.name, "run_dir": str(run.path), "words": list(member.words), "jobs": list(ids[number]) if ids else []} for number, (member, run) in enumerate(zip(found, runs, strict=True))]
     seal_json(folder / FILE, {"runs": entries, "array": array, "time": time.time()})
 
 

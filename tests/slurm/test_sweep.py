@@ -77,7 +77,7 @@ def test_an_array_whose_runs_die_each_for_its_own_reason(slurm: Cluster, tmp_pat
     assert "ArrayTaskThrottle=1" in slurm.run(["scontrol", "-o", "show", "job", str(array)]).stdout
     over(slurm)
     runs = json.loads(miles(slurm, "status", str(root), "--json").stdout)["runs"]
-    assert [each["state"] for each in runs] == ["failed", "lost"]
+    assert [each["state"] for each in runs] == ["failed", "stopped"]
     first, second = (json.loads(miles(slurm, "doctor", each["run_dir"], "--json").stdout)["diagnoses"] for each in runs)
     assert first[0]["cause"] == "wrong"
     assert first[0]["happened"].startswith("model.build: dies.build raised ValueError: no such thing")

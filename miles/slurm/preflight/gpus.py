@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from miles.slurm.preflight.verdict import Verdict, broken, not_checked, ok, slow
@@ -13,7 +13,7 @@ from miles.slurm.preflight.verdict import Verdict, broken, not_checked, ok, slow
 SMI_SECONDS = 30.0
 CHANNELS = Path("/dev/nvidia-caps-imex-channels")
 # Field of nvidia-smi, whether its value is bad, in words. A driver that doesn't know a field is asked for the others.
-HEALTH = (
+HEALTH: tuple[tuple[str, Callable[[str], bool], str], ...] = (
     ("ecc.errors.uncorrected.volatile.total", lambda value: value.isdecimal() and int(value) > 0, "uncorrected memory errors since the driver was loaded"),
     ("remapped_rows.pending", lambda value: value in ("1", "Yes"), "a row of memory waits to be remapped: reset the GPU"),
     ("remapped_rows.failure", lambda value: value in ("1", "Yes"), "a row of memory could not be remapped"),

@@ -108,11 +108,13 @@ def tcp(told: Plan, hub: Guest, name: str) -> Verdict:
     """MiB/s to other nodes, pair by pair; `rates` is by node, null where it wasn't reached."""
     if len(told.nodes) == 1:
         return not_checked("there is no other node")
-    me, rates, why = told.nodes.index(name), {}, ""
+    rates: dict[str, float | None] = {}
+    me, why = told.nodes.index(name), ""
     for number, pairs in enumerate(rounds(len(told.nodes), told.rounds)):
         other = partner(pairs, me)
         if other is not None and me < other:
-            peer, rate = told.nodes[other], None
+            peer = told.nodes[other]
+            rate: float | None = None
             address = hub.word(f"sink/{peer}", time.monotonic() + 1.0)
             if address is None:
                 continue  # it never came this far: its own report, or the lack of one, says why
@@ -136,7 +138,8 @@ def fast(told: Plan, hub: Guest, name: str, host: str) -> Verdict:
         return not_checked("there is no other node in the group")
     if (why := nccl.missing()) is not None:
         return not_checked(why)
-    me, rates, why = told.mine.index(name), {}, ""
+    rates: dict[str, float | None] = {}
+    me, why = told.mine.index(name), ""
     for number, pairs in enumerate(rounds(len(told.mine), told.rounds)):
         other = partner(pairs, me)
         if other is not None:
