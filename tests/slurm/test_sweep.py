@@ -59,7 +59,7 @@ def miles(cluster: Cluster, *words: str, check: bool = True) -> subprocess.Compl
 
 def over(cluster: Cluster) -> None:
     """Wait until no job is left."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while cluster.run(["squeue", "-h"]).stdout:
         assert time.monotonic() < deadline
         time.sleep(0.2)

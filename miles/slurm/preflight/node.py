@@ -118,10 +118,11 @@ def tcp(told: Plan, hub: Guest, name: str) -> Verdict:
             address = hub.word(f"sink/{peer}", time.monotonic() + 1.0)
             if address is None:
                 continue  # it never came this far: its own report, or the lack of one, says why
+            host, port = str(address[0]), int(address[1])
             try:
-                rate = network.send(*address, told.megabytes)
+                rate = network.send(host, port, told.megabytes)
             except OSError as error:
-                why = f"{peer} at {address[0]}: {error.strerror or error}"
+                why = f"{peer} at {host}: {error.strerror or error}"
             rates[peer] = rate
         hub.together(f"round{number}", name, len(told.nodes), time.monotonic() + told.seconds)
     if why:
