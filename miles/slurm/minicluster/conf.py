@@ -32,8 +32,8 @@ class Place:
 def files(place: Place, layout: Layout, settings: Settings) -> dict[str, str]:
     """{name: text} of all files of the folder `conf`. slurmdbd.conf must be readable by its owner only."""
     found = {"slurm.conf": slurm_conf(place, layout, settings), "gres.conf": gres_conf(place, layout)}
-    if place.version >= CGROUP_CAN_BE_DISABLED_SINCE:
-        found["cgroup.conf"] = "CgroupPlugin=disabled\n"
+    # Nothing here uses cgroups, but slurmd loads the plugin, and that of v2 wants systemd and its delegation; that of v1 wants nothing before it is used.
+    found["cgroup.conf"] = f"CgroupPlugin={'disabled' if place.version >= CGROUP_CAN_BE_DISABLED_SINCE else 'cgroup/v1'}\n"
     if place.version >= BLOCKS_SINCE and layout.blocks:
         found["topology.conf"] = topology_conf(layout)
     if place.accounting:
