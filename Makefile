@@ -7,10 +7,10 @@ BIN := $(VENV)/bin
 RUN ?= runs/quickstart
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install quickstart golden test suite test-faults lint bench rehearse smollm2 chromium slurm slurm-24 clean
+.PHONY: help install quickstart quickstart-slurm golden test suite test-faults lint bench rehearse smollm2 chromium slurm slurm-24 clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # CPU-only PyTorch comes first and pinned: any later requirement is then satisfied by it.
 $(VENV)/.train: setup.cfg requirements.txt
@@ -30,6 +30,12 @@ install: $(VENV)/.train  ## make the virtual environment
 
 quickstart: $(VENV)/.train  ## install, then train a small model from nothing: SFT, GRPO, evaluation, report
 	$(BIN)/miles-submit run recipes/quickstart --run-dir $(RUN)
+
+# REFERENCE: a finished run of the recipe with two trainer ranks, in place of a new one. RECIPE=recipes/tiny is a quick look.
+RECIPE ?= recipes/quickstart
+quickstart-slurm: RUN = runs/$(notdir $(RECIPE))-slurm
+quickstart-slurm: $(VENV)/.train slurm  ## the quickstart as a heterogeneous job of a private Slurm, and without Slurm: are the weights equal?
+	$(BIN)/python -m miles.slurm.minicluster.same_bits $(RECIPE) $(RUN) $(if $(REFERENCE),--reference $(REFERENCE))
 
 # The browser test looks at the report as a reader would.
 chromium:
@@ -76,7 +82,7 @@ lint: $(VENV)/.dev  ## ruff and mypy
 golden: $(VENV)/.dev  ## write the golden texts (tests/golden) and sbatch/ again, after a change on purpose; then look at git diff
 	$(BIN)/python tests/golden/golden_texts.py
 
-bench: $(VENV)/.dev  ## ratios against references measured in the same run
+bench: $(VENV)/.dev slurm  ## ratios against references measured in the same run
 	$(BIN)/python -m benchmarks.run_all
 
 rehearse: $(VENV)/.dev  ## a step at full size without a model: tokens per second, memory, files, and what they mean for 1,024 ranks

@@ -8,7 +8,9 @@ import os
 import sys
 import time
 
+from benchmarks.cli_start import measure as measure_commands
 from benchmarks.generation import Case, measure
+from benchmarks.slurm_launch import measure as measure_launch
 from benchmarks.table import Row, show
 from benchmarks.train_step import measure as measure_train_step
 from benchmarks.workload import THREADS, build_quickstart, build_smollm2
@@ -25,7 +27,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run_all", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
     parser.add_argument("--quick", action="store_true", help="one short turn of each: shows that it runs, judges nothing")
-    parser.add_argument("--only", choices=[*CASES, "train_step"], help="one part")
+    parser.add_argument("--only", choices=[*CASES, "train_step", "commands", "slurm_launch"], help="one part")
     given = parser.parse_args()
     os.environ.update(TRANSFORMERS_VERBOSITY="error", HF_HUB_DISABLE_PROGRESS_BARS="1")
     began = time.monotonic()
@@ -39,6 +41,10 @@ def main() -> int:
             rows += measure(case, say, given.quick)
     if given.only in (None, "train_step"):
         rows += measure_train_step(say, repeats=1 if given.quick else 3)
+    if given.only in (None, "commands"):
+        rows += measure_commands(say, given.quick)
+    if given.only in (None, "slurm_launch"):
+        rows += measure_launch(say, given.quick)
     if given.json:
         load = os.getloadavg()[0]
         print(json.dumps({"threads": THREADS, "quick": given.quick, "load_average": load, "results": [row.as_json() for row in rows]}, indent=1))

@@ -94,11 +94,11 @@ def family(launcher: psutil.Process) -> dict[str, list[psutil.Process]]:
 # What must be true afterwards.
 
 
-def no_draw_lost_or_used_twice(run_dir: Path) -> None:
-    """Draws of all rollout batches: consecutive, each in one batch or dropped on record."""
+def no_draw_lost_or_used_twice(run_dir: Path, warm: int = WARM_STEPS, steps: int = STEPS) -> None:
+    """Draws of all rollout batches: consecutive, each in one batch or dropped on record. warm, steps: of the run."""
     folder, following = RunDir(run_dir), 0
-    assert steps_in(folder.batches) == list(range(1, STEPS + 1))
-    for step in range(WARM_STEPS + 1, STEPS + 1):
+    assert steps_in(folder.batches) == list(range(1, steps + 1))
+    for step in range(warm + 1, steps + 1):
         manifest = read_manifest(folder.batch(step))
         consumed = sorted([*manifest.draws, *(each.draw for each in manifest.dropped)])
         assert consumed == list(range(following, manifest.next_draw)), f"step {step}: draws {consumed}, {following} to {manifest.next_draw} expected"
