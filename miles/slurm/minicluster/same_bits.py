@@ -90,7 +90,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("folder", type=Path, help="run directories are made in it: slurm, and local unless a reference is given")
     parser.add_argument("--reference", type=Path, help="a finished run of the same recipe with two trainer ranks, in place of a new one")
     parser.add_argument("words", nargs="*", help="further settings of both runs")
-    given = parser.parse_args(arguments)
+    given = parser.parse_intermixed_args(arguments)
     words = [given.recipe, *given.words]
     try:
         if given.reference is not None:
