@@ -36,7 +36,7 @@ RUN = [
     "cluster.executor=slurm", "cluster.placement=het", "cluster.slurm.lead_seconds=60", "cluster.groups.all.mem=100", "cluster.groups.all.time=30",
     "cluster.groups.train.partition=gb300", "cluster.groups.rollout.partition=h200",
 ]  # fmt: skip
-EACH = "--ntasks-per-node=1 --mem=100 --cpus-per-task=2 --time=30"
+EACH = "--ntasks-per-node=1 --mem=100 --time=30"
 Say = Callable[[str], None]
 
 
@@ -97,8 +97,13 @@ def by_hand(config: RunConfig) -> dict[str, str]:
     """The groups of a run as one would write them: a task a node, which starts as many processes as the run has there, each with its imports."""
     found = {}
     for component, partition in zip(components(config), ("gb300", "h200"), strict=True):
-        starts = " & ".join(f"{sys.executable} -m imports {process.role}" for process in processes(config, component, 0))
-        found[f"--partition={partition} --nodes={part(config, component).nodes} {EACH}"] = f"bash -c '{starts} & wait'"
+        nodes = part(config, component).nodes
+        everywhere = [process.role for process in processes(config, component, nodes - 1)]
+        starts = [f"{sys.executable} -m imports {role} &" for role in everywhere]
+        for process in processes(config, component, 0):
+            if process.role not in everywhere:  # the service is on the first node alone
+                starts.insert(0, f"[ $SLURM_PROCID != 0 ] || {sys.executable} -m imports {process.role} &")
+        found[f"--partition={partition} --nodes={nodes} {EACH}"] = f"bash -c '{' '.join(starts)} wait'"
     return found
 
 
@@ -126,7 +131,7 @@ def launch_of_functions(bench: Bench, turns: int) -> Row:
     """A function of a user on two nodes of one kind and one of another."""
     found, reference = [], []
     executor = HetSlurmExecutor(bench.folder / "jobs")
-    executor.update_parameters(job_name="bench", time="30", mem="100", cpus_per_task=2)
+    executor.update_parameters(job_name="bench", time="30", mem="100")
     executor.component("client", nodes=2, partition="gb300")
     executor.component("server", partition="h200")
     command = f"{sys.executable} -c 'import payload; payload.first_line()'"
