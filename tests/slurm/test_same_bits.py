@@ -33,7 +33,7 @@ def test_a_heterogeneous_job_has_the_bits_of_a_run_without_slurm(
     assert runs.weights(there) != (there / "model" / "model.safetensors").read_bytes()
     assert read_provenance(RunDir(there))["attempts"][0]["nodes"] == ["train0", "train1", "infer0"]
     script = (there / "slurm" / "train-rollout.sbatch").read_text()
-    for line in ("--partition=gb300", "--gres=gpu:gb300:1", "--nodes=2", "--partition=h200", "--gres=gpu:h200:1", "hetjob"):
+    for line in ("--partition=gb300", "--gres=gpu:gb300:4", "--nodes=2", "--partition=h200", "--gres=gpu:h200:8", "hetjob"):
         assert f"#SBATCH {line}\n" in script
 
     changed = bytearray(runs.weights(here))

@@ -25,7 +25,7 @@ NODES = {"train": 2, "infer": 1, "cpu": 0}
 WORLD = ["train.num_nodes=2", "train.num_gpus_per_node=1"]
 HET = [
     "cluster.executor=slurm", "cluster.placement=het", "cluster.groups.all.time=120",
-    "cluster.groups.train.partition=gb300", "cluster.groups.train.gpu_type=gb300",
+    "cluster.groups.train.partition=gb300", "cluster.groups.train.gpu_type=gb300", "cluster.groups.train.gpus_per_node=4",
     "cluster.groups.rollout.partition=h200", "cluster.groups.rollout.gpu_type=h200",
 ]  # fmt: skip
 WEIGHTS = "model.safetensors"
