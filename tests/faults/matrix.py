@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import os
 import time
@@ -34,8 +35,21 @@ UNDER_WAY = {
     "save": (("sync", HALT), ("save", HALT)),
 }
 HALTED = {"generate": ["worker.0"], "train": ["trainer.0", "trainer.1"], "sync": ["trainer.0"], "save": ["trainer.0", "trainer.1"]}
-VICTIMS = ("trainer rank", "orchestrator", "service", "engine", "slurmd of the train node", "slurmd of the rollout node", "whole job")
-GONE = ("orchestrator", "whole job")  # nothing is left that could go on: a person resumes the run
+# The orchestrator is the batch process, a node its slurmd, the job all of its processes.
+VICTIMS = ("trainer", "orchestrator", "service", "engine", "train-node", "rollout-node", "job")
+GONE = ("orchestrator", "job")  # nothing is left that could go on: a person resumes the run
+CELLS = {f"{victim}:{phase}": (victim, phase) for victim in VICTIMS for phase in UNDER_WAY}
+
+
+def chosen(patterns: str = "", share: str = "") -> list[str]:
+    """Names of cells: all, or those that fit one of the patterns (`trainer:*,job:save`); share: `2/4` is the second of four shares of them."""
+    words = [word.strip() for word in patterns.split(",") if word.strip()]
+    for word in words:
+        assert fnmatch.filter(CELLS, word), f"CELLS: no cell is called {word}; there are {', '.join(CELLS)}"
+    found = [name for name in CELLS if not words or any(fnmatch.fnmatch(name, word) for word in words)]
+    number, _, of = (share or "1/1").partition("/")
+    assert 1 <= int(number) <= int(of), f"SHARD: {share} is no share, such as 2/4"
+    return found[int(number) - 1 :: int(of)]
 
 
 @contextmanager
@@ -54,8 +68,7 @@ def calm_run(folder: Path) -> Path:
 
 
 def cell(cluster: Cluster, calm: Path, folder: Path, victim: str, phase: str) -> dict[str, float]:
-    """One cell; returns its seconds: in all, and from the kill to the end."""
-    began = time.monotonic()
+    """One cell; returns seconds from the kill to the checked end, and the number of attempts."""
     folder.mkdir(exist_ok=True)
     (folder / "halt").write_text(json.dumps({"epoch": 1, "phase": phase, "step": HALT}))
     with halting():
@@ -82,7 +95,7 @@ def cell(cluster: Cluster, calm: Path, folder: Path, victim: str, phase: str) ->
     shared.no_draw_lost_or_used_twice(job.run_dir, WARM_STEPS, STEPS)
     runs.same_run(calm, job.run_dir)
     assert runs.train_records(calm) == runs.train_records(job.run_dir)
-    return {"seconds": time.monotonic() - began, "after_kill": time.monotonic() - killed, "attempts": job.epoch}
+    return {"after_kill": round(time.monotonic() - killed, 1), "attempts": job.epoch}
 
 
 def finished(job: Job, epoch: int, place: tuple[str, int]) -> bool:
@@ -108,18 +121,18 @@ def under_way(job: Job, phase: str) -> None:
 
 def strike(job: Job, victim: str) -> list[str]:
     """Kill; returns the names of nodes whose slurmd died."""
-    if victim.startswith("slurmd"):
-        node = job.fields(f"{job.id}+{1 if 'rollout' in victim else 0}")["NodeList"]
+    if victim.endswith("-node"):
+        node = job.fields(f"{job.id}+{1 if victim == 'rollout-node' else 0}")["NodeList"]
         job.cluster.kill_node(node)
         return [node]
-    if victim == "whole job":
+    if victim == "job":
         for process in job.processes():
             process.kill()
     elif victim == "orchestrator":
         (batch,) = [each for each in job.processes() if "miles.slurm.batch" in command(each)]
         batch.kill()
     else:
-        job.kill_role("trainer", rank=1) if victim == "trainer rank" else job.kill_role(victim)
+        job.kill_role(victim, rank=1 if victim == "trainer" else 0)
     return []
 
 

@@ -30,7 +30,16 @@ def calm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return matrix.calm_run(tmp_path_factory.mktemp("calm") / "run")
 
 
-@pytest.mark.parametrize(("victim", "phase"), [("slurmd of the train node", "save"), ("orchestrator", "sync")])
-def test_cell(cluster: Cluster, calm: Path, tmp_path: Path, victim: str, phase: str) -> None:
+@pytest.mark.parametrize("name", ["train-node:save", "orchestrator:sync"])
+def test_cell(cluster: Cluster, calm: Path, tmp_path: Path, name: str) -> None:
     """What the dead slurmd left alive meets the fence; what nobody goes on with is resumed."""
-    matrix.cell(cluster, calm, tmp_path, victim, phase)
+    matrix.cell(cluster, calm, tmp_path, *matrix.CELLS[name])
+
+
+def test_cells_are_chosen_by_name_and_divided() -> None:
+    """Every cell is in one share."""
+    assert len(matrix.chosen()) == 28
+    assert matrix.chosen("job:s*, engine:train") == ["engine:train", "job:sync", "job:save"]
+    assert sorted(name for share in ("1/3", "2/3", "3/3") for name in matrix.chosen(share=share)) == sorted(matrix.CELLS)
+    with pytest.raises(AssertionError, match="no cell is called nobody"):
+        matrix.chosen("nobody:save")
