@@ -61,11 +61,11 @@ def calm_run(folder: Path, steps: int, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_time_limits(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     """--time=2 with a lead of a minute, a fifth of COUNT times."""
     stops = max(1, count // 5)
-    steps = 4 * stops
+    steps = 3 * stops  # two to three an attempt
     calm = calm_run(tmp_path / "calm", steps, monkeypatch)
     job = Job(cluster, tmp_path / "run", *HET, "cluster.groups.all.time=2", f"cluster.slurm.lead_seconds={LEAD}", steps=words(steps), pace=PACE)
     job.finished(patience=240.0 * (stops + 2))
-    check(job, calm, 1, LEAD)
+    check(job, calm, stops, LEAD)
 
 
 def test_preemptions(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int, seed: int) -> None:
@@ -73,10 +73,10 @@ def test_preemptions(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.Monke
     stops, rng = max(1, count // 5), random.Random(seed)
     steps = 2 * stops + 2
     calm = calm_run(tmp_path / "calm", steps, monkeypatch)
-    job = Job(cluster, tmp_path / "run", "cluster.groups.all.partition=low", "cluster.groups.all.nodelist=train0", steps=words(steps), pace=PACE)
+    job = Job(cluster, tmp_path / "run", "cluster.groups.all.partition=low", "cluster.groups.all.nodelist=train0", steps=words(steps), pace=PACE / 2)
     for number in range(1, stops + 1):
         job.until(lambda number=number: job.epoch >= number and job.run.event_file("trainer", 0, number).exists(), f"attempt {number} works")
-        time.sleep(rng.uniform(0, 1.5 * PACE))
+        time.sleep(rng.uniform(0, PACE))
         job.submit_more("--partition=high", "--exclusive", "--nodelist=train0", "--wrap=sleep 1")
         job.until(lambda number=number: job.ending(number), f"attempt {number} has ended")
         if not job.ending(number)["stopped"]:
