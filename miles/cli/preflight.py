@@ -33,7 +33,7 @@ def preflight(words: list[str], run_dir: Path | None, minutes: int, exclude: boo
     jobs = job.submit(config, run, submissions)
     console.print(f"submitted {', '.join(f'job {each}' for each in jobs)}: preflight of {config.name}, for at most {minutes} min; Ctrl-C cancels it")
     try:
-        found = job.results(run, submissions, jobs, console.print)
+        found = job.results(run, jobs, console.print)
     except KeyboardInterrupt:
         job.cancel(jobs)
         raise

@@ -17,8 +17,9 @@ from miles.data.store.run_dir import RunDir
 from miles.plan.abilities import Level
 from miles.plan.judge import Finding
 from miles.slurm.command import slurm_command
+from miles.slurm.hostlist import expand
 from miles.slurm.options import gres
-from miles.slurm.records import submitted
+from miles.slurm.records import left_out, submitted
 from miles.slurm.site import Node, Partition, Site
 
 # Options of sbatch by the version that brought them: an older one only says that it doesn't know the word.
@@ -29,9 +30,10 @@ IMAGE_FILES = (".sqsh", ".sif", ".squashfs")
 def refused(config: RunConfig, run: RunDir, site: Site) -> list[Finding]:
     """Errors and warnings, group by group."""
     found: list[Finding] = []
+    out = left_out(run, config)
     for group in node_groups(config):
         where = f"cluster.groups.{group.name}"
-        found += [Finding(level, f"{where}.{field}", text, mend) for level, field, text, mend in _group(config, group, site)]
+        found += [Finding(level, f"{where}.{field}", text, mend) for level, field, text, mend in _group(config, group, site, out)]
     return [*found, *files(config, run), *in_use(run)]
 
 
@@ -64,7 +66,7 @@ def in_use(run: RunDir) -> Iterator[Finding]:
 Word = tuple[Level, str, str, str]  # level, field of the group, message, mend
 
 
-def _group(config: RunConfig, group: NodeGroup, site: Site) -> Iterator[Word]:
+def _group(config: RunConfig, group: NodeGroup, site: Site, out: list[str]) -> Iterator[Word]:
     ask = group.ask
     yield from _too_old(group, site)
     named = ask.partition.split(",") if ask.partition else []
@@ -83,7 +85,7 @@ def _group(config: RunConfig, group: NodeGroup, site: Site) -> Iterator[Word]:
     yield from _qos(group, chosen, site)
     yield from _account(group, chosen)
     yield from _time(group, chosen, site)
-    yield from _nodes(config, group, chosen, site)
+    yield from _nodes(config, group, chosen, site, out)
 
 
 def _too_old(group: NodeGroup, site: Site) -> Iterator[Word]:
@@ -127,7 +129,7 @@ def _time(group: NodeGroup, chosen: list[Partition], site: Site) -> Iterator[Wor
             yield "error", "time", f"{group.ask.time} is over the limit of {name}, {whole} ({hours(limit)})", f"set cluster.groups.{group.name}.time={whole}"
 
 
-def _nodes(config: RunConfig, group: NodeGroup, chosen: list[Partition], site: Site) -> Iterator[Word]:
+def _nodes(config: RunConfig, group: NodeGroup, chosen: list[Partition], site: Site, out: list[str]) -> Iterator[Word]:
     ask, where = group.ask, "partition " + ",".join(each.name for each in chosen)
     nodes = site.within(each.name for each in chosen)
     if ask.gres is None and gres(group, config.cluster.device):
@@ -157,6 +159,12 @@ def _nodes(config: RunConfig, group: NodeGroup, chosen: list[Partition], site: S
         if group.nodes > limit:
             yield "error", "nodes", f"{group.nodes} nodes are needed, {text} {limit}{_kind(config, group)}", _fewer(group)
             return
+    if ask.nodelist and "/" not in ask.nodelist and (barred := [name for name in expand(ask.nodelist) if name in out]):
+        yield "error", "nodelist", f"asks for {barred[0]}, which is left out as a bad node", "name others, or remove it from the exclude list (slurm/exclude.json of the run, or cluster.slurm.exclude_file)"
+        return
+    if out and (good := sum(node.name not in out for node in nodes)) < group.nodes:
+        yield "error", "nodes", f"{group.nodes} nodes are needed, but {where} has {good} besides those that are left out as bad", "remove what is good again from the exclude list (slurm/exclude.json of the run, or cluster.slurm.exclude_file)"
+        return
     up = sum(node.up for node in nodes)
     if up < group.nodes:
         yield "warning", "nodes", f"{group.nodes} nodes are needed, only {up} of the {len(nodes)} in {where} are up: the job waits", ""

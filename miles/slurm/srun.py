@@ -215,7 +215,7 @@ class SrunComponent:
 
     def of_node(self, rank: int) -> dict[str, Any]:
         """How the process of one node ended: its own word, or what can be said of one that left none."""
-        path = self.folder / f"{self.leader}_{rank}_result.pkl"
+        path = self.result(rank)
         word = self.failed.get(rank, ("", ""))[1]
         if not word or word.startswith("Exited"):
             self.wait_for(path)
@@ -239,10 +239,11 @@ class SrunComponent:
         word = self.failed.get(rank, ("", ""))[1]
         tail = last_line(self.log(rank))
         code = int(word.rpartition(" ")[2]) if word.startswith("Exited") else 0
+        said = f": {tail}" if tail else ""
         if code and code <= 128:
             unstarted = "execve()" in tail or "No module named" in tail
             mend = "; look at the group's python and container_image" if unstarted else ""
-            reason = f"the supervisor of component {self.name} on {where['node']} ended with exit code {code}: {tail}{mend}; its log is {self.log(rank)}"
+            reason = f"the supervisor of component {self.name} on {where['node']} ended with exit code {code}{said}{mend}; its log is {self.log(rank)}"
             return {**where, "code": WRONG if unstarted else 1, "reason": reason}
         if not word and (line := self.refusal()):
             code = WRONG if any(sign in line for sign in HOPELESS) else AGAIN
@@ -254,6 +255,10 @@ class SrunComponent:
         """Which process this is."""
         nodes = job_nodes(self.step.het_group)
         return {"role": self.name, "rank": rank, "node": nodes[self.step.first_node + rank]}
+
+    def result(self, rank: int) -> Path:
+        """Where the process of a node leaves its own word."""
+        return self.folder / f"{self.leader}_{rank}_result.pkl"
 
     def log(self, rank: int) -> Path:
         """What the process of a node has printed."""

@@ -12,7 +12,7 @@ from miles.config.compose import dump_config, load_config
 from miles.config.exits import OK, WRONG, UserError
 from miles.config.schema import RunConfig
 from miles.data.store.run_dir import RunDir
-from miles.slurm import checks, site, start
+from miles.slurm import checks, records, site, start
 from miles.slurm.minicluster import Cluster
 from miles.slurm.submission import prepare
 
@@ -85,6 +85,15 @@ def test_nodes_that_are_down_are_a_warning(here: Cluster, tmp_path: Path) -> Non
         assert found == ["cluster.groups.train.nodes: 4 nodes are needed, only 3 of the 4 in partition gb300 are up: the job waits"]
     finally:
         here.run(["scontrol", "update", "NodeName=train3", "State=RESUME"])
+
+
+def test_nodes_that_are_left_out_as_bad(here: Cluster, tmp_path: Path) -> None:
+    records.exclude(RunDir(tmp_path), {"train1": "preflight: clock", "infer0": "preflight: files"}, 0)
+    assert errors(config("train.num_nodes=3"), tmp_path) == []
+    mend = "remove what is good again from the exclude list (slurm/exclude.json of the run, or cluster.slurm.exclude_file)"
+    assert errors(config("train.num_nodes=4"), tmp_path) == [f"cluster.groups.train.nodes: 4 nodes are needed, but partition gb300 has 3 besides those that are left out as bad; {mend}"]
+    (line,) = errors(config("cluster.groups.train.nodelist=train[0-1]", "train.num_nodes=2"), tmp_path)
+    assert line.startswith("cluster.groups.train.nodelist: asks for train1, which is left out as a bad node; name others")
 
 
 def test_qos(slurm_accounting: Cluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -59,6 +59,31 @@ def test_a_node_that_gives_no_answer_is_named_and_not_the_others() -> None:
     assert judged["a"]["probes"]["shared files"]["detail"] == "sees what 3 nodes wrote"
 
 
+def test_a_node_alone_is_held_against_the_login_node() -> None:
+    told = {"a": reports(shared_files={"a": canary([])}, clock={"a": clocked(0.0)})["a"]}
+    judged = judge(["a"], told, {})
+    assert judged["a"]["probes"]["shared files"]["status"] == verdict.OK
+    assert judged["a"]["probes"]["clock"]["status"] == verdict.NOT_CHECKED
+
+
+def clocked(seconds: float) -> dict[str, Any]:
+    return verdict.ok("", seconds=seconds, bound=0.001)
+
+
+@pytest.mark.parametrize(("clocks", "wrong"), [({"a": 0.0, "b": 0.01, "c": 30.0, "d": 0.0}, "c"), ({"a": 0.0, "b": 30.0, "c": 30.01, "d": 30.0}, "a"), ({"a": 0.0, "b": -2.0, "c": 0.3}, "b"), ({"a": 0.0, "b": 30.0}, "ab"), ({"a": 0.0, "b": 0.4}, "")])  # fmt: skip
+def test_whose_clock_is_wrong(clocks: dict[str, float], wrong: str) -> None:
+    """The first node's may be it; of two nobody knows, so both are left out."""
+    told = {node: report for node, report in reports(clock={node: clocked(seconds) for node, seconds in clocks.items()}).items() if node in clocks}
+    found = bad(judge(list(clocks), told, {}))
+    assert "".join(sorted(found)) == wrong
+    assert all("NTP" in why for why in found.values())
+
+
+def test_gpus_of_a_node_that_are_slow_together() -> None:
+    figures = {"a": 350.0, "b": 340.0, "c": 90.0, "d": 345.0}
+    assert list(bad(judge(NODES, reports(nccl_inside={node: verdict.ok("", gigabytes=rate) for node, rate in figures.items()}), {}))) == ["c"]
+
+
 def rates(unit: str = "", **by: Any) -> dict[str, Any]:
     return {**verdict.ok(unit), "rates": by}
 
@@ -67,7 +92,9 @@ def test_a_slow_and_an_unreachable_node() -> None:
     slow = reports(network={"a": rates(b=1000.0, c=100.0, d=990.0), "b": rates(c=110.0, d=1010.0), "c": rates(d=105.0), "d": rates()})
     assert list(bad(judge(NODES, slow, {}))) == ["c"]
     lost = reports(network={"a": rates(b=1000.0, c=None, d=990.0), "b": rates(c=None, d=1010.0), "c": rates(d=None), "d": rates()})
-    assert list(bad(judge(NODES, lost, {}))) == ["c"]
+    judged = judge(NODES, lost, {})
+    assert list(bad(judged)) == ["c"]
+    assert judged["a"]["probes"]["network"]["detail"] == "all but c, which others don't reach either"
 
 
 def test_of_two_nodes_nobody_says_which_is_slow() -> None:
@@ -82,6 +109,7 @@ def test_files_and_ports_that_differ_from_most() -> None:
     judged = judge(NODES, told, {})
     assert set(bad(judged)) == {"b", "c"}
     assert "mlx5_1/1 not active" in bad(judged)["b"]
+    assert bad(judged)["c"] == "files: /m: 1 file, 5 bytes, on most nodes 2 files, 10 bytes"
 
 
 def test_what_could_not_run_is_never_ok(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,13 +172,13 @@ def test_infiniband_ports_of_the_kernel(tmp_path: Path) -> None:
     assert infiniband(tmp_path)["status"] == "broken"
 
 
-@pytest.mark.parametrize(("ahead", "status"), [(0.0, "ok"), (-2.0, "slow"), (30.0, "broken")])
-def test_a_clock_that_is_off(ahead: float, status: str) -> None:
+@pytest.mark.parametrize("ahead", [0.0, -2.0, 30.0])
+def test_a_clock_that_is_off(ahead: float) -> None:
     with Hub("127.0.0.1", "t", clock=lambda: time.time() - ahead) as hub:
         guest = Guest("127.0.0.1", hub.port, "t")
         found = clock.skew(guest)
-        assert found["status"] == status
         assert found["seconds"] == pytest.approx(ahead, abs=0.2)
+        assert 0 < found["bound"] < 0.2
         with pytest.raises(ConnectionError):
             Guest("127.0.0.1", hub.port, "another").ask()
 
@@ -187,7 +215,9 @@ NODE = "import json, sys; from miles.slurm.preflight.node import probe; assert '
 def test_nodes_that_meet(tmp_path: Path) -> None:
     """Three nodes as processes with the standard library alone; the second never comes, the others are tested without it."""
     with Hub("127.0.0.1", "t") as hub:
-        plan = {"hub": ["127.0.0.1", hub.port], "token": "t", "folder": str(tmp_path), "nodes": ["a", "b", "c"], "group": "all", "mine": ["a", "b", "c"], "device": "cpu", "gpus": 1, "counts_gpus": False}
+        (tmp_path / "canaries").mkdir()
+        files.canary_write(tmp_path, files.LOGIN)
+        plan = {"hub": ["127.0.0.1", hub.port], "token": "t", "folder": str(tmp_path / "canaries"), "nodes": ["a", "b", "c"], "group": "all", "mine": ["a", "b", "c"], "device": "cpu", "gpus": 1, "counts_gpus": False}
         plan |= {"image": None, "read": [str(Path(__file__))], "port": 0, "seconds": 10.0, "patience": 20.0, "megabytes": 1, "rounds": 8}
         env = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(REPOSITORY)}
         running = [subprocess.Popen([sys.executable, "-S", "-c", NODE, json.dumps(plan)], env={**env, "SLURMD_NODENAME": name, "MILES_HOST": host}) for name, host in (("a", "127.0.0.2"), ("c", "127.0.0.3"))]

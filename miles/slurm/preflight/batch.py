@@ -1,6 +1,6 @@
 """The preflight job's process on its first node: `python -m miles.slurm.preflight.batch FOLDER [GROUP]`. A step over each group, then verdicts.
 
-FOLDER has run.yaml; result.GROUPS.json is written there.
+FOLDER has run.yaml; result.JOB.json is written there.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from miles.slurm.options import srun_options
 from miles.slurm.preflight.hub import Hub
 from miles.slurm.preflight.job import read_by_nodes
 from miles.slurm.preflight.judge import bad, judge
-from miles.slurm.preflight.node import PRESENT, Plan
+from miles.slurm.preflight.node import DONE, PRESENT, Plan
 from miles.slurm.signals import Signals
 from miles.slurm.srun import SrunComponent, SrunRunner, Step, addresses, job_nodes
 from miles.slurm.step import own_address
@@ -34,7 +34,8 @@ PROBE = "miles.slurm.preflight.node.probe"
 WAIT_SECONDS = 30.0  # for what the others do
 MEGABYTES = 64
 ROUNDS = 8
-NCCL_SECONDS = 150.0  # a round of it
+NCCL_SECONDS = 180.0  # a round of it
+GRACE_SECONDS = 5.0  # for processes that have said all to end
 LATE_SECONDS = 60.0  # start of Python on a cold file system, image import aside
 
 
@@ -45,7 +46,7 @@ def main(words: list[str]) -> int:
     config = load_config([folder / "run.yaml"])
     groups = [group for group in node_groups(config) if words[1:] in ([], [group.name])]
     result = Preflight(folder, config, groups, signals).run()
-    seal_json(folder / f"result.{'-'.join(group.name for group in groups)}.json", result)
+    seal_json(folder / f"result.{os.environ['SLURM_JOB_ID']}.json", result)
     return OK if not result["bad"] else AGAIN
 
 
@@ -72,13 +73,13 @@ class Preflight:
                 plan = self.plan(group, self.nodes[number], every, (host, hub.port), canaries)
                 steps.append(runner.submit(group.name, PROBE, asdict(plan), step=self.step(number, group)))
             self.begin(steps, hub)
-            self.wait(steps)
+            cut = self.wait(steps, hub)
             reports = {key.partition("/")[2]: value for key, value in list(hub.words.items()) if key.startswith("report/")}
         silent: dict[str, str] = {}
         for number, step in enumerate(steps):
             for rank, node in enumerate(self.nodes[number]):
                 if node not in reports:
-                    self.late(step, rank, node, reports, silent)
+                    self.late(step, rank, node, cut, reports, silent)
         judged = judge(every, reports, silent)
         for path in canaries.iterdir():
             path.unlink()
@@ -128,26 +129,36 @@ class Preflight:
         while self.signals.by is None:
             lost = set()
             for number, step in enumerate(steps):
-                step.listen()
-                over = step.process.poll() is not None
-                lost |= {node for rank, node in enumerate(self.nodes[number]) if over or rank in step.failed}
+                lost |= set(self.ended(number, step))
             come = [node for nodes in self.nodes for node in nodes if f"sink/{node}" in hub.words]
             if all(node in come or node in lost for nodes in self.nodes for node in nodes) or time.monotonic() > until:
                 break
             time.sleep(0.05)
         hub.words[PRESENT] = [node for node in come if node not in lost]
 
-    def wait(self, steps: list[SrunComponent]) -> None:
-        """Until all steps end, a signal says that the job must, or it takes too long."""
-        nccl = NCCL_SECONDS * min(ROUNDS, max(len(nodes) for nodes in self.nodes) - 1) if self.config.cluster.device == "cuda" else 0.0
+    def ended(self, number: int, step: SrunComponent) -> list[str]:
+        """Nodes of a group whose process is over."""
+        step.listen()
+        over = step.process.poll() is not None
+        return [node for rank, node in enumerate(self.nodes[number]) if over or rank in step.failed or step.result(rank).exists()]
+
+    def wait(self, steps: list[SrunComponent], hub: Hub) -> list[str]:
+        """Until the nodes that are tested have said all, a signal says that the job must end, or it takes too long; returns whose process was killed then."""
+        nccl = NCCL_SECONDS * (1 + min(ROUNDS, max(len(nodes) for nodes in self.nodes) - 1)) if self.config.cluster.device == "cuda" else 0.0
         until = time.monotonic() + WAIT_SECONDS + (3 + min(ROUNDS, sum(map(len, self.nodes)) - 1)) * WAIT_SECONDS + nccl
+        told = False
         while any(step.process.poll() is None for step in steps) and time.monotonic() < until and self.signals.by is None:
+            over = {node for number, step in enumerate(steps) for node in self.ended(number, step)}
+            if not told and all(f"{DONE}/{node}" in hub.words or node in over for node in hub.words[PRESENT]):
+                told, until = True, time.monotonic() + GRACE_SECONDS
             time.sleep(0.1)
+        over = {node for number, step in enumerate(steps) for node in self.ended(number, step)}
         for step in steps:
             step.kill()
+        return [node for nodes in self.nodes for node in nodes if node not in over]
 
-    def late(self, step: SrunComponent, rank: int, node: str, reports: dict[str, Any], silent: dict[str, str]) -> None:
-        """A node that told the hub nothing: its result file has the report all the same, or what is known of its end."""
+    def late(self, step: SrunComponent, rank: int, node: str, cut: list[str], reports: dict[str, Any], silent: dict[str, str]) -> None:
+        """A node that told the hub nothing: its result file has the report all the same, or what is known of its end. cut: who was not waited for any longer."""
         outcome: dict[str, Any] = {}
         with contextlib.suppress(OSError):  # its result lies on a file system that fails
             step.listen()
@@ -155,6 +166,8 @@ class Preflight:
             outcome = step.of_node(rank)
         if "report" in outcome:
             reports[node] = outcome["report"]
+        elif node in cut:
+            silent[node] = f"nothing heard of it within {LATE_SECONDS:g} s; its log is {step.log(rank)}"
         else:
             silent[node] = str(outcome.get("reason", "gave no answer in time"))
 

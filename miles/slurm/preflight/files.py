@@ -11,6 +11,7 @@ from miles.slurm.preflight.verdict import Verdict, broken, not_checked, ok
 
 POLL_SECONDS = 0.1
 READ_BYTES = 64 << 10
+LOGIN = "login"  # the canary of the node that submitted, beside the folder of the others'
 
 
 def canary_write(folder: Path, node: str) -> None:
@@ -57,7 +58,8 @@ def readable(paths: Sequence[str]) -> Verdict:
         except OSError as error:
             return broken(f"{error.filename or path}: {(error.strerror or type(error).__name__).lower()}", files=found)
         found[text] = [number, size]
-    return ok(f"{sum(number for number, _ in found.values())} files, {sum(size for _, size in found.values()) / 2**30:.2f} GiB", files=found)
+    number, size = (sum(column) for column in zip(*found.values(), strict=True))
+    return ok(f"{number} file{'' if number == 1 else 's'}, {f'{size / 2**30:.1f} GiB' if size >= 2**30 else f'{size / 2**20:.1f} MiB'}", files=found)
 
 
 def _files(path: Path) -> list[Path]:

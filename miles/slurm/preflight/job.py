@@ -17,6 +17,7 @@ from miles.data.store.files import read_json, seal_bytes
 from miles.data.store.run_dir import RunDir
 from miles.slurm import records
 from miles.slurm.command import slurm_command
+from miles.slurm.preflight.files import LOGIN, canary_write
 from miles.slurm.script import script
 from miles.slurm.states import job_state
 from miles.slurm.submission import Submission, batch_python, without
@@ -67,6 +68,7 @@ def submit(config: RunConfig, run: RunDir, submissions: list[Submission]) -> lis
     except OSError as error:
         raise UserError(f"{folder}: can't be made ({error.strerror}); choose another --run-dir") from error
     seal_bytes(folder / "run.yaml", dump_config(config).encode())
+    canary_write(folder, LOGIN)
     jobs: list[int] = []
     try:
         for each in submissions:
@@ -85,7 +87,7 @@ def cancel(jobs: list[int]) -> None:
         slurm_command(["scancel", *map(str, jobs)], check=False)
 
 
-def results(run: RunDir, submissions: list[Submission], jobs: list[int], say: Callable[[str], None]) -> list[dict[str, Any]]:
+def results(run: RunDir, jobs: list[int], say: Callable[[str], None]) -> list[dict[str, Any]]:
     """Wait for the jobs; returns their results. TryAgain: a job ended without one. say: hears why they wait."""
     folder, said, found = folder_of(run), "", []
     while True:
@@ -97,8 +99,8 @@ def results(run: RunDir, submissions: list[Submission], jobs: list[int], say: Ca
             say(words)
             said = words
         time.sleep(POLL_SECONDS)
-    for each, state in zip(submissions, states, strict=True):
-        path = folder / f"result.{'-'.join(each.groups)}.json"
+    for state in states:
+        path = folder / f"result.{state.job_id}.json"
         until = time.monotonic() + LATE_SECONDS
         while not path.exists() and state.exit_code in (0, 75) and time.monotonic() < until:
             time.sleep(POLL_SECONDS)

@@ -11,6 +11,8 @@ from miles.slurm.preflight.verdict import BAD, Verdict, broken, not_checked, ok,
 
 # Of the median of all nodes' best rates. TCP goes over networks that others use, too.
 SLOW_SHARE = {"network": 0.25, "nccl": 0.5}
+CLOCK_BROKEN_SECONDS = 5.0  # tokens, leases and make's rules go wrong
+CLOCK_SLOW_SECONDS = 0.5  # logs of several nodes can't be ordered
 Reports = dict[str, dict[str, Any]]
 
 
@@ -20,7 +22,9 @@ def judge(nodes: Sequence[str], reports: Mapping[str, Any], silent: Mapping[str,
     _canaries(found)
     _rates(found, "network", "MiB/s")
     _rates(found, "nccl", "GB/s")
-    _odd(found, "files", "files", "has other files than most nodes")
+    _inside(found)
+    _clocks(found)
+    _files(found)
     _ports(found)
     for node in nodes:
         if node not in found:
@@ -41,7 +45,7 @@ def _canaries(found: Reports) -> None:
     for node, view in views.items():
         others = [name for name in view["missing"] if name not in hidden and name in views]
         if len(views) == 1:
-            found[node]["probes"]["shared files"] = not_checked("no other node answered to compare with")
+            found[node]["probes"]["shared files"] = ok("sees what the login node wrote; no other node answered to compare with", **_rest(view))
         elif node in hidden:
             found[node]["probes"]["shared files"] = broken(f"what it writes is not seen by {unseen[node]} of {len(views)} nodes: not the same folder, or late")
         elif others:
@@ -71,6 +75,10 @@ def _rates(found: Reports, name: str, unit: str) -> None:
     for node in guilty:
         lost = [other for other, rate in tried[node].items() if rate is None]
         found[node]["probes"][name] = broken(f"no connection with {', '.join(lost[:4])} ({found[node]['probes'][name]['detail']})", rates=tried[node])
+    for node in failed:
+        if failed[node] and node not in guilty:
+            blamed = [other for other, rate in tried[node].items() if rate is None]
+            found[node]["probes"][name] = ok(f"all but {', '.join(blamed[:4])}, which others don't reach either", rates=tried[node])
     best = {node: max(rate for rate in rates.values() if rate is not None) for node, rates in tried.items() if any(rate is not None for rate in rates.values())}
     if len(best) < 3:
         return  # of two nobody can say which one is slow
@@ -80,13 +88,47 @@ def _rates(found: Reports, name: str, unit: str) -> None:
             found[node]["probes"][name] = slow(f"{rate:.3g} {unit} at best, the others {usual:.3g}", rates=tried[node])
 
 
-def _odd(found: Reports, name: str, key: str, words: str) -> None:
-    """Who differs from most is wrong, not the many; where there is no majority nobody is."""
-    seen = {node: repr(sorted(report["probes"][name][key].items())) for node, report in found.items() if key in report["probes"].get(name, {}) and report["probes"][name]["status"] == "ok"}
-    usual, number = (Counter(seen.values()).most_common(1) or [("", 0)])[0]
-    for node, mine in seen.items():
-        if mine != usual and number > len(seen) / 2:
-            found[node]["probes"][name] = broken(f"{words}: {found[node]['probes'][name]['detail']}", **_rest(found[node]["probes"][name]))
+def _inside(found: Reports) -> None:
+    """A node whose own GPUs reach each other far slower than those of most nodes of its group."""
+    for group in {report["group"] for report in found.values()}:
+        seen = {node: report["probes"]["nccl inside"] for node, report in found.items() if report["group"] == group and "gigabytes" in report["probes"].get("nccl inside", {})}
+        usual = statistics.median(each["gigabytes"] for each in seen.values()) if len(seen) > 2 else 0.0
+        for node, each in seen.items():
+            if each["gigabytes"] < SLOW_SHARE["nccl"] * usual:
+                found[node]["probes"]["nccl inside"] = slow(f"{each['gigabytes']:.3g} GB/s between its GPUs, on the other nodes {usual:.3g}", **_rest(each))
+
+
+def _clocks(found: Reports) -> None:
+    """A clock is compared with the median of all; what may be the measurement's own error is forgiven. Of two, nobody can say which is wrong: both are."""
+    seen = {node: report["probes"]["clock"] for node, report in found.items() if "seconds" in report["probes"].get("clock", {})}
+    if len(seen) == 1:
+        for node in seen:
+            found[node]["probes"]["clock"] = not_checked("no other node answered to compare with")
+    for node, clock in seen.items():
+        others = [each["seconds"] for name, each in seen.items() if name != node] if len(seen) == 2 else [each["seconds"] for each in seen.values()]
+        away = clock["seconds"] - (statistics.median(others) if others else clock["seconds"])
+        sure = abs(away) - max(each["bound"] for each in seen.values())
+        if sure > CLOCK_SLOW_SECONDS:
+            whose = "the other node's clock, one of both is wrong" if len(seen) == 2 else "most nodes' clocks"
+            judge = broken if sure > CLOCK_BROKEN_SECONDS else slow
+            found[node]["probes"]["clock"] = judge(f"{away:+.1f} s from {whose}: set up NTP or PTP on the node", **_rest(clock))
+        elif len(seen) > 1:
+            found[node]["probes"]["clock"] = ok(f"{away * 1e3:+.1f} ms from the others' clocks (within {clock['bound'] * 1e3:.1f} ms)", **_rest(clock))
+
+
+def _files(found: Reports) -> None:
+    """Who sees other files than most is wrong, not the many; where there is no majority nobody is."""
+    seen = {node: report["probes"]["files"]["files"] for node, report in found.items() if "files" in report["probes"].get("files", {}) and report["probes"]["files"]["status"] == "ok"}
+    for path in list(dict.fromkeys(path for files in seen.values() for path in files)):
+        usual, number = Counter(tuple(files[path]) for files in seen.values() if path in files).most_common(1)[0]
+        for node, files in seen.items():
+            if path in files and tuple(files[path]) != usual and number > len(seen) / 2:
+                detail = f"{path}: {_size(*files[path])}, on most nodes {_size(*usual)}"
+                found[node]["probes"]["files"] = broken(detail, **_rest(found[node]["probes"]["files"]))
+
+
+def _size(number: int, size: int) -> str:
+    return f"{number} file{'' if number == 1 else 's'}, {size} bytes"
 
 
 def _ports(found: Reports) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import threading
 import time
@@ -67,5 +68,6 @@ def ports(host: str, fixed: int) -> Verdict:
             socket.create_server((host, fixed), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
     except OSError as error:
         what = f"port {fixed}" if fixed else "a free port"
-        return broken(f"{what} of {host}: {error.strerror or error}")
+        why = os.strerror(error.errno) if error.errno else str(error)  # its own text names the address again
+        return broken(f"{what} of {host}: {why.lower()}")
     return ok(f"{host} listens" + (f", and port {fixed} is free" if fixed else ""))

@@ -18,6 +18,7 @@ from miles.slurm.preflight.pairs import partner, rounds
 from miles.slurm.preflight.verdict import Verdict, broken, not_checked, ok
 
 PRESENT = "present"  # the hub's word for the nodes that are tested together
+DONE = "done"  # done/NODE: a node has nothing more to say
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def probe(plan: dict[str, Any]) -> dict[str, Any]:
         hub = Guest(*told.hub, told.token)
     except OSError as error:
         why = f"{told.hub[0]}:{told.hub[1]} of the first node is not reached: {error.strerror or error}"
-        found |= {"hub": broken(why), "clock": not_checked(why), "network": not_checked(why), "nccl": not_checked(why), "shared files": _alone(wrote, why)}
+        found |= {"hub": broken(why), "clock": not_checked(why), "network": not_checked(why), "nccl inside": not_checked(why), "nccl": not_checked(why), "shared files": _alone(wrote, why)}
         return {"code": 0, "report": report}
     found["clock"] = clock.skew(hub)
     with network.Sink(host) as sink:
@@ -70,15 +71,21 @@ def probe(plan: dict[str, Any]) -> dict[str, Any]:
         present = hub.word(PRESENT, time.monotonic() + told.patience) or []  # from here on all of them have written
         if name not in present:
             why = "it came too late to be tested with the others"
-            found |= {"shared files": _alone(wrote, why), "network": not_checked(why), "nccl": not_checked(why)}
+            found |= {"shared files": _alone(wrote, why), "network": not_checked(why), "nccl inside": not_checked(why), "nccl": not_checked(why)}
             hub.tell(f"report/{name}", report)
+            hub.tell(f"{DONE}/{name}", True)
             return {"code": 0, "report": report}
         told = replace(told, nodes=present, mine=[node for node in told.mine if node in present])
         found["shared files"] = _shared(told, wrote)
         found["network"] = tcp(told, hub, name)
         hub.together("sent", name, len(told.nodes), time.monotonic() + told.seconds)  # the sink is needed until then
-    found["nccl"] = fast(told, hub, name, host)
+    found["nccl"] = found["nccl inside"] = not_checked("the preflight's time was over before")
+    hub.tell(f"report/{name}", report)  # NCCL may take long, and the job may end meanwhile
+    found["nccl inside"] = inside(told, host)
     hub.tell(f"report/{name}", report)
+    found["nccl"] = fast(told, hub, name, host, report)
+    hub.tell(f"report/{name}", report)
+    hub.tell(f"{DONE}/{name}", True)
     return {"code": 0, "report": report}
 
 
@@ -99,6 +106,8 @@ def _shared(told: Plan, wrote: str | None) -> Verdict:
     """Its own view: the canaries of all others. Who is to blame for one that isn't seen is judged with everybody's view at hand."""
     if wrote:
         return broken(f"can't write {wrote}", wrote=False)
+    if files.canary_seen(Path(told.folder).parent, [files.LOGIN], told.seconds)[1]:
+        return broken(f"doesn't see within {told.seconds:g} s what the login node wrote", wrote=True)
     spent, missing = files.canary_seen(Path(told.folder), told.nodes, told.seconds)
     detail = f"sees what {len(told.nodes)} nodes wrote after {spent:.1f} s" if not missing else f"doesn't see within {told.seconds:g} s what {', '.join(missing)} wrote"
     return {**ok(detail), "seconds": spent, "missing": missing, "wrote": True}
@@ -128,17 +137,39 @@ def tcp(told: Plan, hub: Guest, name: str) -> Verdict:
     if why:
         return {**ok(f"not reached: {why}"), "rates": rates}
     known = [rate for rate in rates.values() if rate is not None]
-    return {**ok(f"{min(known):.0f} to {max(known):.0f} MiB/s over TCP to {len(known)} nodes" if known else "reached by others"), "rates": rates}
+    return {**ok(f"{_span(known, '.0f')} MiB/s over TCP, {len(known)} node{'' if len(known) == 1 else 's'} reached" if known else "reached by others"), "rates": rates}
 
 
-def fast(told: Plan, hub: Guest, name: str, host: str) -> Verdict:
-    """GB/s of NCCL between GPU 0 of this node and of others of its group; `rates` as above."""
-    if told.device != "cuda":
-        return not_checked(f"cluster.device is {told.device}")
+def _span(figures: list[float], form: str) -> str:
+    low, high = format(min(figures), form), format(max(figures), form)
+    return low if low == high else f"{low} to {high}"
+
+
+def inside(told: Plan, host: str) -> Verdict:
+    """GB/s of NCCL between all GPUs of this node; that each of them computes, where it has but one."""
+    if (no := _without_nccl(told)) is not None:
+        return not_checked(no)
+    rate, why = nccl.measured(told.gpus, host, _free_port(host), {gpu: gpu for gpu in range(told.gpus)})
+    if rate is None:
+        return broken(why)
+    return ok(f"{rate:.1f} GB/s between {told.gpus} GPUs", gigabytes=rate) if told.gpus > 1 else ok("its GPU computes")
+
+
+def _without_nccl(told: Plan) -> str | None:
+    return f"cluster.device is {told.device}" if told.device != "cuda" else "the group has no GPUs" if not told.gpus else nccl.missing()
+
+
+def _free_port(host: str) -> int:
+    with network.Sink(host) as free:
+        return free.port
+
+
+def fast(told: Plan, hub: Guest, name: str, host: str, report: dict[str, Any]) -> Verdict:
+    """GB/s of NCCL between GPU 0 of this node and of others of its group; `rates` as above. What is known so far is told after every round."""
+    if (no := _without_nccl(told)) is not None:
+        return not_checked(no)
     if len(told.mine) == 1:
         return not_checked("there is no other node in the group")
-    if (why := nccl.missing()) is not None:
-        return not_checked(why)
     rates: dict[str, float | None] = {}
     me, why = told.mine.index(name), ""
     for number, pairs in enumerate(rounds(len(told.mine), told.rounds)):
@@ -146,15 +177,19 @@ def fast(told: Plan, hub: Guest, name: str, host: str) -> Verdict:
         if other is not None:
             key = f"nccl/{told.group}/{number}/{min(me, other)}"
             if me < other:
-                with network.Sink(host) as free:
-                    port = free.port
-                hub.tell(key, [host, port])
+                hub.tell(key, [host, _free_port(host)])
             address = hub.word(key, time.monotonic() + told.seconds)
             if address is not None:
-                rate, said = nccl.measured(int(me > other), *address)
+                rate, said = nccl.measured(2, str(address[0]), int(address[1]), {int(me > other): 0})
                 rates[told.mine[other]], why = rate, said or why
-        hub.together(f"{told.group}/nccl{number}", name, len(told.mine), time.monotonic() + nccl.SECONDS + told.seconds)
+                report["probes"]["nccl"] = _nccl_rates(rates, why)
+                hub.tell(f"report/{name}", report)
+        hub.together(f"{told.group}/nccl{number}", name, len(told.mine), time.monotonic() + nccl.START_SECONDS + nccl.SECONDS + told.seconds)
+    return _nccl_rates(rates, why)
+
+
+def _nccl_rates(rates: dict[str, float | None], why: str) -> Verdict:
     known = [rate for rate in rates.values() if rate is not None]
     if not rates:
         return not_checked("no other node came to measure with")
-    return {**ok(f"{min(known):.1f} to {max(known):.1f} GB/s between GPUs 0" if known else f"failed: {why}"), "rates": rates}
+    return {**ok(f"{_span(known, '.1f')} GB/s to GPU 0 of {len(known)} node{'' if len(known) == 1 else 's'}" if known and not why else f"failed: {why}"), "rates": rates}
