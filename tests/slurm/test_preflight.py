@@ -15,7 +15,7 @@ import pytest
 from jobs import REPOSITORY
 
 from miles.slurm.minicluster import Cluster
-from miles.slurm.preflight import clock, files, gpus, network, verdict
+from miles.slurm.preflight import clock, files, gpus, nccl, network, verdict
 from miles.slurm.preflight.hub import Guest, Hub
 from miles.slurm.preflight.infiniband import infiniband
 from miles.slurm.preflight.judge import bad, judge
@@ -120,6 +120,19 @@ def test_what_could_not_run_is_never_ok(tmp_path: Path, monkeypatch: pytest.Monk
     assert {each["status"] for each in said} == {verdict.NOT_CHECKED}
     assert all(each["detail"] for each in said)
     assert gpus.imex(True, tmp_path / "none")["status"] == verdict.BROKEN
+
+
+COMPLAINTS = """Traceback (most recent call last):
+[rank1]:   File "nccl.py", line 120, in main
+[rank1]: torch.distributed.DistBackendError: NCCL error in: ProcessGroupNCCL.cpp:94, remote process exited or there was a network error, NCCL version 2.27.5
+[rank1]:[W1122 07:00:00.000 ProcessGroupNCCL.cpp:1479] Warning: WARNING: destroy_process_group() was not called before program exit
+"""
+
+
+def test_the_line_that_says_why_nccl_failed() -> None:
+    assert nccl.cause(COMPLAINTS).startswith("torch.distributed.DistBackendError: NCCL error in")
+    assert nccl.cause("Killed\n") == "Killed"
+    assert nccl.cause("") == ""
 
 
 SMI = """#!{python}

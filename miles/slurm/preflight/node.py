@@ -149,7 +149,7 @@ def inside(told: Plan, host: str) -> Verdict:
     """GB/s of NCCL between all GPUs of this node; that each of them computes, where it has but one."""
     if (no := _without_nccl(told)) is not None:
         return not_checked(no)
-    rate, why = nccl.measured(told.gpus, host, _free_port(host), {gpu: gpu for gpu in range(told.gpus)})
+    rate, why = nccl.measured(told.gpus, host, {gpu: gpu for gpu in range(told.gpus)}, lambda port: (host, port or 0))
     if rate is None:
         return broken(why)
     return ok(f"{rate:.1f} GB/s between {told.gpus} GPUs", gigabytes=rate) if told.gpus > 1 else ok("its GPU computes")
@@ -157,11 +157,6 @@ def inside(told: Plan, host: str) -> Verdict:
 
 def _without_nccl(told: Plan) -> str | None:
     return f"cluster.device is {told.device}" if told.device != "cuda" else "the group has no GPUs" if not told.gpus else nccl.missing()
-
-
-def _free_port(host: str) -> int:
-    with network.Sink(host) as free:
-        return free.port
 
 
 def fast(told: Plan, hub: Guest, name: str, host: str, report: dict[str, Any]) -> Verdict:
@@ -176,16 +171,23 @@ def fast(told: Plan, hub: Guest, name: str, host: str, report: dict[str, Any]) -
         other = partner(pairs, me)
         if other is not None:
             key = f"nccl/{told.group}/{number}/{min(me, other)}"
-            if me < other:
-                hub.tell(key, [host, _free_port(host)])
-            address = hub.word(key, time.monotonic() + told.seconds)
-            if address is not None:
-                rate, said = nccl.measured(2, str(address[0]), int(address[1]), {int(me > other): 0})
-                rates[told.mine[other]], why = rate, said or why
-                report["probes"]["nccl"] = _nccl_rates(rates, why)
-                hub.tell(f"report/{name}", report)
+            rate, said = nccl.measured(2, host, {int(me > other): 0}, lambda port, key=key: _meeting(hub, key, host, port, told.seconds))  # type: ignore[misc]
+            if rate is None and me < other:
+                hub.tell(key, [])  # who waits for the address need not any longer
+            rates[told.mine[other]], why = rate, said or why
+            report["probes"]["nccl"] = _nccl_rates(rates, why)
+            hub.tell(f"report/{name}", report)
         hub.together(f"{told.group}/nccl{number}", name, len(told.mine), time.monotonic() + nccl.START_SECONDS + nccl.SECONDS + told.seconds)
     return _nccl_rates(rates, why)
+
+
+def _meeting(hub: Guest, key: str, host: str, port: int | None, seconds: float) -> tuple[str, int] | None:
+    """Where rank 0 of a pair listens: said by the node that has it, heard by the other."""
+    if port is not None:
+        hub.tell(key, [host, port])
+        return host, port
+    there = hub.word(key, time.monotonic() + nccl.START_SECONDS + seconds)
+    return None if not there else (str(there[0]), int(there[1]))
 
 
 def _nccl_rates(rates: dict[str, float | None], why: str) -> Verdict:
