@@ -24,7 +24,7 @@ ALLOWED = {
     "convert": {"config", "models", "precision"},
     "sync": {"config", "engine", "models", "training"},
     "recipes": {"config"},
-    "slurm": {"config", "data", "plan"},
+    "slurm": {"config", "data", "plan", "report"},
     "report": {"config", "data"},
     "run": {"config", "data", "engine", "rollout", "training", "sync", "algorithms", "models", "precision"},
     "trackers": {"config", "data"},

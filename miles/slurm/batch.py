@@ -15,8 +15,15 @@ from miles.slurm.signals import Signals
 
 
 def say(line: str) -> None:
-    """A line in the job's output."""
-    print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {' '.join(line.split())}", flush=True)
+    """A line in the job's output. On a full disk it is lost; the exit code, which it must not cost, says the rest."""
+    from miles.config.exits import disk_full
+
+    text = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {' '.join(line.split())}\n"
+    try:
+        os.write(sys.stdout.fileno(), text.encode(errors="replace"))  # unbuffered: nothing is left to be written at the end
+    except OSError as error:
+        if disk_full(error) is None:
+            raise
 
 
 def main(words: list[str]) -> int:
@@ -27,6 +34,7 @@ def main(words: list[str]) -> int:
     from miles.data.store.epoch import Fenced
     from miles.data.store.run_dir import RunDir
     from miles.slurm.job_here import JobHere
+    from miles.slurm.reported import reported
     from miles.slurm.rollout_job import RolloutJob
     from miles.slurm.srun import addresses
     from miles.slurm.step import own_address
@@ -40,8 +48,8 @@ def main(words: list[str]) -> int:
         os.environ["MILES_HOST"] = own_address()
         if words[1:] == ["rollout"]:
             return RolloutJob(run, config, job, signals, say).start()
-        with tracked(run, config, say):
-            return TrainerJob(run, config, job, signals, say).start()
+        with tracked(run, config, say), reported(run, signals, say) as poke:
+            return TrainerJob(run, config, job, signals, say, poke).start()
     except Fenced as error:
         say(f"{error}, which goes on with the run; this job has stopped")
         return AGAIN

@@ -12,7 +12,7 @@ from miles.config.schema import RunConfig
 from miles.data.store.epoch import newest_epoch
 from miles.data.store.files import seal_json
 from miles.data.store.run_dir import RunDir, read_provenance
-from miles.slurm import nodes, records, requeue
+from miles.slurm import nodes, records, requeue, stop_times
 from miles.slurm.attempt import SUPERVISE, Attempt, Component, Start, because_of_disk
 from miles.slurm.job_here import JobHere
 from miles.slurm.partner import Waiting
@@ -29,8 +29,9 @@ Say = Callable[[str], None]
 class TrainerJob:
     """The job of the whole run; with placement jobs that of the trainer."""
 
-    def __init__(self, run: RunDir, config: RunConfig, job: JobHere, signals: Signals, say: Say) -> None:
-        self.run, self.config, self.job, self.signals, self.say = run, config, job, signals, say
+    def __init__(self, run: RunDir, config: RunConfig, job: JobHere, signals: Signals, say: Say, poke: Callable[[], None] = lambda: None) -> None:
+        """poke: called when a step was made."""
+        self.run, self.config, self.job, self.signals, self.say, self.poke = run, config, job, signals, say, poke
         self.began = time.time()
         self.apart = config.cluster.placement == "jobs"
         self.waiting = Waiting(run, config, "rollout") if self.apart else None
@@ -101,6 +102,7 @@ class TrainerJob:
         attempt = Attempt(self.run, self.config, self.say, self.starter(), restart=restart, job=self.job.id, nodes=list(self.job.nodes))
         attempt.submit()
         outcome = because_of_disk(self.run, attempt.watch(self.update, lambda: self.pass_on(attempt)))
+        ended = time.time()
         if outcome["code"] != OK:
             attempt.fence.check()  # a newer one goes on with the run: nothing is ours any more
         stopped = bool(attempt.stop_asked)
@@ -108,7 +110,10 @@ class TrainerJob:
         self.exclude(failed, attempt.epoch)
         goes_on = outcome["code"] == AGAIN and self.goes_on(stopped, leaves=stopped or bool(failed))
         attempt.close(outcome, goes_on=goes_on)
-        return self.after(attempt, outcome, stopped, failed)
+        code = self.after(attempt, outcome, stopped, failed)
+        if stopped and outcome["code"] == AGAIN and (line := stop_times.account(self.run, attempt.epoch, ended, attempt.stop_seconds)):
+            self.say(line)
+        return code
 
     def goes_on(self, stopped: bool, leaves: bool) -> bool:
         """Whether another attempt follows one that was killed, lost or stopped, by itself: in this job, or, if we leave our nodes, in another one."""
@@ -177,7 +182,7 @@ class TrainerJob:
             self.say(f"asked to stop: saving, for at most {seconds:.0f} s")
             attempt.request_stop(seconds)
         if attempt.stop_asked and not (attempt.folder / "stop.json").exists():
-            seal_json(attempt.folder / "stop.json", {"by": self.signals.by or self.parted or "slurm", "time": time.time()})
+            seal_json(attempt.folder / "stop.json", {"by": self.signals.by or self.parted or "slurm", "time": self.signals.at or time.time()})
 
     def update(self, status: dict[str, Any]) -> None:
         """A line in the job's output for every step."""
@@ -186,4 +191,5 @@ class TrainerJob:
         step = status.get("step"), status.get("total_steps"), status.get("kind")
         if isinstance(step[0], int) and step != self.shown:
             self.shown = step
+            self.poke()
             self.say(f"at step {step[0]} of {step[1]} ({step[2]})")
