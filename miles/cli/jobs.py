@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 from typing import Any
 
+from miles.config.exits import full, no_room
 from miles.data.store.run_dir import RunDir
 from miles.report.summary import Summary, duration
 from miles.slurm import records
@@ -18,8 +19,12 @@ def alive(run: RunDir) -> list[JobState]:
     return [state for state in found if not state.over]
 
 
-def with_jobs(summary: Summary, jobs: list[JobState]) -> Summary:
-    """A run whose attempt has ended goes on while it has a job: it waits in the queue, or begins another attempt."""
+def with_jobs(run: RunDir, summary: Summary, jobs: list[JobState]) -> Summary:
+    """A run whose attempt has ended goes on while it has a job: it waits in the queue, or begins another attempt. Without one nothing does."""
+    if not jobs and summary.state in ("running", "starting") and not summary.alive:
+        summary.state, summary.seconds_left = "lost", None
+        summary.reason = full(run.path) if no_room(run.path) else f"its job has ended without a word on the attempt; look at: miles-submit doctor {run.path}"
+        return summary
     if not jobs or summary.state in ("running", "starting", "finished"):
         return summary
     running = [state for state in jobs if state.state == "RUNNING"]

@@ -18,7 +18,7 @@ from miles.report.records import Attempt, read_attempts, require_run_dir
 from miles.slurm.records import submitted
 
 POLL_SECONDS = 0.3
-ASK_SECONDS = 10.0  # between two questions to Slurm
+ASK_SECONDS, RARELY_SECONDS = 10.0, 30.0  # between two questions to Slurm; while nothing has ended
 GRACE_SECONDS = 3.0  # after an attempt's end, in which a new attempt may begin
 TAIL_BLOCK = 64 << 10
 COLOURS = {"service": "magenta", "trainer": "green", "engine": "cyan", "worker": "yellow"}
@@ -116,7 +116,7 @@ def _follow(run_dir: Path, component: str | None, show: Printer, seen: dict[Path
     """Print what is added, of every attempt in turn, until the newest has ended and none followed it."""
     run = require_run_dir(run_dir)
     epoch: int | None = None
-    ended, waits = 0.0, Queue(run)
+    ended, jobs = 0.0, Jobs(run)
     while True:
         attempts = read_attempts(run)
         if attempts:
@@ -125,37 +125,48 @@ def _follow(run_dir: Path, component: str | None, show: Printer, seen: dict[Path
                 show.say(f"── attempt {latest.epoch} ──")
                 ended = 0.0
             epoch = latest.epoch
-            over = latest.outcome is not None  # looked at before the logs, so that the last look sees everything
+            # Looked at before the logs, so that the last look sees everything. One that was killed with its job says nothing of its end.
+            over = latest.outcome is not None or jobs.over(RARELY_SECONDS)
             files = choose(latest, component, must=False)
             show.width = max([show.width, *(len(path.stem) for path in files)]) if len(files) > 1 or show.width else 0
-            finished = over and ended and time.monotonic() - ended > (0.0 if _final(latest) else GRACE_SECONDS) and not waits.waits(latest)
+            finished = over and ended and time.monotonic() - ended > (0.0 if _final(latest) else GRACE_SECONDS) and not _waits(latest, jobs)
             for path in files:
                 seen[path] = _more(path, seen.get(path, 0), partial(show, path.stem), last=bool(finished))
             sys.stdout.flush()
             if finished:
                 outcome = latest.outcome or {}
-                show.say(f"── attempt {latest.epoch} ended: {outcome.get('reason') or 'no reason recorded'} (exit code {outcome.get('code')}) ──")
+                code = f" (exit code {outcome['code']})" if "code" in outcome else ""
+                show.say(f"── attempt {latest.epoch} ended: {outcome.get('reason') or 'without a word, with its job'}{code} ──")
                 return
             if over and not ended:
                 ended = time.monotonic()
+        elif jobs.over(ASK_SECONDS):
+            show.say("── no attempt was made, and no job of the run waits or runs ──")
+            return
         time.sleep(POLL_SECONDS)
 
 
-class Queue:
-    """Whether a job of the run will go on where an attempt has ended; Slurm is asked now and then."""
+class Jobs:
+    """Whether the run has jobs, and none of them waits or runs any more; Slurm is asked now and then."""
 
     def __init__(self, run: RunDir) -> None:
         self.run = run
-        self.asked, self.answer = -math.inf, True
+        self.asked, self.answer = -math.inf, False
 
-    def waits(self, attempt: Attempt) -> bool:
-        if not (attempt.outcome or {}).get("goes_on") or not submitted(self.run):
+    def over(self, every: float) -> bool:
+        """Asked at most so often [s]. False for a run without jobs: on this machine."""
+        if not submitted(self.run):
             return False
-        if time.monotonic() - self.asked > ASK_SECONDS:
+        if time.monotonic() - self.asked > every:
             from miles.cli.jobs import alive
 
-            self.asked, self.answer = time.monotonic(), bool(alive(self.run))
+            self.asked, self.answer = time.monotonic(), not alive(self.run)
         return self.answer
+
+
+def _waits(attempt: Attempt, jobs: Jobs) -> bool:
+    """Whether a job of the run will go on where an attempt has ended."""
+    return bool((attempt.outcome or {}).get("goes_on") and submitted(jobs.run)) and not jobs.over(ASK_SECONDS)
 
 
 def _final(attempt: Attempt) -> bool:

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from miles.cli.progress import Progress
 from miles.cli.status import ask_service
-from miles.config.exits import AGAIN, OK, UserError
+from miles.config.exits import AGAIN, OK, WRONG, UserError, full, no_room
 from miles.config.schema import RunConfig
 from miles.data.store.epoch import newest_epoch
 from miles.data.store.files import Damaged, read_json
@@ -100,7 +100,7 @@ def _end(run: RunDir, states: list[JobState], before: int, console: Console) -> 
     else:
         ended = [state for state in states if state.exit_code is not None]
         code = next((state.exit_code for state in ended if state.exit_code), None) or (OK if ended else AGAIN)
-        reason = "; ".join(f"job {state.job_id} {state.state.lower()}{': ' + state.reason if state.reason else ''}" for state in states)
+        reason = full(run.path) if code == WRONG and no_room(run.path) else "; ".join(f"job {state.job_id} {state.state.lower()}{': ' + state.reason if state.reason else ''}" for state in states)
     console.print(f"finished: {run.path}" if code == OK else f"ended with exit code {code}: {reason}; {run.path}")
     return code
 

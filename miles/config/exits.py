@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ WRONG = 78  # the configuration or the input is wrong: never requeue
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 FULL_TEXTS = ("No space left on device", "Disk quota exceeded")
+FULL_BYTES = 64 << 10  # a disk with less room is the reason for whatever failed on it
 REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG)
 
 
@@ -40,6 +42,12 @@ def disk_full(error: BaseException, run_dir: Path | None = None) -> str | None:
             return full(run_dir if inside else name)
         seen = seen.__cause__ or seen.__context__
     return None
+
+
+def no_room(path: Path) -> bool:
+    """Whether the disk of a path is full, or has no place for another file."""
+    room = os.statvfs(path)
+    return room.f_bavail * room.f_frsize < FULL_BYTES or bool(room.f_files and not room.f_favail)
 
 
 def full(where: Path | str | None) -> str:

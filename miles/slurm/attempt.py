@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
 import httpx
 
-from miles.config.exits import AGAIN, OK, WRONG, disk_full, first_cause, full
+from miles.config.exits import AGAIN, OK, WRONG, disk_full, first_cause, full, no_room
 from miles.config.placement import components
 from miles.config.schema import RunConfig
 from miles.data.store.epoch import Fence, new_epoch
@@ -25,7 +24,6 @@ SUPERVISE = "miles.run.component.supervise"
 POLL_SECONDS = 0.25
 ECHO_SECONDS = 1.0
 STATUS_SECONDS = 1.0
-FULL_BYTES = 64 << 10  # a disk with less room is the reason for whatever failed on it
 Watcher = Callable[[dict[str, Any]], None]
 
 
@@ -179,10 +177,7 @@ def wait_for(component: Component, seconds: float) -> None:
 
 def because_of_disk(run: RunDir, outcome: dict[str, Any]) -> dict[str, Any]:
     """A failure on a full disk is the disk's, whatever each process could still say of it."""
-    if outcome["code"] == OK:
-        return outcome
-    room = os.statvfs(run.path)
-    if room.f_bavail * room.f_frsize >= FULL_BYTES and (room.f_favail or not room.f_files):
+    if outcome["code"] == OK or not no_room(run.path):
         return outcome
     return {**outcome, "code": WRONG, "reason": full(run.path)}
 

@@ -15,7 +15,10 @@ AWAY = ("unable to contact", "socket timed out", "connection refused", "zero byt
 
 
 def patiently(command: Sequence[str], patience: float = PATIENCE_SECONDS, check: bool = True) -> subprocess.CompletedProcess[str]:
-    """slurm_command, tried again while the controller is away, for at most so many seconds. UserError: it stays away, or (check) refuses."""
+    """slurm_command, tried again while the controller is away, for at most so many seconds. UserError: it stays away, or (check) refuses.
+
+    So is one that was killed: where Slurm ends or requeues a job, it tells every process of the batch step.
+    """
     deadline = time.monotonic() + patience
     while True:
         left = max(deadline - time.monotonic(), AGAIN_SECONDS)
@@ -23,7 +26,8 @@ def patiently(command: Sequence[str], patience: float = PATIENCE_SECONDS, check:
         if not done.returncode:
             return done
         why = complaint(done)
-        if not any(word in why.lower() for word in AWAY) or time.monotonic() > deadline:
+        killed = done.returncode < 0
+        if not (killed or any(word in why.lower() for word in AWAY)) or time.monotonic() > deadline:
             if check:
                 raise UserError(f"{command[0]}: {why}")
             return done

@@ -38,6 +38,7 @@ GONE_SECONDS = 40.0  # srun waits for tasks that it killed
 KEPT = re.compile(r"SLURM_(CONF|JWT|JOB_ID|JOBID|JOB_NAME|JOB_NODELIST|JOB_NUM_NODES|HET_SIZE|\w+_HET_GROUP_\d+|SUBMIT_\w+|RESTART_COUNT|CLUSTER_NAME|WORKING_CLUSTER)$")
 DEVICES = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL", "ZE_AFFINITY_MASK")
 SAID = re.compile(r"srun: error: (\S+): tasks? ([\d,-]+): (.+)")
+ENDED = re.compile(r"Node failure on \S+|(STEP|JOB) \S+ ON \S+ CANCELLED .*?(?= \*\*\*|$)")
 # What will be said again, however often it is tried.
 HOPELESS = ("unrecognized option", "invalid option", "Requested node configuration is not available", "Memory required by task is not available", "More processors requested", "Invalid generic resource")
 
@@ -245,6 +246,8 @@ class SrunComponent:
             mend = "; look at the group's python and container_image" if unstarted else ""
             reason = f"the supervisor of component {self.name} on {where['node']} ended with exit code {code}{said}{mend}; its log is {self.log(rank)}"
             return {**where, "code": WRONG if unstarted else 1, "reason": reason}
+        if not word and (line := self.ended_by()):
+            return {**where, "code": AGAIN, "reason": f"component {self.name} was ended on {where['node']}: {line}", "killed": True}
         if not word and (line := self.refusal()):
             code = WRONG if any(sign in line for sign in HOPELESS) else AGAIN
             return {**where, "code": code, "reason": f"component {self.name} didn't start: {line}", "killed": code == AGAIN}
@@ -263,6 +266,10 @@ class SrunComponent:
     def log(self, rank: int) -> Path:
         """What the process of a node has printed."""
         return self.folder / f"{self.leader}_{rank}_log.out"
+
+    def ended_by(self) -> str:
+        """srun's word on a step that ran, and was ended as a whole."""
+        return next((found[0].strip() for line in self.said.read_text(errors="replace").splitlines() if (found := ENDED.search(line))), "")
 
     def refusal(self) -> str:
         """srun's own complaint, when it isn't about a task."""

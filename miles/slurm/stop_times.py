@@ -14,9 +14,9 @@ WORDS = {"step": "to finish what was begun", "save": "to save", "end": "to end t
 
 @dataclass(frozen=True)
 class StopTimes:
-    """Seconds of each phase, one after another; save is None where nothing was saved (a checkpoint was there, or time ran out)."""
+    """Seconds of each phase, one after another; step and save are None where nothing was saved (a checkpoint was there, or time ran out)."""
 
-    step: float
+    step: float | None
     save: float | None
     end: float
     leave: float
@@ -24,7 +24,7 @@ class StopTimes:
     @property
     def whole(self) -> float:
         """From the request until the job may go."""
-        return self.step + (self.save or 0.0) + self.end + self.leave
+        return (self.step or 0.0) + (self.save or 0.0) + self.end + self.leave
 
     def line(self, allowed: float) -> str:
         """For the job's output."""
@@ -40,7 +40,7 @@ def stop_times(run: RunDir, epoch: int, asked: float, ended: float, left: float)
     saves = [event for event in read_events(run) if (event["component"], event["rank"], event["epoch"], event["phase"]) == ("trainer", 0, epoch, "save")]
     save = next(((event["start"], event["end"]) for event in saves if event["end"] > asked), None)
     if save is None:
-        return StopTimes(ended - asked, None, 0.0, left - ended)
+        return StopTimes(None, None, ended - asked, left - ended)
     began, saved = max(save[0], asked), save[1]
     return StopTimes(began - asked, saved - began, ended - saved, left - ended)
 

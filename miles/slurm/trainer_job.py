@@ -158,10 +158,17 @@ class TrainerJob:
         more: tuple[str, ...] = ()
         if self.waiting is not None and self.parted is not None:
             if self.parted != "released":
+                if self.parted == "missed":
+                    self.release(self.waiting.job)
                 self.say(f"ended; go on with: miles-submit resume {self.run.path}")
                 return AGAIN
             more = (f"Dependency=after:{self.waiting.job}",)  # our nodes are held again once the other has its own
         return requeue.go_on(self.run, self.config, self.job, self.say, more)
+
+    def release(self, job: int | None) -> None:
+        """End a job that runs and can't be met: what it waits for may never come, and its nodes are others'."""
+        with contextlib.suppress(UserError):  # it ends by itself once it looks for us
+            patiently(["scancel", str(job)], check=False)
 
     def let_partner_go(self) -> None:
         """A rollout job that still queues would start for nothing."""

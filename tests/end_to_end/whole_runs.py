@@ -28,6 +28,7 @@ TWO_RANKS = [*STEPS, "train.num_gpus_per_node=2", "train.num_steps_per_rollout=2
 # The same world on two nodes, each with an engine and a worker of its own.
 TWO_NODES = [*(word for word in TWO_RANKS if "gpus_per_node" not in word), "train.num_nodes=2", "rollout.num_gpus=2"]
 PATIENCE = 240.0
+STUCK = str(Path(__file__).parent / "stuck")  # for PYTHONPATH: sitecustomize.py there says what it does
 
 
 class Launched:

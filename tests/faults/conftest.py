@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,11 @@ sys.path[:0] = [str(Path(__file__).parent), *(str(Path(__file__).parents[1] / fo
 
 import shared  # noqa: E402
 import whole_runs as runs  # noqa: E402
+from calm_jobs import calm_steps  # noqa: E402, F401
+from calm_runs import calm, calm_two  # noqa: E402, F401
+from clusters import cluster_or_skip  # noqa: E402
+
+from miles.slurm.minicluster import Cluster, Settings  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -45,17 +50,9 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, request: pytest.Fixtur
     return get
 
 
-@pytest.fixture(scope="session")
-def calm(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An undisturbed run of the recipe that tests/end_to_end has."""
-    folder = tmp_path_factory.mktemp("calm") / "run"
-    runs.run(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def calm_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same with two trainer ranks."""
-    folder = tmp_path_factory.mktemp("calm_two") / "run"
-    runs.run(folder, *runs.TWO_RANKS)
-    return folder
+@pytest.fixture(scope="module")
+def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
+    """A private Slurm of a module's own, with NODES and of VERSION, and with time enough to save on a busy machine."""
+    nodes = getattr(request.module, "NODES", {"train": 2, "infer": 2, "cpu": 0})
+    with cluster_or_skip(nodes=nodes, version=getattr(request.module, "VERSION", None), settings=Settings(grace_seconds=60, kill_wait_seconds=60)) as made:
+        yield made

@@ -38,15 +38,30 @@ def test_full_at_random_moments(undisturbed: Callable[[int], shared.Undisturbed]
     shared.summary(f"full_disk.{seed}", {"seed": seed, "stops": stops, "runs": made, "seconds": now() - began})
 
 
+def in_a_mount_namespace() -> list[str]:
+    """Words before a command that mounts something for itself."""
+    return ["unshare", "--mount"] if os.geteuid() == 0 else ["unshare", "--user", "--map-root-user", "--mount"]
+
+
 def on_small_disk(folder: Path, rate: float, seed: str, most: int) -> list[dict[str, object]]:
     """The launches of one run until its good end, in a mount namespace that ends with it."""
     folder.mkdir()
-    space = ["unshare", "--mount"] if os.geteuid() == 0 else ["unshare", "--user", "--map-root-user", "--mount"]
     driver = [sys.executable, str(Path(__file__).with_name("full_disk.py")), str(folder), str(rate), seed, str(most)]
     with shared.environment(folder / "generated"):
-        done = subprocess.run([*space, *driver], capture_output=True, text=True)
+        done = subprocess.run([*in_a_mount_namespace(), *driver], capture_output=True, text=True)
     launches = [json.loads(line) for line in done.stdout.splitlines()]
     assert done.returncode == 0, done.stderr
     assert launches
     assert launches[-1]["code"] == 0, launches[-1]
     return launches
+
+
+def test_full_under_slurm(calm_steps: Path, tmp_path: Path) -> None:
+    """The job ends with 78 and is not requeued, though its own output is on the disk; `status` has the line; with room again `resume` goes on."""
+    done = subprocess.run([*in_a_mount_namespace(), sys.executable, str(Path(__file__).with_name("slurm_full_disk.py")), str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert (told["code"], told["restarts"], told["epoch"], told["epochs"]) == ("78:0", "0", 1, 2), told
+    assert f"disk full at {tmp_path}/disk/run: free some space, then run the same command again; the run resumes from its last checkpoint" in told["status"], told
+    assert "Traceback" not in told["log"]
+    runs.same_run(calm_steps, tmp_path / "copy")

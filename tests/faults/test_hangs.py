@@ -12,31 +12,13 @@ import pytest
 import whole_runs as runs
 
 HANG = ["cluster.hang_seconds=12", "cluster.restarts=1"]
-# A file system that never answers: rank 1 of the first attempt waits for ever where it opens the batch of step 4.
-STUCK = """
-import os, sys, time
-if os.environ.get("MILES_RANK") == "1" and os.environ.get("MILES_EPOCH") == "1" and "miles.run.trainer" in sys.orig_argv:
-    def audit(event, details):
-        if event == "open" and "batches/step_000004/manifest.json" in str(details[0]):
-            time.sleep(1e6)
-    sys.addaudithook(audit)
-"""
-
-
-@pytest.fixture(scope="module")
-def calm_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two ranks that nothing happened to."""
-    folder = tmp_path_factory.mktemp("calm_two") / "run"
-    runs.run(folder, *runs.TWO_RANKS)
-    return folder
-
 
 @pytest.mark.parametrize("silent", [True, False], ids=["stopped", "stuck_in_a_file"])
 def test_a_rank_that_hangs(calm_two: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, silent: bool) -> None:
     run_dir = tmp_path / "run"
     if not silent:
-        (tmp_path / "sitecustomize.py").write_text(STUCK)
-        monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]))
+        monkeypatch.setenv("STUCK", "1:1:4")
+        monkeypatch.setenv("PYTHONPATH", os.pathsep.join([runs.STUCK, *filter(None, [os.environ.get("PYTHONPATH")])]))
     launched = runs.Launched(run_dir, *runs.TWO_RANKS, *HANG)
     if silent:
         launched.until(lambda: runs.trained(run_dir) >= 3, "step 3")

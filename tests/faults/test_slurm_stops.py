@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,9 +11,7 @@ from pathlib import Path
 import pytest
 import shared
 import whole_runs as runs
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "slurm"))
-
+from calm_jobs import calm_run
 from clusters import cluster_or_skip
 from jobs import HET, Job
 
@@ -51,28 +48,21 @@ def check(job: Job, calm: Path, stops: int, bound: float) -> None:
     runs.same_run(calm, job.run_dir)
 
 
-def calm_run(folder: Path, steps: int, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The same on this machine, at full speed."""
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1] / "slurm"), prepend=":")
-    runs.run(folder, *words(steps))
-    return folder
-
-
-def test_time_limits(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+def test_time_limits(cluster: Cluster, tmp_path: Path, count: int) -> None:
     """--time=2 with a lead of a minute, a fifth of COUNT times."""
     stops = max(1, count // 5)
     steps = 3 * stops  # two to three an attempt
-    calm = calm_run(tmp_path / "calm", steps, monkeypatch)
+    calm = calm_run(tmp_path / "calm", *words(steps))
     job = Job(cluster, tmp_path / "run", *HET, "cluster.groups.all.time=2", f"cluster.slurm.lead_seconds={LEAD}", steps=words(steps), pace=PACE)
     job.finished(patience=240.0 * (stops + 2))
     check(job, calm, stops, LEAD)
 
 
-def test_preemptions(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int, seed: int) -> None:
+def test_preemptions(cluster: Cluster, tmp_path: Path, count: int, seed: int) -> None:
     """At moments that are drawn, a fifth of COUNT times."""
     stops, rng = max(1, count // 5), random.Random(seed)
     steps = 2 * stops + 2
-    calm = calm_run(tmp_path / "calm", steps, monkeypatch)
+    calm = calm_run(tmp_path / "calm", *words(steps))
     job = Job(cluster, tmp_path / "run", "cluster.groups.all.partition=low", "cluster.groups.all.nodelist=train0", steps=words(steps), pace=PACE / 2)
     for number in range(1, stops + 1):
         job.until(lambda number=number: job.epoch >= number and job.run.event_file("trainer", 0, number).exists(), f"attempt {number} works")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -11,19 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from jobs import REPOSITORY, SHORT, miles, with_path
 
-from miles.config.compose import configs_dir
 from miles.data.store.files import read_json
 from miles.data.store.run_dir import RunDir
 from miles.slurm.minicluster import Cluster
-
-ROOT = configs_dir().parent
-SHORT = ["num_rollout=1", "warm_start.steps=0", "eval.interval=null", "checkpoint.save_hf=false"]
-
-
-def submit(cluster: Cluster, *words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    environment = {**cluster.env(), "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    return subprocess.run([sys.executable, "-m", "miles.cli", *words], cwd=cwd, env=environment, capture_output=True, text=True, check=False, timeout=180)
 
 
 @pytest.fixture(scope="module")
@@ -38,10 +28,9 @@ def test_a_template_runs_by_hand(slurm: Cluster, tmp_path: Path, name: str) -> N
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
     (tmp_path / ".venv" / "bin" / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
     (tmp_path / ".venv" / "bin" / "python").chmod(0o755)
-    rendered = submit(slurm, "render", f"runs/{name}", str(ROOT / "sbatch" / f"{name}.yaml"), *SHORT, cwd=tmp_path)
+    rendered = miles(slurm, "render", f"runs/{name}", str(REPOSITORY / "sbatch" / f"{name}.yaml"), *SHORT, cwd=tmp_path)
     assert rendered.returncode == 0, rendered.stderr
-    environment = {**slurm.env(), "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    job = slurm.run(["sbatch", "--parsable", ROOT / "sbatch" / f"{name}.sbatch"], cwd=tmp_path, env=environment).stdout.strip()
+    job = slurm.run(["sbatch", "--parsable", REPOSITORY / "sbatch" / f"{name}.sbatch"], cwd=tmp_path, env=with_path(slurm, REPOSITORY)).stdout.strip()
     run, deadline = RunDir(tmp_path / "runs" / name), time.monotonic() + 600  # as long as a busy machine takes
     while f"JobId={job} " in (said := slurm.run(["scontrol", "-o", "show", "job", job]).stdout) and any(word in said for word in ("JobState=PENDING", "JobState=RUNNING", "JobState=COMPLETING")):
         assert time.monotonic() < deadline, (run.path / "slurm" / f"{job}.log").read_text()

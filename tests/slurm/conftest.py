@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
-from clusters import cluster_or_skip
 
-from miles.slurm.minicluster import Cluster
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "end_to_end")]
+
+from clusters import cluster_or_skip  # noqa: E402
+
+from miles.slurm.minicluster import Cluster  # noqa: E402
 
 
 @pytest.fixture(scope="session")

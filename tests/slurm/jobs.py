@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -21,9 +22,20 @@ from miles.slurm.records import submitted
 REPOSITORY = Path(__file__).parents[2]
 PATIENCE = 240.0
 # Hardly anybody is rewarded in so few steps: without the entropy bonus most rollouts would move no weight, and equal bits would say little.
+SHORT = ["num_rollout=1", "warm_start.steps=0", "eval.interval=null", "checkpoint.save_hf=false"]
 STEPS = ["recipes/tiny", "num_rollout=3", "warm_start.steps=1", "checkpoint.save_interval=1000", "eval.interval=2", "algorithm.entropy_coef=0.01", "rollout.generate_path=holds.generate"]
 HET = ["cluster.placement=het", "cluster.groups.train.partition=gb300", "cluster.groups.rollout.partition=h200"]
 SLURM = ["cluster.executor=slurm", "cluster.slurm.lead_seconds=60", "cluster.groups.all.mem=100"]
+
+
+def miles(cluster: Cluster, *words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """A miles-submit command on a login node of a cluster, with this tree."""
+    return cluster.run([sys.executable, "-m", "miles.cli", *words], check=False, cwd=cwd, env=with_path(cluster, REPOSITORY), timeout=PATIENCE)
+
+
+def with_path(cluster: Cluster, *folders: Path) -> dict[str, str]:
+    """The cluster's environment with these folders before what PYTHONPATH has."""
+    return cluster.env() | {"PYTHONPATH": os.pathsep.join([*map(str, folders), *filter(None, [os.environ.get("PYTHONPATH")])])}
 
 
 def command(process: Process) -> list[str]:
@@ -47,10 +59,15 @@ class Job:
         """Output of a miles-submit command on a login node of the cluster."""
         return self.cluster.run([sys.executable, "-m", "miles.cli", *words], env=self.environment, cwd=REPOSITORY).stdout
 
+    def follow(self, *component: str) -> subprocess.Popen[str]:
+        """`logs -f` beside the run, from now on."""
+        words = [sys.executable, "-m", "miles.cli", "logs", "-f", str(self.run_dir), *component]
+        return subprocess.Popen(words, env=self.environment, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
+
     @property
     def environment(self) -> dict[str, str]:
         """The cluster's, with this tree and this folder on the path."""
-        return self.cluster.env() | {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])}
+        return with_path(self.cluster, REPOSITORY, Path(__file__).parent)
 
     @property
     def ids(self) -> list[int]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
 from miles.cli.main import main
-from miles.config.compose import dump_config, load_config
+from miles.config.compose import configs_dir, dump_config, load_config
 from miles.config.exits import OK, WRONG, UserError
 from miles.config.schema import RunConfig
 from miles.data.store.run_dir import RunDir
@@ -52,8 +55,11 @@ def errors(run: RunConfig, folder: Path) -> list[str]:
         ("cluster.groups.train.container_image=/no/such.sqsh", "cluster.groups.train.container_image: /no/such.sqsh: no such file; import it first (docs/slurm.md), or name an image of a registry"),
     ],
 )  # fmt: skip
-def test_refused_by_name(here: Cluster, tmp_path: Path, override: str, line: str) -> None:
-    assert errors(config(override), tmp_path / "run") == [line]
+def test_refused_by_name(here: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], override: str, line: str) -> None:
+    """`run` ends with that line alone, and makes nothing."""
+    assert command(monkeypatch, ["miles-submit", "run", "recipes/tiny", *HET, override, "--run-dir", str(tmp_path / "run")]) == WRONG
+    assert capsys.readouterr() == ("", f"miles-submit: {line}\n")
+    assert not (tmp_path / "run").exists()
 
 
 def test_nothing_is_wrong(here: Cluster, tmp_path: Path) -> None:
@@ -65,7 +71,7 @@ def test_nothing_is_wrong(here: Cluster, tmp_path: Path) -> None:
     assert words == "now, on infer[0-3],train[0-3]"
 
 
-def test_limits_of_a_partition(here: Cluster, tmp_path: Path) -> None:
+def test_limits_of_a_partition(here: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     here.run(["scontrol", "update", "PartitionName=gb300", "MaxTime=30", "MaxNodes=2", "AllowAccounts=lab,infra"])
     try:
         found = errors(config("train.num_nodes=3", "cluster.groups.train.account=labs"), tmp_path / "run")
@@ -74,6 +80,8 @@ def test_limits_of_a_partition(here: Cluster, tmp_path: Path) -> None:
             "cluster.groups.train.time: 60 is over the limit of partition gb300, 0:30:00 (30 min); set cluster.groups.train.time=0:30:00",
             "cluster.groups.train.nodes: 3 nodes are needed, partition gb300 allows 2 with 4 gb300; lower train.num_nodes",
         ]
+        assert command(monkeypatch, ["miles-submit", "run", "recipes/tiny", *HET, "cluster.groups.train.account=lab", "--run-dir", str(tmp_path / "run")]) == WRONG
+        assert capsys.readouterr() == ("", f"miles-submit: {found[1]}\n")
     finally:
         here.run(["scontrol", "update", "PartitionName=gb300", "MaxTime=INFINITE", "MaxNodes=UNLIMITED", "AllowAccounts=ALL"])
 
@@ -96,10 +104,10 @@ def test_nodes_that_are_left_out_as_bad(here: Cluster, tmp_path: Path) -> None:
     assert line.startswith("cluster.groups.train.nodelist: asks for train1, which is left out as a bad node; name others")
 
 
-def test_qos(slurm_accounting: Cluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_qos(slurm_accounting: Cluster, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     monkeypatch.setenv("SLURM_CONF", str(slurm_accounting.conf))
-    line = "cluster.groups.train.qos: no qos 'urgnt' in this cluster; did you mean urgent?"
-    assert errors(config("cluster.groups.train.qos=urgnt"), tmp_path / "run") == [line]
+    assert command(monkeypatch, ["miles-submit", "run", "recipes/tiny", *HET, "cluster.groups.train.qos=urgnt", "--run-dir", str(tmp_path / "run")]) == WRONG
+    assert capsys.readouterr() == ("", "miles-submit: cluster.groups.train.qos: no qos 'urgnt' in this cluster; did you mean urgent?\n")
     assert errors(config("cluster.groups.train.qos=urgent"), tmp_path / "run") == []
 
 
@@ -122,7 +130,8 @@ def test_a_run_in_use_is_refused(here: Cluster, tmp_path: Path, capsys: pytest.C
     assert command(monkeypatch, words) == OK
     job = capsys.readouterr().err.split("submitted job ")[1].split(":")[0]
     assert command(monkeypatch, words) == WRONG
-    assert f"{folder} is in use by job {job} (pending)" in capsys.readouterr().err
+    mend = f"follow it with `miles-submit status {folder}`, end it with `miles-submit cancel {folder}`, or choose another --run-dir"
+    assert capsys.readouterr() == ("", f"miles-submit: --run-dir: {folder} is in use by job {job} (pending); {mend}\n")
     here.run(["scancel", job])
     assert command(monkeypatch, words) == OK
     job = capsys.readouterr().err.split("submitted job ")[1].split(":")[0]
@@ -142,19 +151,26 @@ def test_without_slurm_there_is_the_local_alternative(tmp_path: Path, monkeypatc
     with pytest.raises(UserError, match=r"command not found; .* set cluster.executor: local"):
         site.ask()
     assert command(monkeypatch, ["miles-submit", "run", "recipes/tiny", *HET, "--run-dir", str(tmp_path / "run")]) == WRONG
-    assert "set cluster.executor: local" in capsys.readouterr().err
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith(": command not found; is this a node of a Slurm cluster? Without Slurm, set cluster.executor: local")
     assert not (tmp_path / "run").exists()
 
 
 def test_a_run_directory_that_cannot_be_made(here: Cluster, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert command(monkeypatch, ["miles-submit", "run", "recipes/tiny", *HET, "--run-dir", "/proc/nothing/here"]) == WRONG
-    assert "choose another --run-dir" in capsys.readouterr().err
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("miles-submit: /proc/nothing/here: can't be made (")
+    assert line.endswith("); choose another --run-dir")
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_run_directory_without_permission(tmp_path: Path) -> None:
-    tmp_path.chmod(0o500)
-    assert [str(finding) for finding in checks.files(config(), RunDir(tmp_path / "run"))] == [
-        f"--run-dir: {tmp_path / 'run'} can't be written (no permission in {tmp_path}); choose another --run-dir"
-    ]
-    tmp_path.chmod(0o700)
+def test_a_run_directory_without_permission(here: Cluster) -> None:
+    """Root may write everywhere, so it gives that up first."""
+    plain = ["setpriv", "--bounding-set=-dac_override"] if os.geteuid() == 0 else []
+    environment = here.env() | {"PYTHONPATH": str(configs_dir().parent)}
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:
+        folder = Path(name)
+        folder.chmod(0o555)
+        words = [*plain, sys.executable, "-m", "miles.cli", "run", "recipes/tiny", *HET, "--run-dir", str(folder / "run")]
+        done = subprocess.run(words, env=environment, cwd="/", capture_output=True, text=True, timeout=60)
+        folder.chmod(0o700)
+    assert (done.returncode, done.stderr) == (WRONG, f"miles-submit: --run-dir: {folder / 'run'} can't be written (no permission in {folder}); choose another --run-dir\n")

@@ -45,7 +45,7 @@ def cluster(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     return found
 
 
-both = pytest.mark.parametrize("cluster", ["patient", "slurm_accounting"], indirect=True, ids=["without accounting", "with accounting"])
+both = pytest.mark.parametrize("cluster", ["patient", "slurm24"], indirect=True, ids=["22.05", "24.11"])
 everywhere = pytest.mark.parametrize("cluster", ["patient", "slurm_accounting", "slurm24"], indirect=True, ids=["without accounting", "with accounting", "24.11"])
 
 
@@ -126,7 +126,7 @@ CASES = {
 }
 
 
-@both
+@everywhere
 def test_one_failure_ends_all_and_is_told(cluster: Cluster, tmp_path: Path) -> None:
     """Four jobs side by side, in each another process fails; the rest would go on for ever and doesn't mind SIGTERM."""
     made = executor(tmp_path)
@@ -158,6 +158,7 @@ def running(job: HetSlurmJob[Any], sign: Path) -> None:
         time.sleep(0.1)
 
 
+@both
 @pytest.mark.parametrize("part", ["job", "component"])
 def test_cancelled(cluster: Cluster, tmp_path: Path, part: str) -> None:
     """Cancelled as a whole by any of its component's jobs, or by a stranger's scancel of one component: reported long before Slurm's KillWait."""
@@ -184,6 +185,7 @@ def test_cancelled_while_it_waits(cluster: Cluster, tmp_path: Path) -> None:
     assert job.state == "CANCELLED"
 
 
+@both
 def test_saved_and_requeued_as_a_whole(cluster: Cluster, tmp_path: Path) -> None:
     """Both components save, the leader is requeued once, and the count goes on where it was."""
     job = executor(tmp_path).submit_components({"trainer": ("payloads.Counting", 60), "server": ("payloads.Serving", str(tmp_path))})
@@ -199,6 +201,19 @@ def test_saved_and_requeued_as_a_whole(cluster: Cluster, tmp_path: Path) -> None
     assert (tmp_path / "server saved").exists()
     assert job.components["server"].results() == [None]
     assert job.get_info()["Restarts"] == "1"
+    nothing_is_left(cluster, tmp_path)
+
+
+@pytest.mark.parametrize("cluster", ["slurm24"], indirect=True)
+def test_a_segment_lies_in_one_block(cluster: Cluster, tmp_path: Path) -> None:
+    """Blocks are train[0-1] and train[2-3]; with a node of the first taken, a segment of two has only the second."""
+    taken = cluster.run(["sbatch", "--parsable", "--exclusive", "-p", "gb300", "-w", "train0", "--output=/dev/null", "--wrap=sleep 1000"]).stdout.strip()
+    made = executor(tmp_path, nodes=2)
+    made.component("trainer", **made.groups["trainer"], segment=2)
+    job = made.submit_components({"trainer": ("payloads.train", "ok"), "server": ("payloads.serve", "ok")})
+    assert [result["where"] for result in job.results()] == ["train2", "train3"]
+    assert "#SBATCH --segment=2" in (tmp_path / "jobs" / "trainer" / f"{job.job_id}_submission.sh").read_text()
+    cluster.run(["scancel", taken])
     nothing_is_left(cluster, tmp_path)
 
 

@@ -41,6 +41,6 @@ def test_nothing_was_saved(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None
     folder.mkdir(parents=True)
     seal_json(folder / "stop.json", {"by": "slurm", "time": 200.0})
     line = account(run, 2, ended=203.0, allowed=30.0)
-    assert line == "the stop took 4.0 s of 30 s: 3.0 s to finish what was begun, 0.0 s to end the job's steps, 1.0 s to requeue or end (nothing was saved)"
+    assert line == "the stop took 4.0 s of 30 s: 3.0 s to end the job's steps, 1.0 s to requeue or end (nothing was saved)"
     kept = json.loads((folder / "stop.json").read_text())
-    assert kept == {"by": "slurm", "time": 200.0, "seconds": {"step": 3.0, "save": None, "end": 0.0, "leave": 1.0}}
+    assert kept == {"by": "slurm", "time": 200.0, "seconds": {"step": None, "save": None, "end": 3.0, "leave": 1.0}}

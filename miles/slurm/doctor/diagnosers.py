@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 
-from miles.config.exits import AGAIN, OK, WRONG
-from miles.slurm.attempt import FULL_BYTES
+from miles.config.exits import AGAIN, FULL_BYTES, OK, WRONG
 from miles.slurm.doctor.evidence import Diagnosis, Evidence, Line
 from miles.slurm.doctor.signs import SIGNS
 from miles.slurm.states import FORGOTTEN
