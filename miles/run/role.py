@@ -7,6 +7,7 @@ line and exit 78, a lost coordinator or a newer attempt with 75, a bug with a tr
 from __future__ import annotations
 
 import errno
+import faulthandler
 import json
 import os
 import sys
@@ -72,7 +73,8 @@ def user_fault(error: BaseException, run_dir: Path | None = None) -> str | None:
 
 
 def main(name: str, body: Callable[[Role], None]) -> None:
-    """Run a role to its end and exit with the code that says how it ended."""
+    """Run a role to its end and exit with the code that says how it ended. A crash of native code leaves its stacks in the log."""
+    faulthandler.enable()
     role = Role.from_environment(name)
     code = OK
     try:

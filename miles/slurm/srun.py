@@ -212,7 +212,8 @@ class SrunComponent:
         self.listen()
         self.asked = self.asked or time.monotonic()
         outcomes = {rank: self.of_node(rank) for rank in range(self.step.nodes)}
-        return first_cause([outcomes[rank] for rank in self.first or outcomes if rank in outcomes])
+        # Who failed first is the cause, unless another one knows who was to blame: a supervisor that heard of it may end before the one that said it.
+        return first_cause([outcome for rank, outcome in outcomes.items() if not self.first or rank in self.first or outcome.get("told")])
 
     def of_node(self, rank: int) -> dict[str, Any]:
         """How the process of one node ended: its own word, or what can be said of one that left none."""

@@ -49,7 +49,7 @@ def test_a_partner_that_runs_and_is_never_met(cluster: Cluster, calm_steps: Path
     assert "without being met (cluster.slurm.partner_seconds)" in job.log
     assert (job.ending()["stopped"], job.ending()["goes_on"]) == (True, False)
     job.nothing_left()
-    job.miles("resume", str(job.run_dir), "cluster.groups.rollout.setup=[]")
+    job.miles("resume", str(job.run_dir), "cluster.groups.rollout.setup=[]", "cluster.slurm.partner_seconds=600")
     for again in job.ids[2:]:
         job.ended(job=again)
     assert (len(job.ids), job.epoch, job.ending()["code"]) == (4, 2, 0)

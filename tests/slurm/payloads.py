@@ -109,6 +109,12 @@ def node_work(case: str) -> dict[str, Any]:
         return outcome
     if case == "fails" and node == 1:
         return {**outcome, "code": 1, "reason": "the trainer broke"}
+    if case == "echoes" and node == 1:
+        return {**outcome, "code": 75, "reason": "trainer 1 ended with exit code 75", "killed": False}
+    if case == "echoes":
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # a supervisor listens, and says the same
+        time.sleep(4)
+        return {**outcome, "code": 75, "reason": "trainer 1 hangs", "told": True}
     if case == "killed" and node == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     if case == "exits" and node == 1:

@@ -48,7 +48,7 @@ SCRIPT = """#!/bin/bash
 #SBATCH --partition=h200 --nodes=2 --ntasks-per-node=1
 exec {python} {folder}/batch.py {case} {folder}
 """
-CASES = ("ends", "fails", "killed", "exits", "terminated", "silent", "architecture", "python")
+CASES = ("ends", "fails", "echoes", "killed", "exits", "terminated", "silent", "architecture", "python")
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +93,14 @@ def test_a_node_that_fails_stops_the_others_and_is_the_cause(told: dict[str, Any
     assert seen["all"][0]["code"] == 75
     assert seen["all"][0]["reason"] == "component train was stopped"
     assert seen["rollout"]["code"] == 0
+
+
+def test_a_node_that_ends_first_is_an_echo_of_one_that_knows_why(told: dict[str, Any]) -> None:
+    """As with a rank that hangs: all ranks hear of it, the first node's supervisor alone has the word on who it is."""
+    seen = told["echoes"]
+    assert seen["all"][1]["reason"] == "trainer 1 ended with exit code 75"
+    assert seen["train"] == seen["all"][0]
+    assert seen["train"]["reason"] == "trainer 1 hangs"
 
 
 def test_a_killed_supervisor_is_tried_again_and_its_node_named(told: dict[str, Any]) -> None:
