@@ -41,7 +41,7 @@ def doctor(run_dir: Path, as_json: bool) -> int:
 def places(seen: Evidence) -> list[str]:
     """Where a person would look next."""
     logs = list(dict.fromkeys(line.where.rpartition(":")[0] for line in seen.logs))
-    return [*([seen.last.where] if seen.last and seen.last.outcome else []), *logs, *(f"sacct -j {job.job_id}; scontrol show job {job.job_id}" for job in seen.jobs[-1:])]
+    return [*([seen.last.where] if seen.last and seen.last.outcome else []), *logs, *(f"sacct -j {job}; scontrol show job {job}" for job in seen.submitted[-1:])]
 
 
 def _show(console: Console, number: int, each: Diagnosis, run: str) -> None:

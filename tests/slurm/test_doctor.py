@@ -6,11 +6,13 @@ from dataclasses import replace
 
 import pytest
 
-from miles.config.compose import load_config
+from miles.config.compose import dump_config, load_config
+from miles.config.exits import UserError
 from miles.data.store.run_dir import RunDir
 from miles.slurm.doctor.diagnosers import diagnose
 from miles.slurm.doctor.evidence import Ended, Evidence, Line
-from miles.slurm.doctor.gather import TAIL_BYTES, homes, tail
+from miles.slurm.doctor.gather import TAIL_BYTES, gather, homes, tail
+from miles.slurm.sole import only_launcher
 from miles.slurm.states import JobState, parse_accounting
 
 DEAD = Evidence("/runs/a", attempts=(Ended(1, {"code": 1, "role": "trainer", "rank": 1, "reason": "trainer 1 ended with exit code 1"}, job=7, nodes=("n0", "n1")),), homes={"trainer.0": "n0", "trainer.1": "n1"}, free_bytes=1 << 40)
@@ -98,6 +100,37 @@ def test_states_of_the_job(state: str, cause: str) -> None:
     assert diagnose(seen)[0].cause == cause
 
 
+def test_slurms_line_names_the_node_that_failed() -> None:
+    """As a node left it that came back at once: its state says nothing any longer."""
+    line = Line("attempts/000001/submitit/rollout/7_srun.err:2", "srun: error: Node failure on infer0")
+    seen = replace(DEAD, attempts=(replace(DEAD.attempts[0], outcome=None),), jobs=(job("NODE_FAIL"),), logs=(line,))
+    first = diagnose(seen)[0]
+    assert (first.cause, first.node, first.evidence[1]) == ("node_failed", "infer0", line)
+    assert "cluster.groups.all.exclude=infer0" in first.mend
+
+
+def test_resume_without_a_checkpoint_begins_again() -> None:
+    seen = replace(ended(code=75, role="worker", rank=0, reason="worker 0 was killed by SIGKILL", killed=True), saved=False)
+    assert "begins again" in diagnose(seen)[0].mend
+    assert "last good checkpoint" in diagnose(replace(seen, saved=True))[0].mend
+
+
+def test_a_run_of_this_machine_that_lives_is_not_dead(tmp_path) -> None:
+    """Its launcher holds the folder; an attempt without a word is told from one that goes on."""
+    config = load_config(["recipes/tiny"])
+    (tmp_path / "run.yaml").write_text(dump_config(config))
+    (tmp_path / "attempts" / "000001").mkdir(parents=True)
+    assert [each.cause for each in diagnose(gather(RunDir(tmp_path)))] == ["no_word"]
+    with only_launcher(RunDir(tmp_path)):
+        assert [each.cause for each in diagnose(gather(RunDir(tmp_path)))] == ["alive"]
+
+
+def test_a_sweep_is_no_run(tmp_path) -> None:
+    (tmp_path / "sweep.json").write_text("{}")
+    with pytest.raises(UserError, match="a sweep; give one of its runs"):
+        gather(RunDir(tmp_path))
+
+
 def test_accounting_of_a_component_that_ran_out_of_memory() -> None:
     """sacct's rows of a heterogeneous job: the second group's node is to blame."""
     state = parse_accounting("7+0|7|CANCELLED by 0|0:15|n0|None\n7+1|8|OUT_OF_MEMORY|0:125|n1|OutOfMemory\n")
@@ -153,8 +186,5 @@ def test_homes_of_roles_in_two_groups() -> None:
 
 
 def test_a_folder_that_is_no_run(tmp_path) -> None:
-    from miles.config.exits import UserError
-    from miles.slurm.doctor.gather import gather
-
     with pytest.raises(UserError, match="not a run directory"):
         gather(RunDir(tmp_path))

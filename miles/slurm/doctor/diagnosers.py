@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from miles.config.exits import AGAIN, FULL_BYTES, OK, WRONG
 from miles.slurm.doctor.evidence import Diagnosis, Evidence, Line
@@ -11,7 +12,9 @@ from miles.slurm.doctor.signs import SIGNS
 from miles.slurm.states import FORGOTTEN
 
 RESUME = "`miles-submit resume RUN` goes on from the last good checkpoint"
+BEGIN = "`miles-submit resume RUN` begins again (no checkpoint was saved yet)"
 ERROR = re.compile(r"^(\w+(\.\w+)*)?(Error|Exception|Interrupt|Exit)\b.*")
+FAILED_NODE = re.compile(r"Node failure on (\S+)")
 Diagnoser = Callable[[Evidence], "Diagnosis | None"]
 
 
@@ -23,7 +26,8 @@ def _word(seen: Evidence) -> Line:
 def _slurm(seen: Evidence, about: str = "") -> Line:
     job = seen.job
     assert job is not None
-    return Line(f"Slurm, job {job.job_id}", about or f"{job.state.lower().replace('_', ' ')}{': ' + job.reason if job.reason else ''}")
+    code = f" (exit code {job.exit_code})" if job.exit_code else ""
+    return Line(f"Slurm, job {job.job_id}", about or f"{job.state.lower().replace('_', ' ')}{code}{': ' + job.reason if job.reason else ''}")
 
 
 def _node(seen: Evidence) -> str | None:
@@ -40,7 +44,10 @@ def finished(seen: Evidence) -> Diagnosis | None:
 
 
 def alive(seen: Evidence) -> Diagnosis | None:
-    """A job of it runs or begins."""
+    """A job of it runs or begins, or its own machine runs it."""
+    if seen.lives and seen.last is not None:
+        where = Line(f"attempts/{seen.last.epoch:06d}/service.json", "its service answers, or its launcher runs on this machine")
+        return Diagnosis("alive", 99, f"attempt {seen.last.epoch} goes on", "nothing yet; `miles-submit status RUN`", (where,))
     if seen.job is None or seen.job.over or seen.job.state == "PENDING":
         return None
     return Diagnosis("alive", 99, f"job {seen.job.job_id} is {seen.job.state.lower()}: the run goes on", "nothing yet; `miles-submit status RUN`", (_slurm(seen),))
@@ -75,9 +82,10 @@ def stopped(seen: Evidence) -> Diagnosis | None:
     if not (seen.outcome.get("stopped") or (seen.last and seen.last.stop_by)) or seen.outcome.get("code") == OK or seen.last is None:
         return None
     by = ASKERS.get(seen.last.stop_by, "the launcher" if not seen.last.stop_by else f"placement jobs: {seen.last.stop_by}")
+    alone = "cluster.slurm.requeue is none, so no job goes on by itself: " if seen.requeue == "none" and seen.last.stop_by == "slurm" else ""
     later = " It was to go on in a later job; if none waits or runs," if seen.outcome.get("goes_on") else ""
     lines = (*((Line(f"attempts/{seen.last.epoch:06d}/stop.json", f"by {seen.last.stop_by}"),) if seen.last.stop_by else ()), _word(seen))
-    return Diagnosis("stopped", 83, f"attempt {seen.last.epoch} was asked to stop by {by}", f"{later} {RESUME}".strip(), lines)
+    return Diagnosis("stopped", 83, f"attempt {seen.last.epoch} was asked to stop by {by}", f"{alone}{later} {RESUME}".strip(), lines)
 
 
 def wrong(seen: Evidence) -> Diagnosis | None:
@@ -123,7 +131,9 @@ def node_failed(seen: Evidence) -> Diagnosis | None:
         more = f" (and {len(seen.broken_nodes) - 1} more)" if len(seen.broken_nodes) > 1 else ""
         return Diagnosis("node_failed", 89, f"node {node}{more} failed: {why}", f"{RESUME}; failed nodes are left out", tuple(Line(f"scontrol show node {name}", text) for name, text in sorted(seen.broken_nodes.items())), node)
     if seen.job is not None and seen.job.state in ("NODE_FAIL", "BOOT_FAIL"):
-        return Diagnosis("node_failed", 87, f"a node of job {seen.job.job_id} failed", f"{RESUME}; say which node is left out with cluster.groups.all.exclude", (_slurm(seen),))
+        told = next(((line, match[1]) for line in seen.logs if (match := FAILED_NODE.search(line.text))), None)
+        which, mend = (f"node {told[1]}", f"{RESUME}; cluster.groups.all.exclude={told[1]} leaves the node out") if told else ("a node", f"{RESUME}; cluster.groups.all.exclude=NODE leaves a node out")
+        return Diagnosis("node_failed", 87, f"{which} of job {seen.job.job_id} failed", mend, (_slurm(seen), *((told[0],) if told else ())), told[1] if told else None)
     return None
 
 
@@ -200,7 +210,7 @@ def crashed(seen: Evidence) -> Diagnosis | None:
 def silent(seen: Evidence) -> Diagnosis | None:
     """The newest attempt left no word, and its job is over or forgotten."""
     last = seen.last
-    if last is None or last.outcome is not None or (seen.job is not None and not seen.job.over):
+    if last is None or last.outcome is not None or seen.lives or (seen.job is not None and not seen.job.over):
         return None
     told = (_slurm(seen),) if seen.job is not None else ()
     ended = "the launcher was killed with it, or its machine went away" if seen.job is None else "its batch process was killed, with its node or by Slurm"
@@ -242,5 +252,6 @@ def diagnose(seen: Evidence, diagnosers: Sequence[Diagnoser] = ALL) -> list[Diag
     for each in sorted(found, key=lambda each: -each.weight):
         kept = best.setdefault(each.cause, each)
         if kept is not each:
-            best[each.cause] = Diagnosis(kept.cause, kept.weight, kept.happened, kept.mend, (*kept.evidence, *each.evidence)[:4], kept.node or each.node)
-    return list(best.values())
+            more = [line for line in each.evidence if line not in kept.evidence]
+            best[each.cause] = replace(kept, evidence=(*kept.evidence, *more)[:4], node=kept.node or each.node)
+    return [each if seen.saved else replace(each, mend=each.mend.replace(RESUME, BEGIN)) for each in best.values()]

@@ -50,6 +50,9 @@ class Evidence:
     restarts: int = 3
     requeue: str = "requeue"
     unasked: str = ""  # why Slurm could not be asked
+    lives: bool = False  # its newest attempt goes on, as far as its own machine and its service tell
+    saved: bool = True  # whether a whole checkpoint is there
+    submitted: tuple[int, ...] = ()  # jobs, oldest first, whether or not Slurm still knows them
 
     @property
     def last(self) -> Ended | None:

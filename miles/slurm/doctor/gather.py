@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import re
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +16,20 @@ from miles.config.placement import components, node_groups, part, processes
 from miles.config.schema import RunConfig
 from miles.data.store.epoch import newest_epoch
 from miles.data.store.files import Damaged, read_json
-from miles.data.store.run_dir import RunDir, read_provenance
+from miles.data.store.run_dir import RunDir, newest_complete_checkpoint, read_provenance
 from miles.slurm import nodes, records
 from miles.slurm.doctor.evidence import Ended, Evidence, Line
 from miles.slurm.states import JobState, job_state
 
+ASK_SECONDS = 2.0
 TAIL_BYTES = 1 << 20  # of a log: a run's end is at its end
 ROLE_LOG = re.compile(r"(service|trainer|engine|worker)\.(\d+)\.log")
 
 
 def gather(run: RunDir) -> Evidence:
     """Everything at hand. UserError: the folder is no run directory, or its run.yaml can't be read."""
+    if (run.path / "sweep.json").is_file():
+        raise UserError(f"{run.path}: a sweep; give one of its runs, which `miles-submit status {run.path}` lists")
     if not run.run_yaml.is_file():
         raise UserError(f"{run.path}: not a run directory (no run.yaml); give the folder that --run-dir named")
     config = load_config([run.run_yaml])
@@ -50,7 +55,32 @@ def gather(run: RunDir) -> Evidence:
         restarts=config.cluster.restarts,
         requeue=config.cluster.slurm.requeue,
         unasked=unasked,
+        lives=_lives(run, attempts, jobs),
+        saved=newest_complete_checkpoint(run) is not None,
+        submitted=tuple(entry["job_id"] for entry in records.submitted(run)),
     )
+
+
+def _lives(run: RunDir, attempts: tuple[Ended, ...], jobs: tuple[JobState, ...]) -> bool:
+    """Whether an attempt without an outcome goes on all the same; Slurm's word on its jobs comes first."""
+    if not attempts or attempts[-1].outcome is not None or jobs:
+        return False
+    handle = os.open(run.path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)  # a launcher holds it
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(handle)
+    folder = run.attempt(attempts[-1].epoch)
+    try:
+        headers = {"Authorization": f"Bearer {(folder / 'token').read_text().strip()}"}
+        request = urllib.request.Request(f"{read_json(folder / 'service.json')['url']}/status", headers=headers)
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with opener.open(request, timeout=ASK_SECONDS) as reply:
+            return bool(reply.status == 200)
+    except (OSError, Damaged, KeyError, ValueError):  # nothing answers from here
+        return False
 
 
 def homes(config: RunConfig, names: tuple[str, ...]) -> dict[str, str]:
