@@ -1,16 +1,12 @@
 """How the CPU kernels are compiled: C functions void(int64 *block), cached on disk, run by threads.launch.
 
 block[0] is the next task, block[1] the number of tasks, the rest addresses and sizes. A task is a row or a fixed run of rows, so a row's
-bits depend on that row alone: no fast-math, reductions in 16 lanes and one tree (llvm.py). The cache lies in a folder named after the
-building blocks' source, since numba itself notices only a change of a kernel's own file: under NUMBA_CACHE_DIR, else the user's cache
-folder, else (nothing writable) a temporary one.
+bits depend on that row alone: no fast-math, reductions in 16 lanes and one tree (llvm.py). The cache lies in the
+folder of kernel_cache.py.
 """
 
 from __future__ import annotations
 
-import hashlib
-import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +14,7 @@ from typing import Any
 import numpy as np
 from numba import carray, cfunc, config, njit, types
 
+from miles.precision.kernel_cache import cache_folder
 from miles.precision.llvm import as_pointer
 
 ONE = np.float32(1.0)
@@ -25,19 +22,7 @@ ZERO = np.float32(0.0)
 SIGNATURE = types.void(types.CPointer(types.int64))
 
 
-def _cache_folder() -> str:
-    source = b"".join((Path(__file__).parent / name).read_bytes() for name in ("llvm.py", "compiled.py"))
-    base = os.environ.get("NUMBA_CACHE_DIR") or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(base) / f"miles-kernels-{hashlib.sha256(source).hexdigest()[:16]}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return str(folder)
-    except OSError:
-        return tempfile.mkdtemp(prefix="miles-kernels-")
-
-
-CACHE_FOLDER = _cache_folder()
+CACHE_FOLDER = cache_folder(*(Path(__file__).parent / name for name in ("llvm.py", "compiled.py")))
 
 
 def kernel(function: Callable[..., Any]) -> int:

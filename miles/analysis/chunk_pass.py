@@ -1,0 +1,150 @@
+"""A loaded chunk into the state: tables that the fused pass fills, then folded into exact sums."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from miles.analysis import exact, fused
+from miles.analysis.load import Loaded
+from miles.analysis.slices import TOKEN_SLICES, VERSIONS
+from miles.analysis.state import ODD, SEEN, WORST_FIELDS, State
+from miles.analysis.terms import BINS, COUNTS, REPLICATES, SEQUENCE_HISTOGRAMS, SEQUENCE_SUMS, SUMS, VALUES, WORST
+from miles.data.sample import Status
+
+VOCABULARY = 1 << 20  # token ids beyond it have no slice
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+def add_core(state: State, loaded: Loaded) -> None:
+    """The core sums, counts and histogram of a chunk alone."""
+    columns = loaded.columns
+    sums, counts, histogram = np.zeros(len(SUMS)), np.zeros(len(COUNTS), np.int64), np.zeros(BINS, np.int64)
+    top = fused.core(
+        columns["rollout_logprob"], columns["train_logprob"], columns["loss_mask"],
+        loaded.shard_start, loaded.train_start, loaded.length, sums, counts, histogram,
+    )  # fmt: skip
+    exact.add(state.sums, sums)
+    state.counts += counts
+    state.histogram += histogram
+    state.greatest = max(state.greatest, float(top))
+    _seen(state, loaded)
+
+
+class ChunkPass:
+    """Everything of a chunk. Keeps its tables between chunks."""
+
+    def __init__(self) -> None:
+        self._tokens = np.zeros((0, len(VALUES)))
+
+    def add(self, state: State, loaded: Loaded) -> None:
+        """Add a chunk to the state."""
+        columns, chunk = loaded.columns, loaded.chunk
+        versions, run_first, run_start, run_slot = _runs(loaded)
+        slots, labels = _sequence_slots(loaded)
+        token = columns["token_id"]
+        vocabulary = min(int(token.max()) + 1, VOCABULARY) if len(token) else 0
+        if vocabulary > len(self._tokens):
+            self._tokens = np.zeros((vocabulary + vocabulary // 4, len(VALUES)))
+        touched = np.zeros(min(len(token), len(self._tokens)), np.int64)
+        reward = _numbers(loaded, "reward", np.float64)
+        sign = np.select([reward < 0, reward == 0, reward > 0], [0, 1, 2], 3)
+        sums, counts, odd, histogram = np.zeros(len(SUMS)), np.zeros(len(COUNTS), np.int64), np.zeros(len(ODD), np.int64), np.zeros(BINS, np.int64)
+        table, by_sequence = np.zeros((VERSIONS + len(versions), len(VALUES))), np.zeros((len(labels), len(VALUES)))
+        sequence_sums, sequence_histogram = np.zeros(len(SEQUENCE_SUMS)), np.zeros((len(SEQUENCE_HISTOGRAMS), BINS), np.int64)
+        divergence, bootstrap = np.zeros_like(state.divergence), np.zeros((REPLICATES, len(VALUES)))
+        worst, worst_at = np.zeros(WORST, np.float32), np.zeros((WORST, 3), np.int64)
+        worst_at[:, 0] = np.iinfo(np.int64).max
+        order = chunk.record.shard[chunk.first : chunk.last] << 32 | loaded.row
+        top, ids = fused.scan(
+            columns["rollout_logprob"], columns["loss_mask"], columns["flags"], token, columns["train_logprob"], columns["entropy"],
+            columns["advantage"], columns["used"], columns["route_miss"], loaded.shard_start, loaded.train_start, loaded.length,
+            _numbers(loaded, "prompt_length", np.int64), sign, _identity(loaded), order, run_first, run_start, run_slot, slots,
+            sums, counts, odd, histogram, table, by_sequence, self._tokens, touched, sequence_sums, sequence_histogram, divergence, bootstrap,
+            worst, worst_at,
+        )  # fmt: skip
+        for mine, more in ((state.sums, sums), (state.bootstrap, bootstrap), (state.sequence_sums, sequence_sums)):
+            exact.add(mine, more)
+        for total, part in (
+            (state.counts, counts), (state.odd, odd), (state.histogram, histogram), (state.sequence_histogram, sequence_histogram),
+            (state.divergence, divergence),
+        ):  # fmt: skip
+            total += part
+        state.greatest = max(state.greatest, float(top))
+        names = [(name, slot) for name, count in TOKEN_SLICES.items() for slot in range(count)]
+        filled = np.flatnonzero(table[:VERSIONS, 0])
+        state.slices.add([(names[i][0], names[i][1]) for i in filled], table[filled])
+        now = loaded.chunk.step.manifest.policy.weight_version
+        used = [(version, table[VERSIONS + i]) for i, version in enumerate(versions) if table[VERSIONS + i, 0]]
+        state.slices.add([("weight_version", version) for version, _ in used], np.array([row for _, row in used]))
+        state.slices.add([("lag", now - version) for version, _ in used], np.array([row for _, row in used]))
+        state.slices.add(labels, by_sequence)
+        state.tokens.add(touched[:ids], self._tokens)
+        self._tokens[touched[:ids]] = 0.0
+        found = np.flatnonzero(worst)
+        where = worst_at[found]
+        rows = zip(worst[found].tolist(), (where[:, 0] >> 32).tolist(), (where[:, 0] & 0xFFFFFFFF).tolist(), where[:, 1].tolist(), strict=True)
+        state.add_worst(np.array([(size, chunk.step.step, *rest) for size, *rest in rows], WORST_FIELDS))
+        for name in ("entropy", "advantage", "used", "route_miss"):
+            if len(columns[name]):
+                state.recorded.add(name)
+        _seen(state, loaded)
+
+
+def _seen(state: State, loaded: Loaded) -> None:
+    for name, count in (("sequences", len(loaded.row)), ("all_tokens", loaded.length.sum()), ("record_bytes", loaded.bytes)):
+        state.seen[SEEN.index(name)] += count
+
+
+def _numbers(loaded: Loaded, name: str, dtype: type) -> NDArray[Any]:
+    """A number of each sequence, out of its shard."""
+    found: NDArray[Any] = np.zeros(len(loaded.row), dtype)
+    for index, part in enumerate(loaded.parts):
+        mine = loaded.part_of == index
+        found[mine] = part.numbers[name][loaded.row[mine]]
+    return found
+
+
+def _runs(loaded: Loaded) -> tuple[list[int], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Weight versions in the chunk; of each sequence first and past-last run; of each run start and place among the versions."""
+    first, start, version = np.zeros(len(loaded.row) + 1, np.int64), [], []
+    for i in range(len(loaded.row)):
+        part, row = loaded.parts[loaded.part_of[i]], loaded.row[i]
+        low, high = np.searchsorted(part.run_sequence, (row, row + 1))
+        start.append(part.run_start[low:high])
+        version.append(part.run_version[low:high])
+        first[i + 1] = first[i] + high - low
+    none = np.zeros(0, np.int64)
+    versions, slot = np.unique(np.concatenate([none, *version]), return_inverse=True)
+    return versions.tolist(), first, np.concatenate([none, *start]), slot.astype(np.int64)
+
+
+def _sequence_slots(loaded: Loaded) -> tuple[NDArray[np.int64], list[tuple[str, int | str]]]:
+    """Of each slice of whole sequences the place among the labels, [slices, S]; and the labels."""
+    chunk, count = loaded.chunk, len(loaded.row)
+    values: dict[str, list[int | str]] = {
+        "step": [chunk.step.step] * count,
+        "node": [chunk.record.node] * count,
+        "train_rank": chunk.record.rank[chunk.first : chunk.last].tolist(),
+        "prefix_cache": ["hit" if cached else "no hit" for cached in _numbers(loaded, "cached_tokens", np.int64)],
+        "status": [Status(value).name.lower() if value < len(Status) else str(value) for value in _numbers(loaded, "status", np.int64).tolist()],
+    }
+    for name, which in (("engine", "engines"), ("source", "sources")):
+        index = _numbers(loaded, name, np.int64)
+        lists = [getattr(part, which) for part in loaded.parts]
+        values[name] = [lists[part][i] if i < len(lists[part]) else "unknown" for part, i in zip(loaded.part_of, index, strict=True)]
+    labels: dict[tuple[str, int | str], int] = {}
+    slots = [[labels.setdefault((name, value), len(labels)) for value in row] for name, row in values.items()]
+    return np.array(slots, np.int64).reshape(len(values), count), list(labels)
+
+
+def _identity(loaded: Loaded) -> NDArray[np.uint64]:
+    """A hash of (step, draw, sample): the bootstrap draws by it, so that its bits depend on the data alone."""
+    draw, sample = (_numbers(loaded, name, np.uint64) for name in ("draw", "sample"))
+    with np.errstate(over="ignore"):
+        value = (np.uint64(loaded.chunk.step.step) * GOLDEN + draw) * GOLDEN + sample
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+            value = (value ^ (value >> np.uint64(shift))) * np.uint64(factor)
+    return value ^ (value >> np.uint64(31))

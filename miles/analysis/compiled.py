@@ -1,0 +1,24 @@
+"""How the analysis' loops are compiled: by numba, strict IEEE, cached on disk, without Python's lock, so that files are read meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from numba import config, njit
+
+from miles.precision.kernel_cache import cache_folder
+
+SOURCES = ("compiled.py", "exact.py", "fused.py", "lanes.py", "slices.py", "terms.py")
+_FOLDER = cache_folder(*(Path(__file__).parent / name for name in SOURCES))
+
+
+def kernel(function: Callable[..., Any]) -> Any:
+    """A function compiled at its first call, or taken from the cache."""
+    settings: Any = config
+    before, settings.CACHE_DIR = settings.CACHE_DIR, _FOLDER
+    try:
+        return njit(nogil=True, cache=True, error_model="numpy")(function)
+    finally:
+        settings.CACHE_DIR = before

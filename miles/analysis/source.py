@@ -1,0 +1,170 @@
+"""What a run recorded, in chunks: each a few sequences of one train record, joined with their rows of the batch's shards.
+
+Chunks depend on the files alone, never on how many processes share them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from miles.analysis.columns import Sheet, check_offsets
+from miles.config.exits import UserError
+from miles.data.store import shard as shard_store
+from miles.data.store import train_record
+from miles.data.store.files import Damaged
+from miles.data.store.manifest import NAME, Manifest, read_manifest
+from miles.data.store.run_dir import RunDir, steps_in
+
+CHUNK = 1 << 20  # tokens: a chunk ends with the sequence that reaches it
+SHARD_COLUMNS = {"rollout_logprob": np.float32, "loss_mask": np.uint8, "flags": np.uint8, "token_id": np.int32}
+TRAIN_COLUMNS = {"train_logprob": np.float32, "entropy": np.float32, "advantage": np.float32, "used": np.uint8, "route_miss": np.uint8}
+NEEDED = ("rollout_logprob", "loss_mask", "train_logprob")
+NUMBERS = ("prompt_length", "draw", "sample", "reward", "status", "engine", "source", "cached_tokens")
+
+
+@dataclass
+class Chunk:
+    """Sequences first to last (exclusive) of a train record."""
+
+    step: Step
+    record: Record
+    first: int
+    last: int
+
+    @property
+    def tokens(self) -> int:
+        return int(self.record.offset[self.last] - self.record.offset[self.first])
+
+
+@dataclass
+class Record:
+    """A train record: which rows of which shards its sequences are."""
+
+    sheet: Sheet
+    offset: NDArray[np.int64]
+    shard: NDArray[np.int64]
+    row: NDArray[np.int64]
+    rank: NDArray[np.int64]
+    node: str
+    columns: list[str]  # token arrays that it has
+
+
+@dataclass
+class Part:
+    """A shard: its rows' numbers."""
+
+    sheet: Sheet
+    offset: NDArray[np.int64]
+    numbers: dict[str, NDArray[Any]]
+    engines: list[str]
+    sources: list[str]
+    run_sequence: NDArray[np.int64]
+    run_start: NDArray[np.int64]
+    run_version: NDArray[np.int64]
+
+
+class Step:
+    """A batch and what training saw of it; files are opened when they are asked for, and closed together."""
+
+    def __init__(self, step: int, manifest: Manifest, folder: Path, records: list[Path]) -> None:
+        self.step, self.manifest, self.folder, self.paths = step, manifest, folder, records
+        self._parts: dict[int, Part] = {}
+        self._open: list[Sheet] = []
+
+    def records(self) -> Iterator[Record]:
+        """Each train record of the step, checked against the batch."""
+        for path in self.paths:
+            yield self._record(path)
+
+    def part(self, index: int) -> Part:
+        """A shard of the batch, checked against the manifest."""
+        if index not in self._parts:
+            self._parts[index] = self._part(index)
+        return self._parts[index]
+
+    def close(self) -> None:
+        for sheet in self._open:
+            sheet.close()
+        self._open, self._parts = [], {}
+
+    def _sheet(self, path: Path, schema: str) -> Sheet:
+        sheet = Sheet(path, schema)
+        self._open.append(sheet)
+        return sheet
+
+    def _record(self, path: Path) -> Record:
+        sheet = self._sheet(path, train_record.SCHEMA)
+        for name, expected in (
+            ("step", self.step), ("run_id", self.manifest.run_id), ("weight_checksum", self.manifest.policy.weight_checksum),
+        ):  # fmt: skip
+            found = sheet.attrs.get(name)
+            if found is not None and found != expected:
+                raise Damaged(f"{path}: its {name} is {found!s:.60}, and that of {self.folder / NAME} is {expected!s:.60}; files of two runs are mixed")
+        columns = [f"tokens/{name}" for name in TRAIN_COLUMNS if name in NEEDED or sheet.has(f"tokens/{name}")]
+        offset = check_offsets(sheet, "sequences/offset", columns)
+        shard, row, rank = (sheet.whole(f"sequences/{name}").astype(np.int64) for name in ("shard", "row", "rank"))
+        if not len(shard) == len(row) == len(rank) == len(offset) - 1:
+            raise Damaged(f"{path}: /sequences: {len(shard)}, {len(row)} and {len(rank)} values of shard, row and rank for {len(offset) - 1} sequences")
+        node = sheet.attrs.get("node")
+        return Record(sheet, offset, shard, row, rank, path.stem if node is None else str(node), columns)
+
+    def _part(self, index: int) -> Part:
+        entry = self.manifest.shards[index]
+        path = self.folder / entry.name
+        if not path.is_file():
+            raise Damaged(f"{path}: missing, and {self.folder / NAME} names it")
+        if (found := path.stat().st_size) != entry.bytes:
+            raise Damaged(f"{path}: {entry.bytes} bytes expected by {NAME}, {found} found")
+        sheet = self._sheet(path, shard_store.SCHEMA)
+        columns = [f"tokens/{name}" for name in SHARD_COLUMNS]
+        offset = check_offsets(sheet, "sequences/offset", columns)
+        if (len(offset) - 1, offset[-1]) != (entry.sequences, entry.tokens):
+            raise Damaged(f"{path}: {len(offset) - 1} sequences of {offset[-1]} tokens, and {NAME} says {entry.sequences} of {entry.tokens}; files of two runs are mixed")
+        numbers = {name: sheet.whole(f"sequences/{name}") for name in NUMBERS}
+        sequence, start, version = (sheet.whole(f"runs/{name}").astype(np.int64) for name in ("sequence", "start", "weight_version"))
+        return Part(sheet, offset, numbers, sheet.names("sequences/engine"), sheet.names("sequences/source"), sequence, start, version)
+
+
+def find_steps(path: Path, first: int | None = None, last: int | None = None) -> tuple[list[int], list[int]]:
+    """Steps of a run directory that were trained on, and those with a batch that wasn't; both bounds are inclusive.
+
+    UserError for what is no run directory; Damaged for a train record whose batch is missing.
+    """
+    run = RunDir(path)
+    if not path.is_dir():
+        raise UserError(f"{path}: no such folder; give a run directory")
+    if not run.batches.is_dir() and not run.train_records.is_dir():
+        raise UserError(f"{path}: holds neither batches nor train records; give a run directory")
+
+    def wanted(folder: Path) -> set[int]:
+        return {step for step in steps_in(folder) if (first is None or step >= first) and (last is None or step <= last)}
+
+    batches = {step for step in wanted(run.batches) if (run.batch(step) / NAME).is_file()}
+    trained = {step for step in wanted(run.train_records) if any(run.train(step).glob("*.h5"))}
+    if orphans := sorted(trained - batches):
+        step = orphans[0]
+        raise Damaged(f"{run.train(step)}: a train record without its batch: {run.batch(step) / NAME} is missing; put the batch back, or choose other steps")
+    return sorted(trained), sorted(batches - trained)
+
+
+def open_step(path: Path, step: int) -> Step:
+    """A trained step, its manifest read."""
+    run = RunDir(path)
+    return Step(step, read_manifest(run.batch(step)), run.batch(step), sorted(run.train(step).glob("*.h5")))
+
+
+def chunks_of(step: Step, tokens: int = CHUNK) -> Iterator[Chunk]:
+    """A step's chunks, in order."""
+    for record in step.records():
+        first, count = 0, len(record.row)
+        while first < count:
+            reached = int(np.searchsorted(record.offset, record.offset[first] + tokens))
+            last = min(max(reached, first + 1), count)
+            yield Chunk(step, record, first, last)
+            first = last

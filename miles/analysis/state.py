@@ -1,0 +1,154 @@
+"""What a pass has found so far: integers and exact sums, so that states of any parts of a run merge to the same bits in any order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import msgpack
+import numpy as np
+from numpy.typing import NDArray
+
+from miles.analysis import exact
+from miles.analysis.slices import POSITIONS
+from miles.analysis.terms import BINS, COUNTS, REPLICATES, SEQUENCE_HISTOGRAMS, SEQUENCE_SUMS, SUMS, TAUS, VALUES, WORST
+
+WORST_FIELDS = np.dtype([("abs", "f4"), ("step", "i8"), ("shard", "i8"), ("row", "i8"), ("place", "i8")])
+ODD = ("rollout_nan", "rollout_infinite", "train_nan", "train_infinite")
+ADDED = ("sums", "bootstrap", "sequence_sums", "counts", "odd", "histogram", "sequence_histogram", "divergence", "seen")
+SEEN = ("steps", "sequences", "all_tokens", "not_trained_on", "other_batches", "record_bytes")
+
+
+class State:
+    """Mergeable. Exact sums: sums [len(SUMS)], bootstrap [REPLICATES, 8], sequence_sums, and of slices (name, label) -> [8].
+
+    Integers: counts, odd, histogram [BINS], sequence_histogram [3, BINS], divergence [len(TAUS), 1 + POSITIONS] (0: never), seen
+    (steps, sequences, tokens with those that don't count, batches not trained on, batches of another kind, bytes read).
+    Besides: the greatest |d|, the worst tokens, weight versions by token id.
+    """
+
+    def __init__(self) -> None:
+        self.sums = exact.zeros(len(SUMS))
+        self.bootstrap = exact.zeros(REPLICATES, len(VALUES))
+        self.sequence_sums = exact.zeros(len(SEQUENCE_SUMS))
+        self.counts = np.zeros(len(COUNTS), np.int64)
+        self.odd = np.zeros(len(ODD), np.int64)
+        self.histogram = np.zeros(BINS, np.int64)
+        self.sequence_histogram = np.zeros((len(SEQUENCE_HISTOGRAMS), BINS), np.int64)
+        self.divergence = np.zeros((len(TAUS), 1 + POSITIONS), np.int64)
+        self.seen = np.zeros(len(SEEN), np.int64)
+        self.greatest = 0.0
+        self.worst = np.zeros(0, WORST_FIELDS)
+        self.slices = Labelled(len(VALUES))
+        self.tokens = ByToken()
+        self.recorded: set[str] = set()
+        self.notes: set[str] = set()
+
+    def merge(self, other: State) -> None:
+        """Add another state, of other chunks of the same run."""
+        for name in ADDED:
+            mine = getattr(self, name)
+            mine += getattr(other, name)
+        self.greatest = max(self.greatest, other.greatest)
+        self.add_worst(other.worst)
+        self.slices.merge(other.slices)
+        self.tokens.merge(other.tokens.ids, other.tokens.digits[: len(other.tokens.ids)])
+        self.recorded |= other.recorded
+        self.notes |= other.notes
+
+    def add_worst(self, more: NDArray[Any]) -> None:
+        """Keep the greatest |d| of both, ties by where they are."""
+        both = np.concatenate([self.worst, more])
+        order = np.lexsort((both["place"], both["row"], both["shard"], both["step"], -both["abs"]))
+        self.worst = both[order[:WORST]]
+
+    def pack(self) -> bytes:
+        """For another process."""
+        arrays = {name: getattr(self, name).tobytes() for name in ADDED}
+        rest = [self.greatest, self.worst.tobytes(), sorted(self.recorded), sorted(self.notes)]
+        labels, slices = list(self.slices.rows), self.slices.digits[: len(self.slices.rows)].tobytes()
+        tokens = [self.tokens.ids.tobytes(), self.tokens.digits[: len(self.tokens.ids)].tobytes()]
+        return bytes(msgpack.packb([arrays, rest, labels, slices, tokens]))
+
+    @classmethod
+    def unpack(cls, content: bytes) -> State:
+        """What pack() gave."""
+        state = cls()
+        arrays, (greatest, worst, recorded, notes), labels, digits, (ids, sums) = msgpack.unpackb(content, use_list=False)
+        for name in ADDED:
+            mine = getattr(state, name)
+            mine += np.frombuffer(arrays[name], mine.dtype).reshape(mine.shape)
+        state.greatest, state.worst = greatest, np.frombuffer(worst, WORST_FIELDS)
+        state.recorded, state.notes = set(recorded), set(notes)
+        state.slices.rows = {tuple(each): row for row, each in enumerate(labels)}
+        state.slices.digits = np.frombuffer(digits, np.int64).reshape(len(labels), len(VALUES), exact.DIGITS).copy()
+        state.tokens.merge(np.frombuffer(ids, np.int64), np.frombuffer(sums, np.int64).reshape(-1, len(ByToken.COLUMNS), exact.DIGITS))
+        return state
+
+
+class Labelled:
+    """Exact sums [width] under labels (slice, value)."""
+
+    def __init__(self, width: int) -> None:
+        self.rows: dict[tuple[str, Any], int] = {}
+        self.digits = exact.zeros(0, width)
+
+    def places(self, labels: Iterable[tuple[str, Any]]) -> NDArray[np.int64]:
+        """Rows of labels, made where they are new."""
+        found = np.array([self.rows.setdefault(label, len(self.rows)) for label in labels], np.int64)
+        if len(self.rows) > len(self.digits):
+            grown = exact.zeros(max(len(self.rows), 2 * len(self.digits)), self.digits.shape[1])
+            grown[: len(self.digits)] = self.digits
+            self.digits = grown
+        return found
+
+    def add(self, labels: list[tuple[str, Any]], values: NDArray[np.float64]) -> None:
+        """values f64 [len(labels), width] are added, in the order given."""
+        if labels:
+            places = self.places(labels)  # before the sums are looked at: it may put others in their place
+            exact.add_rows(self.digits, places, values)
+
+    def merge(self, other: Labelled) -> None:
+        places = self.places(other.rows)
+        np.add.at(self.digits, places, other.digits[: len(other.rows)])
+
+    def values(self, name: str) -> dict[Any, NDArray[np.float64]]:
+        """label -> f64 [width] of one slice, by label: numbers by size, then texts."""
+        found = {label: self.digits[row] for (each, label), row in self.rows.items() if each == name}
+        return {label: exact.value(found[label]) for label in sorted(found, key=lambda label: (isinstance(label, str), label))}
+
+
+class ByToken:
+    """Exact sums of some of VALUES by token id: int64 ids, rows in the order met."""
+
+    COLUMNS = tuple(VALUES.index(name) for name in ("tokens", "abs", "d", "k3"))
+
+    def __init__(self) -> None:
+        self.row_of = np.full(0, -1, np.int64)
+        self.ids = np.zeros(0, np.int64)
+        self.digits = exact.zeros(0, len(self.COLUMNS))
+
+    def add(self, ids: NDArray[np.int64], table: NDArray[np.float64]) -> None:
+        """The rows `ids` (each once) of table f64 [V, 8]."""
+        if len(ids):
+            rows = self._rows(ids)
+            exact.add_rows(self.digits, rows, table[ids][:, self.COLUMNS])
+
+    def merge(self, ids: NDArray[np.int64], digits: exact.Digits) -> None:
+        """Sums [len(ids), 4] of another."""
+        if len(ids):
+            rows = self._rows(ids)
+            self.digits[rows] += digits
+
+    def _rows(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Rows of ids, made where they are new."""
+        if (most := int(ids.max()) + 1) > len(self.row_of):
+            self.row_of = np.concatenate([self.row_of, np.full(max(most, 2 * len(self.row_of)) - len(self.row_of), -1, np.int64)])
+        new = ids[self.row_of[ids] < 0]
+        self.row_of[new] = np.arange(len(self.ids), len(self.ids) + len(new))
+        self.ids = np.concatenate([self.ids, new])
+        if len(self.ids) > len(self.digits):
+            grown = exact.zeros(max(len(self.ids), 2 * len(self.digits)), len(self.COLUMNS))
+            grown[: len(self.digits)] = self.digits
+            self.digits = grown
+        return self.row_of[ids]

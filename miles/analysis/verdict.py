@@ -1,0 +1,74 @@
+"""The one line that comes first: bitwise, noise, biased or broken; why; what to do. And the limits that decide an exit code."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from miles.config.exits import UserError
+
+ORDER = ("bitwise", "noise", "biased", "broken")  # from the best to the worst
+BROKEN_K3, BROKEN_RATIO, BROKEN_ESS, BROKEN_ODD = 0.1, 0.1, 0.3, 0.01
+BIASED_SLOPE = 0.01
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One of ORDER, the reasons, and what to do."""
+
+    word: str
+    why: list[str]
+    advice: str
+
+
+def judge(tokens: dict[str, Any], intervals: dict[str, list[float]]) -> Verdict:
+    """From token metrics and their intervals. UserError where nothing can be judged: that is never a pass."""
+    if not tokens["tokens"]:
+        what = "no token is under the loss mask" if not tokens["masked"] else f"none of {tokens['masked']} tokens under the loss mask has both log-probs"
+        raise UserError(f"nothing to compare: {what}")
+    k3, ratio, odd = tokens["kl_k3"], tokens["ratio_mean"], tokens["not_comparable"] / tokens["masked"]
+    if tokens["equal_bits"] == tokens["masked"]:
+        return Verdict("bitwise", ["every token has the same bits on both sides"], "nothing to do")
+    broken = []
+    if k3 > BROKEN_K3:
+        broken.append(f"k3 is {k3:.3g}, above {BROKEN_K3}")
+    if abs(ratio - 1) > BROKEN_RATIO:
+        broken.append(f"the mean ratio is {ratio:.4g}, and over the rollout's own samples it is 1")
+    if tokens["ess"] < BROKEN_ESS:
+        broken.append(f"the effective sample size is {tokens['ess']:.3g} of 1, below {BROKEN_ESS}")
+    if odd > BROKEN_ODD:
+        broken.append(f"{100 * odd:.3g} % of the tokens under the loss mask have no finite log-prob on one side")
+    if broken:
+        return Verdict("broken", broken, "stop and look for a bug: no correction mends this")
+    biased = []
+    low, high = intervals.get("ratio_mean", [1.0, 1.0])
+    if not low <= 1 <= high and abs(ratio - 1) > k3:
+        biased.append(f"the mean ratio is {ratio:.6g}, between {low:.6g} and {high:.6g}: one-sided")
+    slope = tokens.get("slope")
+    if slope is not None and abs(slope - 1) > BIASED_SLOPE:
+        biased.append(f"the slope of the trainer's log-probs on the rollout's is {slope:.4g}, not 1: another temperature?")
+    if biased:
+        return Verdict("biased", biased, "look for a cause (sampling settings, weights, token ids) before correcting")
+    return Verdict("noise", [f"k3 is {k3:.3g}, the mean ratio {ratio:.6g}"], _advice(k3))
+
+
+def _advice(k3: float) -> str:
+    if k3 < 1e-4:
+        return "nothing to do"
+    if k3 < 1e-2:
+        return "truncated importance sampling per token with a bound of 2 (1.5 for a mixture of experts)"
+    return "first the same precision and the same routing on both sides; then token bounds 0.5 to 1.5 and rejection of sequences by their geometric mean"
+
+
+def exceeded(tokens: dict[str, Any], sequences: dict[str, Any], above: dict[str, float], below: dict[str, float]) -> list[str]:
+    """Limits that are not kept, in words. UserError for a metric that isn't there; one without a value is not kept."""
+    known = {**tokens, **{f"sequence.{name}": value for name, value in sequences.items()}}
+    found = []
+    for limits, word in ((above, "above"), (below, "below")):
+        for name, limit in limits.items():
+            if name not in known:
+                raise UserError(f"no metric is called {name}; there are {', '.join(known)}")
+            value = known[name]
+            if value is None or not (value <= limit if word == "above" else value >= limit):
+                found.append(f"{name} is {'unknown' if value is None else f'{value:.6g}'}, {word} {limit:g}")
+    return found
