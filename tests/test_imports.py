@@ -23,6 +23,7 @@ ALLOWED = {
     "training": {"config", "data", "models", "precision", "algorithms"},
     "convert": {"config", "models", "precision"},
     "sync": {"config", "engine", "models", "training"},
+    "analysis": {"config", "data", "precision"},
     "recipes": {"config"},
     "slurm": {"config", "data", "plan", "report"},
     "report": {"config", "data"},
@@ -66,14 +67,31 @@ def test_relative_imports_are_not_used() -> None:
     assert not relative
 
 
-def test_light_packages_load_no_torch() -> None:
-    modules = [
+def modules_of(*packages: str) -> list[str]:
+    return [
         ".".join(("miles", *path.relative_to(PACKAGE).with_suffix("").parts))
-        for package in LIGHT
+        for package in packages
         for path in sorted((PACKAGE / package).rglob("*.py"))
         if path.name not in ("__init__.py", "__main__.py")
     ]
+
+
+def loaded_by(code: str, names: set[str]) -> str:
+    """Which of these modules are there after some code."""
+    code = f"import importlib, runpy, sys\n{code}\nprint(sorted({names!r} & set(sys.modules)))"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_light_packages_load_no_torch() -> None:
+    modules = modules_of(*LIGHT)
     assert len(modules) > 10
-    code = f"import importlib, sys\nfor m in {modules!r}: importlib.import_module(m)\nprint(sorted({{'torch', 'transformers', 'numba'}} & set(sys.modules)))"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "[]"
+    assert loaded_by(f"for m in {modules!r}: importlib.import_module(m)", {"torch", "transformers", "numba"}) == "[]"
+
+
+def test_analysis_and_its_tools_load_no_torch() -> None:
+    modules = modules_of("analysis")
+    scripts = [str(path) for path in sorted((PACKAGE.parent / "tools/analyze").glob("*.py"))]
+    assert len(modules) > 10
+    assert scripts
+    code = f"for m in {modules!r}: importlib.import_module(m)\nfor s in {scripts!r}: runpy.run_path(s, run_name='looked at')"
+    assert loaded_by(code, {"torch", "transformers", "numba"}) == "['numba']"

@@ -27,6 +27,9 @@ def analyze(
         wrong = str(error)
     except FileNotFoundError as error:
         wrong = f"{error.filename}: missing"
+    except BaseException:
+        ranks.abort()  # the others would wait for this one for ever
+        raise
     if (message := ranks.agree(wrong)) is not None:
         raise UserError(message)
     return ranks.merge(state)

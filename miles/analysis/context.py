@@ -31,11 +31,9 @@ def worst_tokens(path: Path, state: State) -> list[dict[str, Any]]:
                     record.sheet.read("tokens/train_logprob", int(record.offset[i]) + place, train)
         finally:
             step.close()
-        found.append(
-            {
+        found.append({
                 "abs_diff": size, "step": number, "shard": step.manifest.shards[shard].name, "row": row, "position": place,
                 "draw": int(part.numbers["draw"][row]), "sample": int(part.numbers["sample"][row]), "engine": part.engines[part.numbers["engine"][row]],
                 "rollout_logprob": float(columns["rollout_logprob"][at]), "train_logprob": float(train[0]), "token_ids": columns["token_id"].tolist(), "at": at,
-            }  # fmt: skip
-        )
+        })  # fmt: skip
     return found

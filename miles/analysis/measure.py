@@ -54,7 +54,7 @@ def ratio_metrics(values: NDArray[np.float64]) -> dict[str, float]:
         "mean_diff": v["d"] / n,
         "abs_diff": v["abs"] / n,
         "rms_diff": math.sqrt(v["d2"] / n),
-        "kl_k1": -v["d"] / n,
+        "kl_k1": 0.0 - v["d"] / n,
         "kl_k2": v["d2"] / n / 2,
         "kl_k3": v["k3"] / n,
         "ratio_mean": ratio,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -27,6 +29,10 @@ class Alone:
     def agree(self, wrong: str | None) -> str | None:
         """The message of the first process that failed; None where none did."""
         return wrong
+
+
+    def abort(self) -> None:
+        """Nobody else waits."""
 
 
 class Many:
@@ -59,6 +65,12 @@ class Many:
         message = np.frombuffer(content, np.uint8).copy() if self.rank == first else np.zeros(int(sizes[first]), np.uint8)
         self._comm.Bcast(message, first)
         return message.tobytes().decode()
+
+    def abort(self) -> None:
+        """Print what goes wrong here, and end all processes."""
+        traceback.print_exc()
+        sys.stderr.flush()
+        self._comm.Abort(1)
 
     def _send(self, content: bytes, to: int) -> None:
         self._comm.Send(np.array([len(content)], np.int64), to)

@@ -60,6 +60,9 @@ def show(found: dict[str, Any], pieces: Any, out: Console) -> None:
     _table(out, "all tokens; d = train − rollout, nats", ["", "value", "95 % by sequence"], rows)
     if "sequences" not in found:
         return
+    if found["verdict"] == "bitwise":
+        out.print(Text("\nslices and sequences are left out: no token differs (--json has them)"))
+        return
     _table(out, "sequences", ["", "value"], [[name.replace("_", " "), value] for name, value in found["sequences"].items()])
     _table(
         out, "first divergence", ["|d| above", "never", "first at (position: sequences)"],

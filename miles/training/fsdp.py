@@ -345,6 +345,7 @@ class FsdpTrainer:
             "backend": "fsdp",
             "kind": batch.manifest.kind,
             "step": batch.manifest.step,
+            "weight_checksum": batch.manifest.policy.weight_checksum,
             "node": self.ranks.node,
             "world_size": self.ranks.world_size,
             "device": self.ranks.device.type,

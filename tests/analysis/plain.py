@@ -95,8 +95,8 @@ def _value(made: Any, name: str, place: int, mu: float) -> Any:
         low = int(train["entropy"][place] * 4)
         return f"{low / 4:.2f}-{(low + 1) / 4:.2f}" if low < 31 else "7.75 or more"
     if name == "turn":
-        starts = [at for at in range(place + 1) if sample.flags[at] & 2]
-        since = place - starts[-1] if starts else 1 << 30
+        starts = np.flatnonzero(sample.flags[: place + 1] & 2)
+        since = place - starts[-1] if len(starts) else 1 << 30
         return "first of a turn" if since == 0 else "next 7 of a turn" if since < 8 else "later"
     if name == "speculative":
         return "bonus or resampled" if sample.flags[place] & 16 else "draft accepted" if sample.flags[place] & 8 else "plain"

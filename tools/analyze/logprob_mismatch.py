@@ -42,7 +42,10 @@ def main() -> int:
     options.add_argument("--renamed", action="store_true", help="the run's folder was renamed between steps")
     given = options.parse_args()
 
-    from miles.analysis.ranks import launched
+    try:
+        from miles.analysis.ranks import launched
+    except ModuleNotFoundError as error:
+        raise UserError(f"{error.name} is not installed: pip install 'miles[analyze]'") from None
 
     ranks = launched()
     try:
@@ -76,10 +79,13 @@ def report(given, ranks) -> int:
     if given.json:
         print(json.dumps(found, indent=1, allow_nan=False))
     else:
+        from miles.data.store.run_dir import RunDir
         from miles.report.records import read_run
-        from miles.report.token_text import load_token_text
+        from miles.report.token_text import TokenText, load_token_text
 
-        show(found, load_token_text(read_run(given.run_dir)).pieces, Console(highlight=False))
+        whole = RunDir(given.run_dir).run_yaml.is_file()
+        texts = load_token_text(read_run(given.run_dir)) if whole else TokenText(None)
+        show(found, texts.pieces, Console(highlight=False))
         for failure in failures:
             print(f"FAILED: {failure}")
     return FAILED if failures else OK

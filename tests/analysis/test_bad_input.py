@@ -1,0 +1,206 @@
+"""What can't be read is named: file, what is wrong, exit code 78, and no traceback."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from made_runs import Made, make_sample, make_train, random_run, write_run
+
+from miles.analysis.analyze import analyze
+from miles.analysis.ranks import Alone
+from miles.config.exits import UserError
+from miles.data.store.manifest import read_manifest, seal_manifest
+
+ROOT = Path(__file__).resolve().parents[2]
+BATCH, TRAIN = Path("batches/step_000002"), Path("train/step_000002")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    random_run(folder, seed=4, longest=50)
+    return folder
+
+
+def edit(path: Path, change: Callable[[h5py.File], None]) -> None:
+    """Change a file in place; the manifest goes on fitting its size."""
+    with h5py.File(path, "r+") as file:
+        change(file)
+    resize(path)
+
+
+def resize(path: Path) -> None:
+    """Make the manifest name the size that the file has now."""
+    if path.parent.parent.name != "batches":
+        return
+    manifest = read_manifest(path.parent)
+    shards = [entry.model_copy(update={"bytes": path.stat().st_size}) if entry.name == path.name else entry for entry in manifest.shards]
+    seal_manifest(path.parent, manifest.model_copy(update={"shards": shards}))
+
+
+def shard(run: Path) -> Path:
+    return run / BATCH / "rollout.0.h5"
+
+
+def record(run: Path) -> Path:
+    return run / TRAIN / "node_0000.h5"
+
+
+def past_the_end(path: Path) -> None:
+    def change(file: h5py.File) -> None:
+        file["sequences/offset"][-1] += np.uint64(5)
+
+    edit(path, change)
+
+
+def truncate(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    resize(path)
+
+
+def other_schema(path: Path, schema: str) -> None:
+    edit(path, lambda file: file.attrs.modify("schema", schema))
+
+
+def drop(path: Path, name: str) -> None:
+    edit(path, lambda file: file.__delitem__(name))
+
+
+def other_step(run: Path) -> None:
+    """The train record of another run with the same steps: other lengths."""
+    other = run.parent / "other"
+    random_run(other, seed=9, longest=50)
+    shutil.copy(record(other), record(run))
+
+
+def other_weights(run: Path) -> None:
+    edit(record(run), lambda file: file.attrs.modify("weight_checksum", "00000000000000ff"))
+
+
+def other_run(run: Path) -> None:
+    manifest = read_manifest(run / BATCH)
+    seal_manifest(run / BATCH, manifest.model_copy(update={"run_id": "another"}))
+
+
+def no_such_row(run: Path) -> None:
+    def change(file: h5py.File) -> None:
+        file["sequences/row"][0] = 5000
+
+    edit(record(run), change)
+
+
+def no_such_shard(run: Path) -> None:
+    def change(file: h5py.File) -> None:
+        file["sequences/shard"][0] = 7
+
+    edit(record(run), change)
+
+
+def twice(run: Path) -> None:
+    def change(file: h5py.File) -> None:
+        for name in ("shard", "row"):
+            file[f"sequences/{name}"][1] = file[f"sequences/{name}"][0]
+
+    edit(record(run), change)
+
+
+CASES = {
+    "shard is no HDF5": (lambda run: (shard(run).write_bytes(b"x" * 5000), resize(shard(run))), "rollout.0.h5: an HDF5 file expected"),
+    "record is no HDF5": (lambda run: record(run).write_bytes(b"x" * 5000), "node_0000.h5: an HDF5 file expected"),
+    "shard is cut off": (lambda run: truncate(shard(run)), "rollout.0.h5: an HDF5 file expected"),
+    "shard is cut off, manifest as it was": (lambda run: shard(run).write_bytes(shard(run).read_bytes()[:4000]), "bytes expected by manifest.json, 4000 found"),
+    "record is cut off": (lambda run: truncate(record(run)), "node_0000.h5: an HDF5 file expected"),
+    "shard lacks a dataset": (lambda run: drop(shard(run), "tokens/rollout_logprob"), "rollout.0.h5: has no dataset /tokens/rollout_logprob"),
+    "shard lacks rewards": (lambda run: drop(shard(run), "sequences/reward"), "rollout.0.h5: has no dataset /sequences/reward"),
+    "record lacks a dataset": (lambda run: drop(record(run), "tokens/train_logprob"), "node_0000.h5: has no dataset /tokens/train_logprob"),
+    "shard of a later version": (lambda run: other_schema(shard(run), "miles.rollout/2"), "rollout.0.h5: is miles.rollout/2, and this miles reads miles.rollout/1"),
+    "record of a later version": (lambda run: other_schema(record(run), "miles.train/2"), "node_0000.h5: is miles.train/2, and this miles reads miles.train/1"),
+    "record without its batch": (lambda run: shutil.rmtree(run / BATCH), "a train record without its batch"),
+    "batch without a shard": (lambda run: shard(run).unlink(), "rollout.0.h5: missing"),
+    "manifest is damaged": (lambda run: (run / BATCH / "manifest.json").write_text("{"), "manifest.json: not JSON"),
+    "offsets of a shard past the end": (lambda run: past_the_end(shard(run)), "tokens/rollout_logprob has"),
+    "offsets of a record past the end": (lambda run: past_the_end(record(run)), "/tokens/train_logprob has"),
+    "offsets descend": (lambda run: edit(record(run), lambda file: file["sequences/offset"].__setitem__(1, np.uint64(10**9))), "/sequences/offset doesn't ascend"),
+    "a record of another run": (other_step, "files of two runs are mixed"),
+    "a record of other weights": (other_weights, "its weight_checksum is 00000000000000ff"),
+    "a batch of another run": (other_run, "is of the run another, and earlier steps are of run"),
+    "a row that isn't there": (no_such_row, "names row 5000 of"),
+    "a shard that isn't there": (no_such_shard, "names shard 7"),
+    "a row twice": (twice, "stands twice"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_input_is_named(whole, tmp_path, case):
+    spoil, expected = CASES[case]
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    spoil(run)
+    with pytest.raises(UserError) as error:
+        analyze(run, Alone())
+    assert expected in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def tool(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, ROOT / "tools/analyze/logprob_mismatch.py", *map(str, arguments)], capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize("kind", ["no folder", "no run", "nothing trained", "all masked", "no common token"])
+def test_nothing_to_compare_is_never_a_pass(tmp_path, kind):
+    random = np.random.default_rng(1)
+    run = tmp_path / "run"
+    sample = make_sample(random, 1, 0, 5, 30, 1)
+    train = make_train(random, sample, 0.0)
+    if kind == "all masked":
+        sample.loss_mask[:] = 0
+    if kind == "no common token":
+        train["train_logprob"][:] = np.nan
+    if kind == "no run":
+        run.mkdir()
+    elif kind != "no folder":
+        write_run(run, [Made(1, sample, train, 0, -1, 0, 0, 1)])
+    if kind == "nothing trained":
+        shutil.rmtree(run / "train")
+    done = tool(run)
+    assert done.returncode == 78, done.stdout
+    assert done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1
+    assert {"no folder": "no such folder", "no run": "give a run directory"}.get(kind, "nothing to compare") in done.stderr
+
+
+def test_limits_decide_the_exit_code(whole):
+    assert tool(whole, "--json").returncode == 0
+    assert tool(whole, "--json", "--at-worst", "noise", "--above", "not_comparable=0").returncode == 1
+    run = tool(whole, "--core", "--below", "equal_share=2", "--above", "abs_diff=1e-9", "--above", "tokens=1e9")
+    assert run.returncode == 1
+    assert [line.split()[1] for line in run.stdout.splitlines() if line.startswith("FAILED") and "verdict" not in line] == ["abs_diff", "equal_share"]
+    unknown = tool(whole, "--above", "nonsense=1")
+    assert (unknown.returncode, len(unknown.stderr.splitlines())) == (78, 1)
+    assert tool(whole, "--above", "kl_k3").returncode == 78
+
+
+def test_a_clean_run_passes_and_the_verdict_can_be_demanded(tmp_path):
+    random = np.random.default_rng(2)
+    samples = [make_sample(random, draw, 0, 5, 400, 1) for draw in range(8)]
+    for noise, word in ((0.0, "bitwise"), (0.003, "noise")):
+        made = []
+        for sample in samples:
+            train = make_train(random, sample, 0.0)
+            off = np.random.default_rng(sample.draw).normal(0, noise, len(sample.token_id))
+            train["train_logprob"] = (sample.rollout_logprob + off).astype(np.float32)
+            made.append(Made(1, sample, train, 0, -1, 0, 0, 1))
+        run = tmp_path / word
+        write_run(run, made)
+        done = tool(run)
+        assert (done.returncode, done.stdout.split(":")[0]) == (0, word)
+        assert tool(run, "--at-worst", "bitwise").returncode == (word != "bitwise")
+
