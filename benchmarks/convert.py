@@ -1,6 +1,6 @@
-"""Conversion against cp -r of the same folder, both through fsync from a warm source, and its anonymous memory: python -m benchmarks.convert [GB]
+"""Conversion against cp -r of the same folder, both through fsync from a warm source, and its anonymous memory.
 
-The model has DeepSeek-V3's shapes with fewer layers and experts; free disk needed: three times the size.
+The models have DeepSeek-V3's shapes with one layer and fewer experts. MILES_BENCH_DIR: a folder on the disk to measure, with 26 GB free.
 """
 
 from __future__ import annotations
@@ -9,29 +9,33 @@ import json
 import os
 import shutil
 import statistics
-import struct
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.table import Row, show
+from benchmarks.table import Row
 
-PAIRS = 3
 CONFIG: dict[str, Any] = {
     "model_type": "deepseek_v3", "vocab_size": 129280, "hidden_size": 7168, "intermediate_size": 18432, "moe_intermediate_size": 2048,
     "num_attention_heads": 128, "num_key_value_heads": 128, "n_shared_experts": 1, "q_lora_rank": 1536, "kv_lora_rank": 512, "qk_nope_head_dim": 128,
     "qk_rope_head_dim": 64, "v_head_dim": 128, "first_k_dense_replace": 0, "num_hidden_layers": 1, "num_experts_per_tok": 8, "tie_word_embeddings": False,
     "hidden_act": "silu",
 }  # fmt: skip
-# Runs one conversion and prints its anonymous memory over that of the loaded libraries, at its highest, and its seconds with all files synced.
+FP8 = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
+# Of the real model's numbers 0.3 % are in the embedding and the head, which are not FP8; with all rows they would be most of so small a model.
+FEW_ROWS = {"vocab_size": 4096}
+MEMORY = 5e8
+# Runs one conversion; prints its seconds with all files synced, and its anonymous memory at its highest over that of the loaded libraries.
 CHILD = """
-import os, sys, threading, time
-from miles.convert.hf_to_torch_dist import hf_to_torch_dist
+import sys, threading, time
+from miles.convert.{name} import {name}
 from miles.convert.units import Rank
 def anonymous():
     return next(int(line.split()[1]) for line in open('/proc/self/status') if line.startswith('RssAnon')) * 1024
@@ -40,36 +44,54 @@ def watch():
     global peak
     while not stop: peak = max(peak, anonymous()); time.sleep(0.005)
 thread = threading.Thread(target=watch); thread.start()
-began = time.perf_counter(); hf_to_torch_dist(sys.argv[1], sys.argv[2], None, Rank(workers=2)); took = time.perf_counter() - began
+began = time.perf_counter(); {name}(sys.argv[1], sys.argv[2], me=Rank(workers=4)); took = time.perf_counter() - began
 stop = True; thread.join(); print(took, peak - base)
 """
 
 
-def write(folder: Path, gigabytes: float) -> int:
-    """A bf16 source of about that size in one file; returns its bytes."""
+@dataclass(frozen=True)
+class Measured:
+    """seconds of a conversion, anonymous bytes over the libraries."""
+
+    seconds: float
+    memory: int
+
+
+def write(folder: Path, gigabytes: float, more: dict[str, Any]) -> int:
+    """A source of about that size (at least 0.5 GB beside its embedding) in files of a GB or so; returns its bytes."""
+    from miles.convert.safetensors_file import DTYPES, header, size_of
     from miles.models.maps.find import known
     from miles.models.maps.pieces import pieces
 
     for experts in range(1, 257):
-        config = CONFIG | {"n_routed_experts": experts}
-        shapes = {block.name: (block.shape, piece.dtype) for piece in pieces(known(config, "config.json")) for block in piece.blocks}
-        total = sum(int(np.prod(shape)) * (4 if dtype else 2) for shape, dtype in shapes.values())
+        config = CONFIG | more | {"n_routed_experts": experts}
+        tensors = {}
+        for piece in pieces(known(config, "config.json")):
+            for block in piece.blocks:
+                codes = "quantization_config" in more and len(block.shape) == 2 and not any(word in block.name for word in ("embed", "lm_head", ".gate."))
+                tensors[block.name] = (DTYPES["F8_E4M3" if codes else "F32" if piece.dtype else "BF16"], block.shape)
+                if codes:
+                    tensors[f"{block.name}_scale_inv"] = (DTYPES["F32"], tuple(-(-size // 128) for size in block.shape))
+        total = sum(size_of(tensor) for tensor in tensors.values())
         if total >= gigabytes * 1e9:
             break
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
-    header, at = {}, 0
-    for name, (shape, dtype) in shapes.items():
-        size = int(np.prod(shape)) * (4 if dtype else 2)
-        header[name] = {"dtype": "F32" if dtype else "BF16", "shape": list(shape), "data_offsets": [at, at + size]}
-        at += size
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    noise = np.random.default_rng(0).integers(0, 0x3F00, 1 << 23, dtype=np.uint16).tobytes()  # small numbers, none of them NaN
-    with (folder / "model.safetensors").open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        while at:
-            at -= file.write(noise[: min(at, len(noise))])
+    rng = np.random.default_rng(0)
+    small = rng.integers(0, 0x3F00, 1 << 23, dtype=np.uint16).view(np.uint8)  # small numbers as bf16 and as fp32, none of them NaN
+    codes = rng.integers(0, 0x7F, 1 << 24, dtype=np.uint8)
+    files: list[dict[str, Any]] = [{}]
+    for name, tensor in tensors.items():
+        if files[-1] and sum(size_of(held) for held in files[-1].values()) + size_of(tensor) > 1.5e9:
+            files.append({})
+        files[-1][name] = tensor
+    for i, held in enumerate(files):
+        with (folder / f"model-{i:05d}.safetensors").open("wb") as file:
+            file.write(header(held))
+            for tensor in held.values():
+                noise, left = codes if tensor[0].itemsize == 1 else small, size_of(tensor)
+                while left:
+                    left -= file.write(noise[: min(left, len(noise))].data)
     return total
 
 
@@ -84,29 +106,64 @@ def copy_seconds(source: Path, target: Path) -> float:
     return time.perf_counter() - began
 
 
-def measure(gigabytes: float) -> list[Row]:
-    """Pairs of a copy and a conversion, in turns."""
+def convert(name: str, source: Path, target: Path) -> Measured:
+    """One conversion in a process of its own."""
+    found = subprocess.run([sys.executable, "-c", CHILD.format(name=name), source, target], capture_output=True, text=True)
+    if found.returncode:
+        raise RuntimeError(f"{name} failed: {found.stderr.strip()[-2000:]}")
+    seconds, memory = found.stdout.split()
+    return Measured(float(seconds), int(memory))
+
+
+def warm(folder: Path) -> None:
+    """Read all of it into the page cache, with nothing left to write."""
+    subprocess.run(["sync"], check=True)
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        subprocess.run(["cat", path], stdout=subprocess.DEVNULL, check=True)
+
+
+def compare(root: Path, gigabytes: float, more: dict[str, Any], pairs: int, label: str, goal: float, back: bool, say: Callable[[str], None]) -> tuple[list[Row], list[int]]:
+    """Copies and conversions of one source in turns; the rows, and the conversions' memory."""
+    source, checkpoint = root / "hf", root / "td"
+    total = write(source, gigabytes, more)
+    times: dict[str, list[float]] = {"cp": [], "hf_to_torch_dist": [], "torch_dist_to_hf": []}
+    memory = []
+    for i in range(pairs):
+        warm(source)
+        times["cp"].append(copy_seconds(source, root / "copy"))
+        shutil.rmtree(root / "copy")
+        there = convert("hf_to_torch_dist", source, checkpoint)
+        times["hf_to_torch_dist"].append(there.seconds)
+        memory.append(there.memory)
+        if back:
+            warm(checkpoint)
+            again = convert("torch_dist_to_hf", checkpoint, root / "back")
+            times["torch_dist_to_hf"].append(again.seconds)
+            memory.append(again.memory)
+            shutil.rmtree(root / "back")
+        shutil.rmtree(checkpoint)
+        say(f"{label}, pair {i + 1} of {pairs}: " + ", ".join(f"{name} {found[-1]:.1f} s" for name, found in times.items() if found))
+    shutil.rmtree(source)
+    copy = statistics.median(times.pop("cp"))
+    rows = []
+    for name, found in times.items():
+        if found:
+            took = statistics.median(found)
+            note = f"{total / 1e9:.1f} GB: cp -r {copy:.1f} s, conversion {took:.1f} s"
+            rows.append(Row(f"{name}, {label}: speed of cp -r", copy / took, goal, note=note, found={"seconds": found}))
+    return rows, memory
+
+
+def measure(say: Callable[[str], None], quick: bool = False) -> list[Row]:
+    """Speed of both ways in bf16, speed from FP8, memory for 4 and for 12 GB."""
     with tempfile.TemporaryDirectory(dir=os.environ.get("MILES_BENCH_DIR")) as scratch:
-        root = Path(scratch)
-        total = write(root / "hf", gigabytes)
-        subprocess.run(["cat", root / "hf" / "model.safetensors"], stdout=subprocess.DEVNULL, check=True)
-        copies, conversions, memory = [], [], []
-        for _ in range(PAIRS):
-            copies.append(copy_seconds(root / "hf", root / "copy"))
-            shutil.rmtree(root / "copy")
-            found = subprocess.run([sys.executable, "-c", CHILD, root / "hf", root / "td"], capture_output=True, text=True, check=True)
-            took, peak = found.stdout.split()
-            conversions.append(float(took))
-            memory.append(int(peak))
-            shutil.rmtree(root / "td")
-    copy, convert = statistics.median(copies), statistics.median(conversions)
-    note = f"{total / 1e9:.1f} GB: cp {copy:.1f} s, conversion {convert:.1f} s, {total / 1e9 / convert:.2f} GB/s"
-    high = max(memory)
-    return [
-        Row("hf_to_torch_dist, speed of cp -r", copy / convert, 0.8, note=note, found={"copies": copies, "conversions": conversions}),
-        Row("anonymous memory over 0.5 GB", high / 5e8, 1.0, at_least=False, note=f"{high / 1e6:.0f} MB over the loaded libraries", found={"peaks": memory}),
-    ]
-
-
-if __name__ == "__main__":
-    show(measure(float(sys.argv[1]) if len(sys.argv) > 1 else 4.0))
+        root, pairs = Path(scratch), 1 if quick else 5
+        rows, memory = compare(root, 0.6 if quick else 4.0, FEW_ROWS if quick else {}, pairs, "bf16", 0.8, True, say)
+        rows += compare(root, 0.4 if quick else 4.0, FP8 | FEW_ROWS, pairs, "FP8 to bf16", 0.5, False, say)[0]
+        peaks = {"0.6 GB" if quick else "4 GB": max(memory)}
+        if not quick:
+            write(root / "hf", 12.0, {})
+            peaks["12 GB"] = convert("hf_to_torch_dist", root / "hf", root / "td").memory
+    note = ", ".join(f"{peak / 1e6:.0f} MB for {size}" for size, peak in peaks.items())
+    rows.append(Row("conversion: anonymous memory over 0.5 GB", max(peaks.values()) / MEMORY, 1.0, at_least=False, note=note, found={"peaks": peaks}))
+    return rows

@@ -9,6 +9,7 @@ import sys
 import time
 
 from benchmarks.cli_start import measure as measure_commands
+from benchmarks.convert import measure as measure_conversion
 from benchmarks.generation import Case, measure
 from benchmarks.slurm_launch import measure as measure_launch
 from benchmarks.table import Row, show
@@ -45,6 +46,8 @@ def main() -> int:
         rows += measure_commands(say, given.quick)
     if given.only in (None, "slurm_launch"):
         rows += measure_launch(say, given.quick)
+    if given.only in (None, "convert"):
+        rows += measure_conversion(say, given.quick)
     if given.json:
         load = os.getloadavg()[0]
         print(json.dumps({"threads": THREADS, "quick": given.quick, "load_average": load, "results": [row.as_json() for row in rows]}, indent=1))

@@ -16,6 +16,11 @@ def write_durable(path: Path, content: bytes) -> None:
     publish(draft, path)
 
 
+def copy_durable(source: Path, path: Path) -> None:
+    """Copy a small file."""
+    write_durable(path, source.read_bytes())
+
+
 def publish(draft: Path, path: Path) -> None:
     """Give a synced file its name."""
     os.replace(draft, path)

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from miles.convert.hf_to_torch_dist import CHUNK_BYTES, FILE_BYTES
+from miles.convert.conversion import CHUNK_BYTES, FILE_BYTES
 from miles.models.maps.find import known_folder
 from miles.models.maps.pieces import padded_vocabulary, pieces
 

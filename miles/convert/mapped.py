@@ -1,24 +1,39 @@
-"""Files mapped into memory for reading, and tensors on them."""
+"""Files opened for reading: bytes copied into a tensor, or a tensor on the file's own pages."""
 
 from __future__ import annotations
 
 import mmap
+import os
 import warnings
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from miles.config.exits import UserError
+
 # Said once a process by torch; none of these tensors is written to.
 warnings.filterwarnings("ignore", message="The given buffer is not writable")
 
 
-def map_file(path: Path) -> mmap.mmap:
-    """The whole file."""
-    with path.open("rb") as opened:
-        return mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+class ReadFile:
+    """A file of a checkpoint. Safe to use from several threads."""
 
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = path.open("rb", buffering=0)
+        os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        self.map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
 
-def tensor_on(mapped: mmap.mmap, dtype: torch.dtype, offset: int, count: int) -> Tensor:
-    """`count` numbers from byte `offset`, without a copy; the storage holds these alone. Must not be written to."""
-    return torch.frombuffer(mapped, dtype=dtype, offset=offset, count=count)
+    def view(self, dtype: torch.dtype, offset: int, count: int) -> Tensor:
+        """`count` numbers from byte `offset`, without a copy; the storage holds these alone. Must not be written to."""
+        return torch.frombuffer(self.map, dtype=dtype, offset=offset, count=count)
+
+    def read(self, offset: int, out: Tensor) -> None:
+        """Fill a contiguous tensor with the bytes from `offset` on. One copy, half the time of one out of the map. UserError for a file that has shrunk."""
+        target = memoryview(out.view(-1).view(torch.uint8).numpy().data)
+        while target:
+            count = os.preadv(self._file.fileno(), [target], offset)
+            if not count:
+                raise UserError(f"{self.path}: ends at byte {offset}, though it was longer when the conversion began; restore it from its origin")
+            offset, target = offset + count, target[count:]

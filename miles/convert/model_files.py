@@ -11,7 +11,7 @@ from miles.convert.hf_source import HfSource
 from miles.models.hf_folder import tokenizer_files
 from miles.models.maps.find import Known
 from miles.models.maps.pieces import Piece, mtp_copies
-from miles.precision.fp8_blocks import SCALE
+from miles.precision.fp8_blocks import BLOCK, SCALE
 
 BUFFERS = ("rotary_emb.inv_freq", ".attention.masked_bias", ".attention.bias")
 
@@ -35,6 +35,18 @@ def source_mtp_layers(known: Known, names: Iterable[str]) -> int:
     return found
 
 
+def check_quantised(known: Known, source: HfSource) -> None:
+    """FP8 in blocks of 128 × 128 is dequantised on the way; UserError for anything else, which would be misread."""
+    quantised = known.config.get("quantization_config") or known.config.get("compression_config")
+    if quantised:
+        method, block = quantised.get("quant_method"), quantised.get("weight_block_size")
+        if method != "fp8" or list(block or []) != [BLOCK, BLOCK]:
+            raise UserError(
+                f"{source.folder}: quantised by {method!r} with weight_block_size {block!r}; FP8 in blocks of {BLOCK} × {BLOCK} is read directly, "
+                f"turn others into bf16 first (tools/convert/quantize.py --method bf16)"
+            )
+
+
 def examine(known: Known, source: HfSource, wanted: list[Piece], mtp_layers: int) -> Found:
     """UserError for a tensor that is missing, has another shape than config.json says, or is known to nobody."""
     shapes = {block.name: block.shape for piece in wanted for block in piece.blocks}
@@ -45,6 +57,8 @@ def examine(known: Known, source: HfSource, wanted: list[Piece], mtp_layers: int
             raise UserError(
                 f"{source.folder}: {name} has the shape {list(source.shape(name))}, config.json says {list(shape)}; restore the folder from its origin"
             )
+        if source.quantised(name):
+            source.scales(name)
     found = Found(mtp_layers=source_mtp_layers(known, source.stored))
     copies = mtp_copies(known, found.mtp_layers)
     after = tuple(f"{known.prefix}model.layers.{known.config.layers + i}." for i in range(found.mtp_layers))

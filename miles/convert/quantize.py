@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,18 +13,20 @@ import torch
 from torch import Tensor
 
 from miles.config.exits import UserError
-from miles.convert.durable import write_durable
-from miles.convert.hf_source import INDEX, NAMES, HfSource
-from miles.convert.hf_to_torch_dist import Report
+from miles.convert.conversion import strip_rows
+from miles.convert.durable import copy_durable, write_durable
+from miles.convert.hf_source import HfSource
 from miles.convert.model_files import config_files
+from miles.convert.output import Output
 from miles.convert.progress import Progress
+from miles.convert.report import Report
+from miles.convert.safetensors_file import INDEX, Wanted, header, index, size_of, widest_first
 from miles.convert.units import Rank, Units
 from miles.models.maps.find import read_json
 from miles.precision import fp8_blocks, int4_groups
 
 METHODS = ("fp8", "int4", "bf16")
 KEPT = ("embed_tokens", "lm_head", "norm", ".gate.", "router", "eh_proj", "indexer.weights_proj", "shared_expert_gate")
-PACKED = ("weight_packed", "weight_scale", "weight_shape")
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Target:
 def quantize(source: str | Path, output: str | Path, target: Target, me: Rank | None = None, quiet: bool = True) -> Report:
     """Write a folder with the linear layers' weights in the target's form; embeddings, heads, norms and routers stay as they are.
 
-    One file for each of the source's, a matrix at a time in memory. UserError, one line, for what can't be.
+    One file for each of the source's, a strip of a matrix at a time in memory. UserError, one line, for what can't be.
     """
     me, hf = me or Rank(), HfSource(source)
     config = read_json(Path(source) / "config.json")
@@ -51,6 +51,8 @@ def quantize(source: str | Path, output: str | Path, target: Target, me: Rank | 
     if quantised != (target.method == "bf16"):
         mend = "choose --method fp8 or int4" if target.method == "bf16" else "convert it to bf16 first"
         raise UserError(f"{Path(source) / 'config.json'}: the model is {'already' if quantised else 'not'} quantised; {mend}")
+    if quantised:
+        _check_readable(config, Path(source) / "config.json")
     work = _Work(Path(source), hf, target, config)
     units = Units(Path(output), work.fingerprint, work.names, work.write, lambda records: work.finish(Path(output), records))
     progress = Progress(hf.bytes, quiet or me.rank != 0)
@@ -64,46 +66,40 @@ class _Work:
 
     def __init__(self, source: Path, hf: HfSource, target: Target, config: dict[str, Any]) -> None:
         self.source, self.hf, self.target, self.config = source, hf, target, config
-        files = sorted({stored.file.name for stored in hf.stored.values()})
-        self.names = files
-        self.members = [[name for name, stored in hf.stored.items() if stored.file.name == file] for file in files]
+        self.names = sorted({stored.file.name for stored in hf.stored.values()})
+        self.made = {name: self._plan(name) for name in hf.stored}
+        self.members = [[name for name in widest_first(self._first()) if hf.stored[name].file.name == file] for file in self.names]
 
     @property
     def fingerprint(self) -> str:
         seen = [[name, (self.source / name).stat().st_size, (self.source / name).stat().st_mtime_ns] for name in self.names]
         return hashlib.sha256(json.dumps([seen, self.config, vars(self.target)], sort_keys=True).encode()).hexdigest()
 
-    def write(self, i: int, file: Any) -> dict[str, Any]:
-        """Two passes: sizes for the header, then values."""
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        at = 0
+    def write(self, i: int, file: Output) -> dict[str, Any]:
+        """The header, from shapes alone, then strips of values."""
+        made = {given: tensor for name in self.members[i] for given, tensor in self.made[name].items()}
+        file.write(header(made))
         for name in self.members[i]:
-            for given, dtype, shape in self._plan(name):
-                count = dtype.itemsize * int(torch.Size(shape).numel())
-                header[given] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [at, at + count]}
-                at += count
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        file.write(struct.pack("<Q", len(text)) + text)
-        for name in self.members[i]:
-            for tensor in self._values(name):
-                if tensor.numel():
-                    file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
-        return {"tensors": [name for name in header if name != "__metadata__"], "size": at}
+            if self.target.method == "bf16":
+                self._write_back(name, file)
+            elif self._quantises(name):
+                self._write_codes(name, file)
+            else:
+                self._write_same(name, file)
+        return {"tensors": list(made), "size": sum(size_of(tensor) for tensor in made.values())}
 
     def finish(self, output: Path, records: list[dict[str, Any]]) -> None:
         """Config, tokenizer, and the index last."""
         for file in config_files(self.source):
             if file.name != "config.json":
-                shutil.copyfile(file, output / file.name)
+                copy_durable(file, output / file.name)
         config = {key: value for key, value in self.config.items() if key not in ("quantization_config", "compression_config")}
         if self.target.method != "bf16":
             config["quantization_config"] = self._described()
         write_durable(output / "config.json", json.dumps(config, indent=2).encode() + b"\n")
         if len(self.names) > 1:
             where = {name: record["file"] for record in records for name in record["tensors"]}
-            index = {"metadata": {"total_size": sum(record["size"] for record in records)}, "weight_map": dict(sorted(where.items()))}
-            write_durable(output / INDEX, json.dumps(index, indent=2).encode() + b"\n")
+            write_durable(output / INDEX, index(where, sum(record["size"] for record in records)))
 
     def _described(self) -> dict[str, Any]:
         if self.target.method == "fp8":
@@ -124,53 +120,89 @@ class _Work:
         fits = self.target.method != "int4" or shape[-1] % self.target.group == 0
         return len(shape) == 2 and fits and not any(word in name for word in KEPT)
 
-    def _plan(self, name: str) -> Iterator[tuple[str, torch.dtype, tuple[int, ...]]]:
+    def _first(self) -> dict[str, Wanted]:
+        """The source's tensors, each with the first of those that it becomes; those that belong to another are left out."""
+        return {name: next(iter(made.values())) for name, made in self.made.items() if made}
+
+    def _plan(self, name: str) -> dict[str, Wanted]:
+        """What a tensor of the source becomes."""
         shape, dtype = self.hf.shape(name), self.hf.stored[name].dtype
-        base = name.removesuffix("weight_packed")
-        if self.target.method == "bf16":
-            if name.endswith("weight_packed"):
-                yield f"{base}weight", torch.bfloat16, (shape[0], shape[1] * int4_groups.PER_WORD)
-            elif not self._is_scale(name):
-                yield name, self.hf.dtype(name), shape
-        elif not self._quantises(name):
-            yield name, dtype, shape
-        elif self.target.method == "fp8":
-            yield name, torch.float8_e4m3fn, shape
-            yield f"{name}{fp8_blocks.SCALE}", torch.float32, (-(-shape[0] // fp8_blocks.BLOCK), -(-shape[1] // fp8_blocks.BLOCK))
-        else:
-            yield f"{name}_packed", torch.int32, (shape[0], shape[1] // int4_groups.PER_WORD)
-            yield f"{name}_scale", dtype, (shape[0], shape[1] // self.target.group)
-            yield f"{name}_shape", torch.int64, (2,)
-
-    def _values(self, name: str) -> Iterator[Tensor]:
-        shape = self.hf.shape(name)
-        if self.target.method == "bf16":
-            if name.endswith("weight_packed"):
-                scale = f"{name.removesuffix('packed')}scale"
-                yield int4_groups.dequantize(self._whole(name), self._whole(scale))
-            elif not self._is_scale(name):
-                yield from self._strips(name)
-        elif not self._quantises(name):
-            yield from self._strips(name)
-        elif self.target.method == "fp8":
-            yield from fp8_blocks.quantize(self._whole(name), self.target.power_of_two)
-        else:
-            yield from int4_groups.quantize(self._whole(name), self.target.group)
-            yield torch.tensor(shape)
-
-    def _whole(self, name: str) -> Tensor:
-        if name not in self.hf:
-            raise UserError(f"{self.source}: {name} is missing; restore the folder from its origin")
-        shape = self.hf.shape(name)
-        return self.hf.rows(name, 0, shape[0]) if shape else self.hf.rows(name, 0, 1)
-
-    def _strips(self, name: str) -> Iterator[Tensor]:
-        shape = self.hf.shape(name)
         if not shape:
             raise UserError(f"{self.source}: {name} is a single number, which no model of a known family has; remove it")
-        step = 4096
-        for first in range(0, shape[0], step):
-            yield self.hf.values(name, first, min(shape[0], first + step))
+        if self.target.method == "bf16":
+            if name.endswith("weight_packed"):
+                return {name.removesuffix("_packed"): (torch.bfloat16, self._unpacked(name))}
+            return {} if self._is_scale(name) else {name: (self.hf.dtype(name), shape)}
+        if not self._quantises(name):
+            return {name: (dtype, shape)}
+        if self.target.method == "fp8":
+            return {name: (torch.float8_e4m3fn, shape), f"{name}{fp8_blocks.SCALE}": (torch.float32, fp8_blocks.scales_shape(shape))}
+        packed, groups = (shape[0], shape[1] // int4_groups.PER_WORD), (shape[0], shape[1] // self.target.group)
+        return {f"{name}_shape": (torch.int64, (2,)), f"{name}_packed": (torch.int32, packed), f"{name}_scale": (dtype, groups)}
+
+    def _unpacked(self, name: str) -> tuple[int, int]:
+        """The shape of the matrix whose codes these are. UserError where its other tensors do not fit."""
+        rows, words = self.hf.shape(name)
+        shape, base = (rows, words * int4_groups.PER_WORD), name.removesuffix("packed")
+        for other in (f"{base}scale", f"{base}shape"):
+            if other not in self.hf:
+                raise UserError(f"{self.source}: {other} is missing; restore the folder from its origin")
+        told, scales = self.hf.rows(f"{base}shape", 0, 2).tolist(), self.hf.shape(f"{base}scale")
+        if told != list(shape) or scales[0] != rows or not scales[1] or shape[1] % scales[1]:
+            raise UserError(f"{self.source}: {name} holds {list(shape)} numbers, {base}shape says {told} and {base}scale has {list(scales)}; restore the folder from its origin")
+        return shape
+
+    def _write_same(self, name: str, file: Output) -> None:
+        ((dtype, shape),) = self.made[name].values()
+        for first, last in _strips(shape[0], strip_rows(dtype, shape)):
+            self.hf.read(name, first, last, file.space(dtype, last - first, *shape[1:]))
+
+    def _write_codes(self, name: str, file: Output) -> None:
+        shape, scales = self.hf.shape(name), []
+        if self.target.method == "int4":
+            file.write(_bytes(torch.tensor(shape)))
+        for first, last in _strips(shape[0], max(fp8_blocks.BLOCK, strip_rows(torch.float32, shape))):
+            rows = self.hf.rows(name, first, last)
+            fp8 = self.target.method == "fp8"
+            codes, scale = fp8_blocks.quantize(rows, self.target.power_of_two) if fp8 else int4_groups.quantize(rows, self.target.group)
+            file.write(_bytes(codes))
+            scales.append(scale)
+        file.write(_bytes(torch.cat(scales)))
+
+    def _write_back(self, name: str, file: Output) -> None:
+        if not name.endswith("weight_packed"):
+            self._write_same(name, file)
+            return
+        ((dtype, shape),) = self.made[name].values()
+        scales = f"{name.removesuffix('packed')}scale"
+        for first, last in _strips(shape[0], strip_rows(torch.float32, shape)):
+            values = int4_groups.dequantize(self.hf.rows(name, first, last), self.hf.rows(scales, first, last))
+            file.space(dtype, last - first, shape[1]).copy_(values)
 
     def _is_scale(self, name: str) -> bool:
         return name.endswith(fp8_blocks.SCALE) or name.endswith(("weight_scale", "weight_shape"))
+
+
+def _strips(rows: int, step: int) -> Iterator[tuple[int, int]]:
+    return ((first, min(rows, first + step)) for first in range(0, rows, step))
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
+
+
+def _check_readable(config: dict[str, Any], where: Path) -> None:
+    """UserError for a quantisation that would be misread."""
+    told = config.get("quantization_config") or config.get("compression_config")
+    if not isinstance(told, dict):
+        raise UserError(f"{where}: quantization_config is {told!r}, an object is needed; restore it from the checkpoint's origin")
+    if told.get("quant_method") == "fp8" and list(told.get("weight_block_size") or []) == [fp8_blocks.BLOCK] * 2:
+        return
+    groups = told.get("config_groups")
+    weights = [group.get("weights") or {} for group in groups.values()] if isinstance(groups, dict) else [{}]
+    wanted = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group"}
+    if told.get("format") != "pack-quantized" or any({key: found.get(key) for key in wanted} != wanted or found.get("actorder") for found in weights):
+        raise UserError(
+            f"{where}: quantised by {told.get('quant_method')!r} in a way that is not read; FP8 in blocks of {fp8_blocks.BLOCK} × {fp8_blocks.BLOCK} "
+            f"and symmetric INT4 groups of compressed-tensors are"
+        )

@@ -1,17 +1,13 @@
-"""A torch_dist checkpoint, mapped into memory and read without unpickling anything but its restricted metadata.
+"""A torch_dist checkpoint: windows of any tensor, without unpickling anything but its restricted metadata.
 
-Each tensor chunk is a torch.save archive inside a .distcp file. Its bytes lie uncompressed, so a window is copied straight out of the map
-whatever the chunk's size; the archive's description of the tensor is read by an unpickler that knows plain tensors only.
+Each tensor chunk is a torch.save archive inside a .distcp file. Its bytes lie uncompressed, so a window is read straight out of the file,
+whatever the chunk's size.
 """
 
 from __future__ import annotations
 
 import functools
-import io
-import mmap
-import pickle
-import struct
-import zipfile
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,15 +17,11 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, TensorStorageMetadata
 
 from miles.config.exits import UserError
-from miles.convert.mapped import map_file, tensor_on
+from miles.convert.archive import Described, NoArchive, describe
+from miles.convert.mapped import ReadFile
 from miles.models.dcp_metadata import METADATA, unpickle_metadata
 
 TRACKER = "latest_checkpointed_iteration.txt"
-_STORAGES = {
-    "FloatStorage": torch.float32, "DoubleStorage": torch.float64, "HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16,
-    "LongStorage": torch.int64, "IntStorage": torch.int32, "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool,
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -71,7 +63,9 @@ class TorchDistSource:
         self.dtypes: dict[str, torch.dtype] = {}
         self.objects: list[str] = []
         self._parts: dict[str, dict[tuple[int, ...], list[Chunk]]] = {}
-        self._maps: dict[str, mmap.mmap] = {}
+        self._files: dict[str, ReadFile] = {}
+        self._opening = threading.Lock()
+        self._described = functools.lru_cache(maxsize=1024)(self._describe)
         places = {(index.fqn, tuple(index.offset or ())): info for index, info in (metadata.storage_data or {}).items()}
         for key, entry in metadata.state_dict_metadata.items():
             if isinstance(entry, BytesStorageMetadata):
@@ -131,90 +125,47 @@ class TorchDistSource:
             last = tuple(min(a + n, b + m) for a, n, b, m in zip(start, size, chunk.offsets, chunk.sizes, strict=True))
             if any(a >= b for a, b in zip(first, last, strict=True)):
                 continue
-            source = self._view(chunk, self.dtypes[key])[tuple(slice(a - o, b - o) for a, b, o in zip(first, last, chunk.offsets, strict=True))]
+            file, dtype = self._open(chunk.file), self.dtypes[key]
+            window = tuple(slice(a - o, b - o) for a, b, o in zip(first, last, chunk.offsets, strict=True))
             target = out[tuple(slice(a - o, b - o) for a, b, o in zip(first[leading:], last[leading:], start[leading:], strict=True))]
-            target.copy_(source.reshape(target.shape))
+            _copy(file, self._described(chunk, dtype), window, target, dtype)
             covered += target.numel()
         if covered != out.numel():
             raise UserError(f"{self.folder}: {key} is not whole ({covered} of {out.numel()} numbers at {list(start)}); restore the checkpoint from its origin")
 
-    def _view(self, chunk: Chunk, dtype: torch.dtype) -> Tensor:
-        return _describe(self._map(chunk.file), chunk, dtype, str(self.folder / chunk.file))
+    def _open(self, name: str) -> ReadFile:
+        with self._opening:
+            if name not in self._files:
+                self._files[name] = ReadFile(self.folder / name)
+            return self._files[name]
 
-    def _map(self, name: str) -> mmap.mmap:
-        if name not in self._maps:
-            self._maps[name] = map_file(self.folder / name)
-        return self._maps[name]
-
-
-@functools.lru_cache(maxsize=1024)
-def _describe(mapped: mmap.mmap, chunk: Chunk, dtype: torch.dtype, where: str) -> Tensor:
-    """The chunk's tensor, on the map's own bytes."""
-    refused = UserError(f"{where}: what lies at byte {chunk.offset} is no tensor as torch saves it; restore it from its origin")
-    try:
-        archive = zipfile.ZipFile(_Slice(mapped, chunk.offset, chunk.length))
-        entries = {info.filename.partition("/")[2]: info for info in archive.infolist()}
-        described = _content(mapped, chunk, entries["data.pkl"])
-        storage, offset, size, stride = _TensorUnpickler(io.BytesIO(mapped[described[0] : described[0] + described[1]])).load()
-        at, length = _content(mapped, chunk, entries[f"data/{storage[1]}"])
-    except (KeyError, ValueError, TypeError, IndexError, struct.error, pickle.UnpicklingError, zipfile.BadZipFile, EOFError):
-        raise refused from None
-    reach = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True)) + 1 if all(size) else 0
-    if tuple(size) != chunk.sizes or storage[0] != dtype or offset < 0 or min(stride, default=0) < 0 or reach * dtype.itemsize > length:
-        raise refused
-    if not reach:
-        return torch.empty(size, dtype=dtype)
-    flat = tensor_on(mapped, dtype, at, length // dtype.itemsize)
-    return flat.as_strided(size, stride, offset)
-
-
-def _content(mapped: mmap.mmap, chunk: Chunk, info: zipfile.ZipInfo) -> tuple[int, int]:
-    """(first byte in the file, bytes) of an uncompressed member."""
-    header = chunk.offset + info.header_offset
-    signature, name, extra = struct.unpack("<4s22x2H", mapped[header : header + 30])
-    begin = header + 30 + name + extra
-    if signature != b"PK\x03\x04" or info.compress_type != zipfile.ZIP_STORED or begin + info.file_size > chunk.offset + chunk.length:
-        raise zipfile.BadZipFile
-    return begin, info.file_size
-
-
-class _Slice(io.RawIOBase):
-    """A part of a map as a file."""
-
-    def __init__(self, mapped: mmap.mmap, offset: int, length: int) -> None:
-        self.mapped, self.offset, self.length, self.at = mapped, offset, length, 0
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, to: int, whence: int = 0) -> int:
-        self.at = max(0, to + (0, self.at, self.length)[whence])
-        return self.at
-
-    def tell(self) -> int:
-        return self.at
-
-    def read(self, count: int = -1) -> bytes:
-        end = self.length if count is None or count < 0 else min(self.length, self.at + count)
-        found = self.mapped[self.offset + self.at : self.offset + end] if end > self.at else b""
-        self.at += len(found)
+    def _describe(self, chunk: Chunk, dtype: torch.dtype) -> Described:
+        file = self._open(chunk.file)
+        try:
+            found = describe(file.map, chunk.offset, chunk.length, dtype)
+        except NoArchive:
+            raise UserError(f"{file.path}: what lies at byte {chunk.offset} is no tensor as torch saves it; restore it from its origin") from None
+        if found.size != chunk.sizes:
+            raise UserError(f"{file.path}: the tensor at byte {chunk.offset} has the shape {list(found.size)}, not {list(chunk.sizes)}; restore it from its origin")
         return found
 
 
-class _TensorUnpickler(pickle.Unpickler):
-    """Of one plain tensor's description: gives (dtype, storage name), offset, size, stride and touches nothing else."""
+def _copy(file: ReadFile, found: Described, window: tuple[slice, ...], target: Tensor, dtype: torch.dtype) -> None:
+    """Fill `target` with a window of a stored tensor."""
+    first = sum(part.start * stride for part, stride in zip(window, found.stride, strict=True))
+    size = tuple(part.stop - part.start for part in window)
+    at = found.at + first * dtype.itemsize
+    if target.dtype == dtype and target.is_contiguous() and _contiguous(size, found.stride):
+        file.read(at, target)
+    else:
+        reach = sum((n - 1) * s for n, s in zip(size, found.stride, strict=True)) + 1
+        target.copy_(file.view(dtype, at, reach).as_strided(size, found.stride).reshape(target.shape))
 
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return lambda storage, offset, size, stride, *rest: (storage, offset, tuple(size), tuple(stride))
-        if (module, name) == ("collections", "OrderedDict"):
-            return dict
-        if module == "torch" and name in _STORAGES:
-            return _STORAGES[name]
-        raise pickle.UnpicklingError(f"{module}.{name} has no place in a tensor's description")
 
-    def persistent_load(self, found: Any) -> Any:
-        kind, dtype, name, _device, _count = found
-        if kind != "storage" or not isinstance(dtype, torch.dtype):
-            raise pickle.UnpicklingError("no storage")
-        return dtype, str(name)
+def _contiguous(size: tuple[int, ...], stride: tuple[int, ...]) -> bool:
+    wanted = 1
+    for n, step in zip(reversed(size), reversed(stride), strict=True):
+        if n > 1 and step != wanted:
+            return False
+        wanted *= n
+    return True

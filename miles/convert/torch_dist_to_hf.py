@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-import struct
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from miles.config.exits import UserError
-from miles.convert.durable import write_durable
-from miles.convert.hf_source import DTYPES, INDEX, NAMES
-from miles.convert.hf_to_torch_dist import CHUNK_BYTES, SOURCE, Report
+from miles.convert.conversion import SOURCE, strip_rows
+from miles.convert.durable import copy_durable, write_durable
 from miles.convert.model_files import config_files
+from miles.convert.output import Output
 from miles.convert.progress import Progress
+from miles.convert.report import Report
+from miles.convert.safetensors_file import DTYPES, INDEX, header, index, size_of, widest_first
 from miles.convert.torch_dist_source import TorchDistSource
 from miles.convert.units import Rank, Units
 from miles.models.hf_folder import SHARD_BYTES
@@ -24,6 +24,7 @@ from miles.models.maps.entry import Block
 from miles.models.maps.find import Known, known_folder, read_json
 from miles.models.maps.pieces import EMBEDDING, OUTPUT, Piece, mtp_copies, pieces
 
+FILES, SMALLEST_SHARD = 16, 1 << 30  # of a small model so many files, that all workers have something to do
 Place = tuple[str, tuple[int, ...]]  # tensor of the checkpoint, index on its leading axes
 
 
@@ -65,30 +66,23 @@ class Export:
         self.copies = {name: of for name, of in (copies or {}).items() if of in self.sources}
         for name, of in self.copies.items():
             self.tensors[name] = self.tensors[of]
+        self.bytes = sum(size_of(tensor) for tensor in self.tensors.values())
         self.files = self._files()
         count = len(self.files)
         self.names = ["model.safetensors"] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
-        self.bytes = sum(self._bytes(name) for name in self.tensors)
 
     @property
     def fingerprint(self) -> str:
         """Of all that decides the files' content."""
         stat = (self.dist.folder / ".metadata").stat()
-        told = [self.known.config.fields, str(self.dist.folder), stat.st_size, stat.st_mtime_ns, self.origin, SHARD_BYTES]
+        told = [self.known.config.fields, str(self.dist.folder), stat.st_size, stat.st_mtime_ns, self.origin, self.names]
         return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
 
-    def write(self, i: int, file: Any) -> dict[str, Any]:
-        """One safetensors file, in chunks of at most 32 MB."""
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        at = 0
-        for name in self.files[i]:
-            dtype, shape = self.tensors[name]
-            header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [at, at + self._bytes(name)]}
-            at += self._bytes(name)
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        file.write(struct.pack("<Q", len(text)) + text)
-        for name in self.files[i]:
+    def write(self, i: int, file: Output) -> dict[str, Any]:
+        """One safetensors file, in strips."""
+        members = {name: self.tensors[name] for name in self.files[i]}
+        file.write(header({name: members[name] for name in widest_first(members)}))
+        for name in widest_first(members):
             self._write_tensor(name, file)
         return {}
 
@@ -96,14 +90,12 @@ class Export:
         """Config, tokenizer, and the index last."""
         for file in config_files(self.folder):
             if file.name != "config.json":
-                shutil.copyfile(file, out / file.name)
+                copy_durable(file, out / file.name)
         fields = read_json(self.folder / "config.json")
         fields.pop("quantization_config", None)  # what is written is not quantised
         write_durable(out / "config.json", json.dumps(fields, indent=2).encode() + b"\n")
         if len(self.names) > 1:
-            where = {name: self.names[i] for i, names in enumerate(self.files) for name in names}
-            index = {"metadata": {"total_size": self.bytes}, "weight_map": dict(sorted(where.items()))}
-            write_durable(out / INDEX, json.dumps(index, indent=2).encode() + b"\n")
+            write_durable(out / INDEX, index({name: self.names[i] for i, names in enumerate(self.files) for name in names}, self.bytes))
 
     def _place(self, piece: Piece) -> Place:
         """Where the checkpoint has a piece, stacked or layer by layer."""
@@ -120,51 +112,51 @@ class Export:
         told = self.origin.get("dtypes", {}).get(name)
         return DTYPES[told] if told in DTYPES else self.dist.dtypes[key]
 
-    def _bytes(self, name: str) -> int:
-        dtype, shape = self.tensors[name]
-        return dtype.itemsize * int(torch.Size(shape).numel())
-
     def _files(self) -> list[list[str]]:
         files: list[list[str]] = [[]]
-        size = 0
-        for name in self.tensors:
-            if files[-1] and size + self._bytes(name) > SHARD_BYTES:
+        most, size = min(SHARD_BYTES, max(SMALLEST_SHARD, self.bytes // FILES)), 0
+        for name, tensor in self.tensors.items():
+            if files[-1] and size + size_of(tensor) > most:
                 files.append([])
                 size = 0
             files[-1].append(name)
-            size += self._bytes(name)
+            size += size_of(tensor)
         return files
 
-    def _write_tensor(self, name: str, file: Any) -> None:
+    def _write_tensor(self, name: str, file: Output) -> None:
         dtype, shape = self.tensors[name]
-        inner = shape[1:] if self._turned(name) else shape  # a matrix for each expert, or the tensor itself
-        step = max(1, CHUNK_BYTES // max(1, dtype.itemsize * int(torch.Size(inner[1:]).numel())))
-        for expert in range(shape[0]) if self._turned(name) else (None,):
+        turned = self._turned(name)
+        inner = shape[1:] if turned else shape  # a matrix for each expert, or the tensor itself
+        step = strip_rows(dtype, inner)
+        for expert in range(shape[0]) if turned else (None,):
             for first in range(0, inner[0], step):
-                part = self._part(name, expert, first, min(inner[0], first + step))
-                file.write(part.view(-1).view(torch.uint8).numpy().data)
+                last = min(inner[0], first + step)
+                self._part(name, expert, first, last, file.space(dtype, last - first, *inner[1:]))
 
     def rows(self, name: str, first: int, last: int) -> torch.Tensor:
         """Rows of a Hugging Face tensor, put together from the checkpoint."""
-        if not self._turned(name):
-            return self._part(name, None, first, last)
-        return torch.stack([self._part(name, expert, 0, self.tensors[name][1][1]) for expert in range(first, last)])
+        dtype, shape = self.tensors[name]
+        out = torch.empty((last - first, *shape[1:]), dtype=dtype)
+        if self._turned(name):
+            for expert in range(first, last):
+                self._part(name, expert, 0, shape[1], out[expert - first])
+        else:
+            self._part(name, None, first, last, out)
+        return out
 
     def _turned(self, name: str) -> bool:
         return self.sources[self.copies.get(name, name)][0][1].transposed
 
-    def _part(self, name: str, expert: int | None, first: int, last: int) -> torch.Tensor:
-        dtype, shape = self.tensors[name]
+    def _part(self, name: str, expert: int | None, first: int, last: int, out: torch.Tensor) -> None:
         sources = self.sources[self.copies.get(name, name)]
         if expert is None:
-            out = torch.empty((last - first, *shape[1:]), dtype=dtype)
             self._fill(out, first, last, sources)
-            return out
+            return
         _, block, (key, lead) = sources[expert]
         assert block.expert == expert, "pieces come in the experts' order"
         turned = torch.empty((block.rows, last - first), dtype=self.dist.dtypes[key])
         self.dist.copy(key, (*lead, block.at, first), turned)
-        return turned.T.to(dtype).contiguous()
+        out.copy_(turned.T)
 
     def _fill(self, out: torch.Tensor, first: int, last: int, sources: list[tuple[Piece, Block, Place]]) -> None:
         for _, block, (key, lead) in sources:

@@ -6,10 +6,9 @@ import io
 import json
 import pickle
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
-from torch import Tensor
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
@@ -20,7 +19,9 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from miles.convert.archive import ALIGN, frame
 from miles.convert.durable import write_durable
+from miles.convert.output import Output
 from miles.convert.torch_dist_source import TRACKER
 from miles.models.dcp_metadata import METADATA
 
@@ -28,14 +29,16 @@ COMMON = "common_state/shard_0_1"
 COMMON_STATE = {"checkpoint_version": 3.0, "iteration": 0}
 
 
-def write_tensor(file: BinaryIO, tensor: Tensor) -> tuple[int, int]:
-    """Append a tensor, whose storage holds nothing else, as an archive of its own; (first byte, bytes)."""
+def begin_tensor(file: Output, dtype: torch.dtype, size: tuple[int, ...]) -> tuple[int, bytes]:
+    """What comes before a tensor's bytes, so that the caller appends them and then the tail; (the archive's first byte, tail)."""
+    head, tail = frame(dtype, size)
+    file.align(ALIGN)
     begin = file.tell()
-    torch.save(tensor, file)
-    return begin, file.tell() - begin
+    file.write(head)
+    return begin, tail
 
 
-def write_object(file: BinaryIO, item: Any) -> tuple[int, int]:
+def write_object(file: Output, item: Any) -> tuple[int, int]:
     """Append an object as megatron-core wants it: a list of one. (first byte, bytes)."""
     buffer = io.BytesIO()
     torch.save([item], buffer)

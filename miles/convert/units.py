@@ -9,20 +9,24 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import mmap
 import os
+import queue
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
+import torch
 import xxhash
 
 from miles.config.exits import TryAgain, UserError
 from miles.convert.durable import publish, write_durable
+from miles.convert.output import Output, new_buffer
 from miles.convert.progress import Progress
 
 RECORDS, DONE, PLAN = ".convert", "conversion.json", "plan.json"
@@ -46,31 +50,6 @@ def here(workers: int) -> Rank:
     return Rank(0, 1, workers)
 
 
-class Hashed:
-    """A file that hashes what is appended to it, and counts."""
-
-    def __init__(self, file: BinaryIO, progress: Progress) -> None:
-        self._file, self._hash, self._at, self._progress = file, xxhash.xxh3_128(), 0, progress
-
-    def write(self, data: Any) -> int:
-        with memoryview(data) as view:
-            self._hash.update(view)
-            length = view.nbytes
-        self._file.write(data)
-        self._at += length
-        self._progress.add(length)
-        return length
-
-    def tell(self) -> int:
-        return self._at
-
-    def flush(self) -> None:
-        self._file.flush()
-
-    def digest(self) -> str:
-        return self._hash.hexdigest()
-
-
 @dataclass(frozen=True)
 class Units:
     """folder: where the files go. plan: fingerprint of all that decides their content. names: the files. write(i, file) writes file i and
@@ -79,7 +58,7 @@ class Units:
     folder: Path
     plan: str
     names: list[str]
-    write: Callable[[int, Any], dict[str, Any]]
+    write: Callable[[int, Output], dict[str, Any]]
     finish: Callable[[list[dict[str, Any]]], None]
 
     @property
@@ -95,15 +74,8 @@ class Units:
             mine = list(range(me.rank, len(self.names), me.world))
             kept = [i for i in mine if self._kept(i, progress)]
             todo = [i for i in mine if i not in set(kept)]
-            stop = threading.Event()
-            with ThreadPoolExecutor(max(1, me.workers)) as pool:
-                jobs = [pool.submit(self._write, i, progress, stop) for i in todo]
-                done, _ = wait(jobs, return_when=FIRST_EXCEPTION)
-                if any(job.exception() for job in done):
-                    stop.set()
-                    pool.shutdown(wait=True, cancel_futures=True)
-                for job in done:
-                    job.result()
+            with _one_thread_each():
+                self._write_all(todo, max(1, me.workers), progress)
             if me.rank == 0:
                 found = self._all_records()
                 self.finish(found)
@@ -153,22 +125,37 @@ class Units:
         progress.skip(found["bytes"])
         return True
 
-    def _write(self, i: int, progress: Progress, stop: threading.Event) -> None:
-        if stop.is_set():
-            return
-        path = self.folder / self.names[i]
+    def _write_all(self, todo: list[int], workers: int, progress: Progress) -> None:
+        stop, spare = threading.Event(), queue.SimpleQueue[mmap.mmap]()
+        for _ in range(min(workers, len(todo))):
+            spare.put(new_buffer())
+
+        def write(i: int) -> None:
+            if not stop.is_set():
+                buffer = spare.get()
+                self._write(i, buffer, progress)
+                spare.put(buffer)
+
+        with ThreadPoolExecutor(workers) as pool:
+            jobs = [pool.submit(write, i) for i in todo]
+            done, _ = wait(jobs, return_when=FIRST_EXCEPTION)
+            if any(job.exception() for job in done):
+                stop.set()
+                pool.shutdown(wait=True, cancel_futures=True)
+            for job in done:
+                job.result()
+
+    def _write(self, i: int, buffer: mmap.mmap, progress: Progress) -> None:
         draft = self.records / f"{self.names[i]}.part"
         try:
-            with draft.open("wb", buffering=0) as raw:
-                file = Hashed(raw, progress)
+            with contextlib.closing(Output(draft, buffer, progress)) as file:
                 about = self.write(i, file)
-                os.fsync(raw.fileno())
+                file.finish()
         except BaseException:
             draft.unlink(missing_ok=True)
-            stop.set()
             raise
-        publish(draft, path)
-        write_durable(self._record(i), json.dumps({"file": path.name, "bytes": file.tell(), "xxh3": file.digest(), **about}).encode())
+        publish(draft, self.folder / self.names[i])
+        write_durable(self._record(i), json.dumps({"file": self.names[i], "bytes": file.tell(), "xxh3": file.digest(), **about}).encode())
 
     def _all_records(self) -> list[dict[str, Any]]:
         seen, since = -1, time.monotonic()
@@ -190,10 +177,21 @@ class Units:
         shutil.rmtree(self.records)
 
 
+@contextlib.contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """Files are the parallel pieces: torch's own threads for every worker would only wait for one another."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def checksum(file: Path) -> str:
     """xxh3_128 of a file."""
-    whole = xxhash.xxh3_128()
-    with file.open("rb") as opened:
-        while block := opened.read(1 << 22):
-            whole.update(block)
+    whole, block = xxhash.xxh3_128(), memoryview(bytearray(1 << 22))
+    with file.open("rb", buffering=0) as opened:
+        while count := opened.readinto(block):
+            whole.update(block[:count])
     return whole.hexdigest()

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from miles.config.exits import UserError
+from miles.convert.conversion import CHUNK_BYTES
 from miles.convert.hf_source import HfSource
-from miles.convert.hf_to_torch_dist import CHUNK_BYTES
 from miles.convert.look import is_torch_dist
 from miles.convert.torch_dist_source import TorchDistSource
 from miles.convert.torch_dist_to_hf import Export

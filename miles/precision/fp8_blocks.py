@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
+
+from miles.precision.cpu_fp8 import look_up
+from miles.precision.threads import launch
 
 BLOCK = 128
 SCALE = "_scale_inv"  # follows the weight's name
@@ -17,7 +22,7 @@ def quantize(weight: Tensor, power_of_two: bool = False) -> tuple[Tensor, Tensor
     nearest, ties to even, saturating.
     """
     rows, columns = weight.shape
-    tall, wide = -(-rows // BLOCK), -(-columns // BLOCK)
+    tall, wide = scales_shape((rows, columns))
     padded = torch.zeros(tall * BLOCK, wide * BLOCK, dtype=torch.float32)
     padded[:rows, :columns] = weight
     blocks = padded.view(tall, BLOCK, wide, BLOCK)
@@ -29,26 +34,29 @@ def quantize(weight: Tensor, power_of_two: bool = False) -> tuple[Tensor, Tensor
     return codes.reshape(tall * BLOCK, wide * BLOCK)[:rows, :columns].contiguous(), scales
 
 
-def dequantize_rows(codes: Tensor, scales: Tensor, first: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """Rows [n, K] of a quantised matrix, which begin at its row `first`, in `dtype`: float32 product of code and scale, rounded once.
+def scales_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Of the scales of a matrix [N, K]."""
+    return tuple(-(-size // BLOCK) for size in shape)
 
-    scales: those of the whole matrix. Works in strips of a block's height, so memory beyond the result stays small.
+
+def dequantize_rows(codes: Tensor, scales: Tensor, first: int, out: Tensor) -> None:
+    """Fill `out` with rows [n, K] of a quantised matrix, which begin at its row `first`: float32 product of code and scale, rounded once to
+    bfloat16 (and then to out's dtype, if another).
+
+    scales: those of the whole matrix. codes and out are contiguous.
     """
     rows, columns = codes.shape
-    out = torch.empty(rows, columns, dtype=dtype)
-    strip = torch.empty(BLOCK, columns, dtype=torch.float32)
-    at = 0
-    while at < rows:
-        block = (first + at) // BLOCK
-        count = min(rows - at, (block + 1) * BLOCK - first - at)
-        part = strip[:count]
-        part.copy_(codes[at : at + count])
-        whole = columns // BLOCK * BLOCK
-        scale = scales[block].float()
-        if whole:
-            part[:, :whole].view(count, whole // BLOCK, BLOCK).mul_(scale[None, : whole // BLOCK, None])
-        if whole < columns:
-            part[:, whole:].mul_(scale[whole // BLOCK])
-        out[at : at + count] = part
-        at += count
-    return out
+    begin, end = first // BLOCK, -(-(first + rows) // BLOCK)
+    assert scales.shape[0] >= end, "the source is checked before"
+    assert scales.shape[1] == -(-columns // BLOCK), "the source is checked before"
+    table = (scales[begin:end, :, None].float() * _every_code()).bfloat16().contiguous()
+    filled = out if out.dtype == torch.bfloat16 else torch.empty(rows, columns, dtype=torch.bfloat16)
+    args = (codes.data_ptr(), table.data_ptr(), filled.data_ptr(), rows, columns, first, BLOCK)
+    launch(look_up, rows, args, rows * columns)
+    if filled is not out:
+        out.copy_(filled)
+
+
+@functools.cache
+def _every_code() -> Tensor:
+    return torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()

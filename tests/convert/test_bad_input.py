@@ -12,8 +12,9 @@ from convert_models import write_model
 from safetensors.torch import load_file, save_file
 
 from miles.config.exits import UserError
-from miles.convert.hf_to_torch_dist import Options, hf_to_torch_dist
+from miles.convert.hf_to_torch_dist import hf_to_torch_dist
 from miles.convert.look import inspect
+from miles.convert.options import Options
 from miles.convert.torch_dist_source import TorchDistSource
 from miles.convert.verify import verify
 
@@ -116,12 +117,13 @@ def test_a_truncated_checkpoint_is_refused(tmp_path, source):
 def test_killed_in_the_middle_it_resumes_to_equal_bits_with_other_workers(tmp_path, source):
     script = (
         "import sys, time\n"
+        "import miles.convert.conversion as plan\n"
         "import miles.convert.hf_to_torch_dist as m\n"
         "from miles.convert.units import Rank, Units\n"
-        "m.CHUNK_BYTES, m.FILE_BYTES = 2000, 10_000\n"
+        "plan.CHUNK_BYTES, plan.FILE_BYTES = 2000, 30_000\n"
         "plain = Units._write\n"
-        "def slow(self, i, progress, stop):\n"
-        "    plain(self, i, progress, stop); print('wrote', flush=True); time.sleep(0.05)\n"
+        "def slow(self, i, buffer, progress):\n"
+        "    plain(self, i, buffer, progress); print('wrote', flush=True); time.sleep(0.05)\n"
         "Units._write = slow\n"
         "print('kept', m.hf_to_torch_dist(sys.argv[1], sys.argv[2], None, Rank(workers=int(sys.argv[3]))).resumed_files)\n"
     )

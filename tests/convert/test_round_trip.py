@@ -9,8 +9,9 @@ from convert_models import FAMILIES, write_model
 from safetensors.torch import load_file, save_file
 
 from miles.config.exits import UserError
-from miles.convert.hf_to_torch_dist import Options, hf_to_torch_dist
+from miles.convert.hf_to_torch_dist import hf_to_torch_dist
 from miles.convert.look import inspect
+from miles.convert.options import Options
 from miles.convert.torch_dist_to_hf import torch_dist_to_hf
 from miles.convert.units import Rank
 from miles.convert.verify import verify
@@ -86,9 +87,9 @@ def test_fused_tensors_are_put_together_as_megatron_wants_them(tmp_path):
 
 
 def test_small_chunks_and_many_ranks_write_the_same_tensors(tmp_path, monkeypatch):
-    monkeypatch.setattr("miles.convert.hf_to_torch_dist.CHUNK_BYTES", 3000)
-    monkeypatch.setattr("miles.convert.hf_to_torch_dist.FILE_BYTES", 40_000)
-    monkeypatch.setattr("miles.convert.torch_dist_to_hf.CHUNK_BYTES", 5000)
+    monkeypatch.setattr("miles.convert.conversion.STRIP_BYTES", 1000)
+    monkeypatch.setattr("miles.convert.conversion.CHUNK_BYTES", 3000)
+    monkeypatch.setattr("miles.convert.conversion.FILE_BYTES", 40_000)
     monkeypatch.setattr("miles.convert.torch_dist_to_hf.SHARD_BYTES", 100_000)
     source = write_model(tmp_path / "hf", "llama4_text")
     for rank in (2, 1, 0):

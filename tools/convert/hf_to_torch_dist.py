@@ -42,7 +42,8 @@ def main() -> int:
         return 0
     if not given.output:
         options.error("--output is missing (or --estimate)")
-    from miles.convert.hf_to_torch_dist import Options, hf_to_torch_dist
+    from miles.convert.hf_to_torch_dist import hf_to_torch_dist
+    from miles.convert.options import Options
     from miles.convert.units import here
 
     chosen = Options(

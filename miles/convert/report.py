@@ -1,0 +1,17 @@
+"""What a conversion did."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Report:
+    """bytes: of the tensors. resumed_files: those that an earlier attempt had written."""
+
+    output: str
+    tensors: int
+    bytes: int
+    files: int
+    resumed_files: int = 0
+    warnings: list[str] = field(default_factory=list)
