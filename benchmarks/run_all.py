@@ -28,7 +28,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run_all", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
     parser.add_argument("--quick", action="store_true", help="one short turn of each: shows that it runs, judges nothing")
-    parser.add_argument("--only", choices=[*CASES, "train_step", "commands", "slurm_launch"], help="one part")
+    parser.add_argument("--only", choices=[*CASES, "train_step", "commands", "slurm_launch", "convert"], help="one part")
     given = parser.parse_args()
     os.environ.update(TRANSFORMERS_VERBOSITY="error", HF_HUB_DISABLE_PROGRESS_BARS="1")
     began = time.monotonic()
