@@ -19,7 +19,7 @@ TWO = [*(word for word in runs.TWO_RANKS if "gpus_per_node" not in word), "train
 def test_a_rank_that_hangs(cluster: Cluster, calm_two: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STUCK", "1:1:4")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([runs.STUCK, *filter(None, [os.environ.get("PYTHONPATH")])]))
-    job = Job(cluster, tmp_path / "run", *HET, "cluster.hang_seconds=20", steps=TWO)
+    job = Job(cluster, tmp_path / "run", *HET, "cluster.hang_seconds=30", steps=TWO)
     job.until(lambda: job.ending(1), "the watchdog gives the attempt up")
     first = job.ending(1)
     assert (first["code"], first["role"], first["rank"], first["goes_on"]) == (75, "trainer", 1, True)

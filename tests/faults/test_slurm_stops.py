@@ -36,11 +36,13 @@ def cluster() -> Iterator[Cluster]:
 def check(job: Job, calm: Path, stops: int, bound: float) -> None:
     """Every stop was saved within the bound, no step was trained on twice, and the run ended with its bits."""
     ends = [json.loads((job.run.attempt(epoch) / "exit.json").read_text()) for epoch in range(1, job.epoch + 1)]
-    asked = [json.loads((job.run.attempt(epoch) / "stop.json").read_text())["time"] for epoch in range(1, job.epoch)]
-    seconds = [end["time"] - began for end, began in zip(ends, asked, strict=False)]
+    told = [json.loads((job.run.attempt(epoch) / "stop.json").read_text()) for epoch in range(1, job.epoch)]
+    seconds = [end["time"] - stop["time"] for end, stop in zip(ends, told, strict=False)]
+    longest = {phase: max(stop["seconds"][phase] or 0.0 for stop in told) for phase in ("step", "save", "end", "leave")}
     trained = job.trained()
     shared.say(f"{job.run_dir.parent.name}: {len(seconds)} stops, saved after at most {max(seconds):.1f} s of {bound:g} s, {len(trained) - len(set(trained))} steps done again")
-    shared.summary(f"slurm.{job.run_dir.parent.name}", {"stops": len(seconds), "seconds": seconds, "bound": bound})
+    shared.say(f"longest phases of a stop [s]: {', '.join(f'{phase} {value:.1f}' for phase, value in longest.items())}")
+    shared.summary(f"slurm.{job.run_dir.parent.name}", {"stops": len(seconds), "seconds": seconds, "bound": bound, "longest": longest})
     assert len(seconds) >= stops
     assert all(end["stopped"] and end["code"] == 75 for end in ends[:-1])
     assert max(seconds) < bound
