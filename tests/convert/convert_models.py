@@ -51,7 +51,7 @@ def mtp_tensors(tensors: dict[str, Any], count: int) -> dict[str, Any]:
     """MTP layers as DeepSeek-V3's and GLM-4.5's files have them: a layer like the last one, and their own norms and projection."""
     import torch
 
-    layers, hidden, found = COMMON["num_hidden_layers"], COMMON["hidden_size"], {}
+    layers, hidden, found = 1 + max(int(name.split(".")[2]) for name in tensors if name.startswith("model.layers.")), COMMON["hidden_size"], {}
     for i in range(count):
         prefix = f"model.layers.{layers + i}."
         last = f"model.layers.{layers - 1}."
