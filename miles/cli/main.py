@@ -142,7 +142,11 @@ def cancel(
     run_dir: RunPath,
     now: Annotated[bool, typer.Option("--now", help="end it at once: what is not saved yet is done again on resume")] = False,
 ) -> int:
-    """Ask a run to save and end; it is not requeued."""
+    """Ask a run to save and end; it is not requeued. Of a sweep: every run that waits or runs."""
+    if (run_dir / "sweep.json").is_file():
+        from miles.cli.sweep import cancel as end_all
+
+        return end_all(run_dir, now)
     from miles.cli.cancel import cancel as end
 
     return end(run_dir, now)

@@ -1,4 +1,4 @@
-"""`miles-submit sweep`: several runs of one recipe, and what becomes of them."""
+"""`miles-submit sweep`: several runs of one recipe, what becomes of them, and their end."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from typing import Any
 
 from rich.console import Console
 
+from miles.cli.cancel import cancel as cancel_run
 from miles.cli.inputs import configuration, with_absolute_paths
+from miles.cli.jobs import alive
 from miles.cli.run import make, refuse_errors, refuse_foreign, write_run
 from miles.cli.status import state_of
 from miles.cli.submit import refuse
@@ -19,7 +21,7 @@ from miles.report.scales import number
 from miles.slurm import sweep as sweeps
 from miles.slurm.records import submitted
 from miles.slurm.sole import only_launcher
-from miles.slurm.states import job_state
+from miles.slurm.states import FORGOTTEN, job_state
 
 
 def sweep(words: list[str], folder: Path | None, most: int | None, as_json: bool) -> int:
@@ -81,6 +83,21 @@ def status(root: Path, as_json: bool) -> int:
     return OK
 
 
+def cancel(root: Path, now: bool) -> int:
+    """Cancel every run that waits or runs, the last first: one that ends lets another begin. UserError when none does."""
+    console = Console(stderr=True, soft_wrap=True, markup=False, emoji=False, highlight=False)
+    record = sweeps.read_record(root)
+    waiting = sweeps.cancel_waiting(record["array"], len(record["runs"])) if record["array"] else 0
+    if waiting:
+        console.print(f"{waiting} task{'' if waiting == 1 else 's'} of array {record['array']} that had not begun {'is' if waiting == 1 else 'are'} cancelled")
+    live = [run for run in (Path(entry["run_dir"]) for entry in reversed(record["runs"])) if alive(RunDir(run))]
+    if not live and not waiting:
+        raise UserError(f"{root}: none of its runs waits or runs, so there is nothing to cancel")
+    for run in live:
+        cancel_run(run, now)
+    return OK
+
+
 def _one(index: int, entry: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
     """What is known of one run; before it has begun, what Slurm says of its job."""
     run = RunDir(Path(entry["run_dir"]))
@@ -90,6 +107,8 @@ def _one(index: int, entry: dict[str, Any], record: dict[str, Any]) -> dict[str,
     state, reason = summary.state, summary.reason
     if job and state not in ("running", "finished"):
         told = job_state(job)
-        if not told.over:
+        if told.over and state == "new":  # a task that never began
+            state, reason = ("lost" if told.state == FORGOTTEN else told.state.lower()), told.reason
+        elif not told.over:
             state, reason = ("starting", "") if told.state == "RUNNING" else ("queued", told.reason)
     return {"name": entry["name"], "run_dir": entry["run_dir"], "words": entry["words"], "state": state, "reason": reason, "step": summary.step, "total_steps": summary.total_steps, "reward": summary.reward_mean, "job": job}

@@ -95,7 +95,7 @@ def from_controller(job_id: str) -> JobState | None:
     """What the controller says; None when it doesn't know the job. Raises UserError when it doesn't answer."""
     done = slurm_command(["scontrol", "--oneliner", "show", "job", job_id], check=False)
     if done.returncode:
-        if "Invalid job id" in done.stderr:
+        if "Invalid job id" in done.stderr or re.search(r"Job \S+ not found", done.stdout + done.stderr):  # the latter of an array's task
             return None
         raise UserError(f"scontrol: {complaint(done)}")
     return parse_controller(done.stdout)

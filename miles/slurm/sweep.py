@@ -145,6 +145,14 @@ def _submit_after(run: RunDir, submissions: list[Submission], before: list[int])
     return [entry["job_id"] for entry in submit(run, held)]
 
 
+def cancel_waiting(array: int, runs: int) -> int:
+    """Cancel the tasks of an array that have not begun; returns how many runs that were (one task more is none, see submit_array)."""
+    queued = slurm_command(["squeue", "--noheader", "--array", "--states=PENDING", f"--jobs={array}", "--format=%F_%K"], check=False).stdout.split()
+    if queued:
+        slurm_command(["scancel", *queued], timeout=SUBMIT_SECONDS)
+    return sum(int(entry.rpartition("_")[2]) < runs for entry in queued)
+
+
 def write_record(folder: Path, runs: Sequence[RunDir], found: Sequence[Member], array: int | None, ids: Sequence[Sequence[int]]) -> None:
     """sweep.json: what the sweep is, for status and for the array's tasks."""
     entries = [{"name": member.name, "run_dir": str(run.path), "words": list(member.words), "jobs": list(ids[number]) if ids else []} for number, (member, run) in enumerate(zip(found, runs, strict=True))]

@@ -1,4 +1,4 @@
-"""Sweeps: what varies (pure), and an array and single jobs on a real Slurm, whose dead runs the doctor explains."""
+"""Sweeps: what varies (pure), and an array and single jobs on a real Slurm. Runs that die are in tests/faults/test_sweeps.py."""
 
 from __future__ import annotations
 
@@ -68,23 +68,20 @@ def over(cluster: Cluster) -> None:
 SLURM = ["cluster.executor=slurm", "cluster.groups.all.mem=100", "cluster.groups.all.time=10"]
 
 
-def test_an_array_whose_runs_die_each_for_its_own_reason(slurm: Cluster, tmp_path: Path) -> None:
-    """One wrong configuration, one worker that is killed again and again; one after the other. Status and doctor say so."""
+def test_an_array_is_cancelled_as_a_whole(slurm: Cluster, tmp_path: Path) -> None:
+    """Its tasks wait, one at a time would begin; afterwards there is nothing left to cancel, and no second sweep in its folder."""
     root = tmp_path / "sweep"
-    words = ["recipes/tiny", *SLURM, "warm_start.steps=0", "cluster.restarts=0", "model.build=dies.build,miles.recipes.quickstart.build_tiny", "rollout.generate_path=dies.generate"]
-    said = miles(slurm, "sweep", *words, "--run-dir", str(root), "--max-parallel", "1", "--json")
-    array = json.loads(said.stdout)["array"]
+    words = ["recipes/tiny", *SLURM, "cluster.groups.all.sbatch={hold: null}", "seed=1,2", "train.optimizer.lr=1e-4,3e-4"]
+    array = json.loads(miles(slurm, "sweep", *words, "--run-dir", str(root), "--max-parallel", "1", "--json").stdout)["array"]
     assert "ArrayTaskThrottle=1" in slurm.run(["scontrol", "-o", "show", "job", str(array)]).stdout
+    found = json.loads(miles(slurm, "status", str(root), "--json").stdout)["runs"]
+    assert [(each["state"], each["job"]) for each in found] == [("queued", f"{array}_{task}") for task in range(4)]
+    assert f"4 tasks of array {array} that had not begun are cancelled" in miles(slurm, "cancel", str(root)).stderr
     over(slurm)
-    runs = json.loads(miles(slurm, "status", str(root), "--json").stdout)["runs"]
-    assert [each["state"] for each in runs] == ["failed", "stopped"]
-    first, second = (json.loads(miles(slurm, "doctor", each["run_dir"], "--json").stdout)["diagnoses"] for each in runs)
-    assert first[0]["cause"] == "wrong"
-    assert first[0]["happened"].startswith("model.build: dies.build raised ValueError: no such thing")
-    assert [each["cause"] for each in second][:2] == ["killed", "budget"]
-    assert "worker 0 was killed by SIGKILL" in second[0]["happened"]
-    assert second[0]["node"]
-    assert miles(slurm, "sweep", *words, "--run-dir", str(root), check=False).returncode == 78
+    assert {each["state"] for each in json.loads(miles(slurm, "status", str(root), "--json").stdout)["runs"]} <= {"cancelled", "lost"}
+    refused = [miles(slurm, *command, check=False) for command in (["cancel", str(root)], ["sweep", *words, "--run-dir", str(root)], ["doctor", str(root)])]
+    assert [each.returncode for each in refused] == [78, 78, 78]
+    assert all(each.stderr.count("\n") == 1 for each in refused)
 
 
 def test_jobs_of_their_own_wait_for_each_other(slurm: Cluster, tmp_path: Path) -> None:
