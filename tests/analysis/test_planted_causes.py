@@ -153,10 +153,7 @@ def reference_difference(made: Planted, row: int) -> tuple[np.ndarray, np.ndarra
     """Trainer's log-probs of one sequence in float64, by its weights, tokens and experts; and what was recorded; of tokens 1 to length."""
     length = int(made.trained.length[row])
     token = made.trained.token[row, :length]
-    step, stale = int(made.scene.step[row]), made.pipeline.rank
-    off = stale is not None and made.rank[row] in stale.copies and stale.first <= step <= stale.last
-    version = step - (stale.behind if off else 0)
-    logits = reference_logits(made.policy.weights(version), token, made.trained.experts[row])
+    logits = reference_logits(made.policy.versions[12 + int(made.scene.step[row])], token, made.trained.experts[row])
     return of_token(log_softmax(logits[:-1]), token[1:]), made.trained.logprob[row, 1:length]
 
 
@@ -192,14 +189,24 @@ def test_shifted_logprobs_are_those_of_the_next_token(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("cause", "magnitude"), [("engine", 4.0), ("engine_tensor", 0.5), ("rank", 0.5), ("node", 0.5)])
 def test_only_the_stale_copy_is_off(cause: str, magnitude: float, tmp_path: Path) -> None:
     made = small(tmp_path, cause, magnitude, steps=4)
-    stale = made.pipeline.engine or made.pipeline.rank
-    assert stale is not None
+    (stale,) = made.pipeline.engines + made.pipeline.ranks
     copy = made.scene.engine if cause.startswith("engine") else made.rank
     off = np.isin(copy, stale.copies) & (made.scene.step >= stale.first) & (made.scene.step <= stale.last)
     differs = np.array([(row[~np.isnan(row)] != 0).mean() for row in difference(made)])
     assert (differs[off] > 0.9).all()
     assert (differs[~off] == 0).all()
     assert len(stale.copies) == (2 if cause == "node" else 1)
+
+
+def test_a_rank_and_its_node_may_both_be_off(tmp_path: Path) -> None:
+    made = small(tmp_path, ("rank", "node"), (0.5, 0.5), steps=3)
+    off = np.zeros(len(made.rank), bool)
+    for stale in made.pipeline.ranks:
+        off |= np.isin(made.rank, stale.copies) & (made.scene.step >= stale.first) & (made.scene.step <= stale.last)
+    differs = np.array([(row[~np.isnan(row)] != 0).mean() for row in difference(made)])
+    assert len(made.pipeline.ranks) == 2
+    assert (differs[off] > 0.9).all()
+    assert (differs[~off] == 0).all()
 
 
 def test_lag_is_zero_where_none_is_recorded_and_grows_with_it(tmp_path: Path) -> None:

@@ -85,21 +85,21 @@ def _tensor(rng: np.random.Generator) -> str:
 
 
 def _engine(pipeline: Pipeline, magnitude: float, steps: int, rng: np.random.Generator) -> None:
-    pipeline.engine = Stale((int(rng.integers(ENGINES)),), *_since(steps, rng), behind=magnitude)
+    pipeline.engines.append(Stale((int(rng.integers(ENGINES)),), *_since(steps, rng), behind=magnitude))
 
 
 def _engine_tensor(pipeline: Pipeline, magnitude: float, steps: int, rng: np.random.Generator) -> None:
-    pipeline.engine = Stale((int(rng.integers(ENGINES)),), *_since(steps, rng), damage=(_tensor(rng), magnitude))
+    pipeline.engines.append(Stale((int(rng.integers(ENGINES)),), *_since(steps, rng), damage=(_tensor(rng), magnitude)))
 
 
 def _rank(pipeline: Pipeline, magnitude: float, steps: int, rng: np.random.Generator) -> None:
-    pipeline.rank = Stale((int(rng.integers(RANKS)),), *_since(steps, rng), damage=(_tensor(rng), magnitude))
+    pipeline.ranks.append(Stale((int(rng.integers(RANKS)),), *_since(steps, rng), damage=(_tensor(rng), magnitude)))
 
 
 def _node(pipeline: Pipeline, magnitude: float, steps: int, rng: np.random.Generator) -> None:
     node = int(rng.integers(RANKS // RANKS_A_NODE))
     ranks = tuple(range(node * RANKS_A_NODE, (node + 1) * RANKS_A_NODE))
-    pipeline.rank = Stale(ranks, *_since(steps, rng), damage=(_tensor(rng), magnitude))
+    pipeline.ranks.append(Stale(ranks, *_since(steps, rng), damage=(_tensor(rng), magnitude)))
 
 
 def _lag(pipeline: Pipeline, magnitude: float, steps: int, rng: np.random.Generator) -> None:

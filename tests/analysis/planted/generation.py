@@ -12,7 +12,7 @@ from planted.arithmetic import FP32
 from planted.model import EXPERTS, LAYERS, Weights
 from planted.passes import Recorded, Stepper
 from planted.pipeline import Pipeline
-from planted.policy import Damage, Policy
+from planted.policy import Policy
 from planted.sampling import Speculation
 from planted.scene import Scene
 from planted.vocabulary import STOP
@@ -49,11 +49,7 @@ def weights_of_blocks(pipeline: Pipeline, scene: Scene, policy: Policy, position
         step, engine = int(scene.step[first]), int(scene.engine[first])
         lag = next(lag for start, lag in reversed(scene.lag[block]) if start <= position)
         version = step - lag * (pipeline.lag_size or 0.0)
-        stale = pipeline.engine
-        if stale is not None and engine in stale.copies and stale.first <= step <= stale.last:
-            found.append(policy.weights(version - stale.behind, Damage(*stale.damage, seed) if stale.damage else None))
-        else:
-            found.append(policy.weights(version))
+        found.append(policy.of_copy(version, [fault for fault in pipeline.engines if fault.holds(engine, step)], seed))
     return stacked(found)
 
 

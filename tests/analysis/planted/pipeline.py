@@ -21,6 +21,10 @@ class Stale:
     behind: float = 0.0
     damage: tuple[str, float] | None = None
 
+    def holds(self, copy: int, step: int) -> bool:
+        """Whether this copy is one of them in this step."""
+        return copy in self.copies and self.first <= step <= self.last
+
 
 @dataclass
 class Pipeline:
@@ -28,8 +32,8 @@ class Pipeline:
 
     sampler: Sampler = field(default_factory=Sampler)
     activation_bits: int | None = None  # of the engine; None: engine and trainer compute the same bits
-    engine: Stale | None = None
-    rank: Stale | None = None
+    engines: list[Stale] = field(default_factory=list)
+    ranks: list[Stale] = field(default_factory=list)
     lag_size: float | None = None  # optimizer steps that a recorded lag of one is worth; None: no sequence lags
     rerouted: float = 0.0  # share of tokens that the trainer routes otherwise than the engine
     reroute_at_random: bool = True  # to any experts; else the engine's third choice takes the place of its second

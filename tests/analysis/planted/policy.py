@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
@@ -10,6 +9,7 @@ import torch
 
 from planted.model import VOCABULARY, Weights, random_weights
 from planted.passes import Stepper, packed, top_experts
+from planted.pipeline import Stale
 from planted.vocabulary import STOP
 
 BEFORE = 12  # versions before the run's first, so that a stale one is there from the start
@@ -18,35 +18,35 @@ SEQUENCES, TOKENS = 24, 24  # of a batch that the optimizer saw
 LEARNING_RATE = 1.5e-3
 
 
-@dataclass(frozen=True)
-class Damage:
-    """One tensor of a copy of the weights is off by noise of `size` times its own size."""
-
-    name: str
-    size: float
-    seed: int
-
-
 class Policy:
     """Weights by version; versions between two are on the line between them."""
 
     def __init__(self, versions: list[Weights]) -> None:
         self.versions = versions
 
-    def weights(self, version: float, damage: Damage | None = None) -> Weights:
+    def of_copy(self, version: float, faults: list[Stale], seed: int) -> Weights:
+        """What a copy with these faults holds where it says that it has this version; seed: of the damage."""
+        made = self.weights(version - sum(fault.behind for fault in faults))
+        for fault in faults:
+            if fault.damage is not None:
+                made = damaged(made, *fault.damage, seed)
+        return made
+
+    def weights(self, version: float) -> Weights:
         """One block of weights, f32 [1, …]; version 0 is the run's first and may be passed by BEFORE backwards."""
         place = version + BEFORE
         assert 0 <= place <= len(self.versions) - 1, f"versions run from {-BEFORE} to {len(self.versions) - 1 - BEFORE}, {version} asked for"
         low = int(place)
         part = place - low
         made = self.versions[low]
-        if part:
-            made = {name: torch.lerp(here, self.versions[low + 1][name], part) for name, here in made.items()}
-        if damage is not None and damage.size:
-            tensor = made[damage.name]
-            noise = torch.from_numpy(np.random.default_rng(damage.seed).standard_normal(tuple(tensor.shape))).float()
-            made = made | {damage.name: tensor + damage.size * tensor.square().mean().sqrt() * noise}
-        return made
+        return {name: torch.lerp(here, self.versions[low + 1][name], part) for name, here in made.items()} if part else made
+
+
+def damaged(weights: Weights, name: str, size: float, seed: int) -> Weights:
+    """A copy in which one tensor is off by noise of `size` times its own root mean square."""
+    tensor = weights[name]
+    noise = torch.from_numpy(np.random.default_rng(seed).standard_normal(tuple(tensor.shape))).float()
+    return weights | {name: tensor + size * tensor.square().mean().sqrt() * noise}
 
 
 def reward_of(token: np.ndarray) -> np.ndarray:

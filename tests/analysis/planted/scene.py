@@ -71,8 +71,8 @@ def _engines(pipeline: Pipeline, steps: int, sequences: int, rng: np.random.Gene
     block = np.tile(np.repeat(np.arange(ENGINES), sequences // ENGINES), steps)
     if pipeline.lag_size is None:
         return block
-    apart = set(pipeline.engine.copies) if pipeline.engine else set()
-    mixed = [engine for engine in range(ENGINES) if engine not in apart]
+    apart = {engine for fault in pipeline.engines for engine in fault.copies}
+    mixed = [engine for engine in range(ENGINES) if engine not in apart] or [0]
     return np.where(np.isin(block, list(apart)), block, np.array(mixed)[rng.integers(len(mixed), size=len(block))])
 
 

@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 
 from planted.arithmetic import rounded
 from planted.generation import Generated, stacked
-from planted.model import EXPERTS, LAYERS, TOP_K, VOCABULARY
+from planted.model import EXPERTS, LAYERS, TOP_K, VOCABULARY, Weights
 from planted.passes import Replayed, Stepper, packed
-from planted.pipeline import Pipeline, Stale
-from planted.policy import Damage, Policy, Weights
+from planted.pipeline import Pipeline
+from planted.policy import Policy
 from planted.scene import Scene
 from planted.vocabulary import STOP, retokenised
 
@@ -37,13 +37,13 @@ def recompute(pipeline: Pipeline, scene: Scene, policy: Policy, made: Generated,
     experts = _experts(pipeline, made, rng)
     total, width = token.shape
     logprob, entropy = np.full((2, total, width), np.nan, np.float32)
-    off = np.zeros(total, bool)
-    if pipeline.rank is not None:
-        off = np.isin(rank, pipeline.rank.copies) & (scene.step >= pipeline.rank.first) & (scene.step <= pipeline.rank.last)
+    holds = [[fault.holds(*where) for fault in pipeline.ranks] for where in zip(rank.tolist(), scene.step.tolist(), strict=True)]
     compute = _same_bits if pipeline.activation_bits is None else _packed
-    for rows, stale in ((~off, None), (off, pipeline.rank)):
-        if rows.any():
-            compute(pipeline, scene, policy, rows, stale, seed, token, length, experts, logprob, entropy)
+    for held in {tuple(each) for each in holds}:
+        rows = np.array([tuple(each) == held for each in holds])
+        faults = [fault for fault, here in zip(pipeline.ranks, held, strict=True) if here]
+        steps = {step: policy.of_copy(step, faults, seed) for step in np.unique(scene.step[rows]).tolist()}
+        compute(pipeline, scene, steps, rows, token, length, experts, logprob, entropy)
     early = rng.random(total) < pipeline.shifted
     logprob[early, :-1] = logprob[early, 1:]
     logprob[early, length[early] - 1] = np.nan
@@ -73,26 +73,20 @@ def _experts(pipeline: Pipeline, made: Generated, rng: np.random.Generator) -> N
     return experts
 
 
-def _weights(scene: Scene, policy: Policy, step: int, stale: Stale | None, seed: int) -> Weights:
-    if stale is None:
-        return policy.weights(step)
-    return policy.weights(step - stale.behind, Damage(*stale.damage, seed) if stale.damage else None)
-
-
 def _statistics(pipeline: Pipeline, logits: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     full = torch.log_softmax(rounded(logits, pipeline.train_logit_bits), -1)
     return full.gather(-1, target[..., None])[..., 0], -(full.exp() * full).sum(-1)
 
 
-def _packed(pipeline: Pipeline, scene: Scene, policy: Policy, rows: NDArray, stale: Stale | None, seed: int, token: NDArray, length: NDArray, experts: NDArray, logprob: NDArray, entropy: NDArray) -> None:
+def _packed(pipeline: Pipeline, scene: Scene, steps: dict[int, Weights], rows: NDArray, token: NDArray, length: NDArray, experts: NDArray, logprob: NDArray, entropy: NDArray) -> None:
     """fp32, whole sequences, a step at a time."""
     column = np.arange(token.shape[1])
-    for step in np.unique(scene.step[rows]).tolist():
+    for step, weights in steps.items():
         chosen = np.flatnonzero(rows & (scene.step == step))
         real = column < length[chosen, None]
         flat = torch.from_numpy(token[chosen][real]).long()
         replayed = Replayed(torch.from_numpy(experts[chosen][real]).long().view(1, -1, LAYERS, TOP_K))
-        logits = packed(_weights(scene, policy, step, stale, seed), flat, torch.from_numpy(length[chosen]), replayed)
+        logits = packed(weights, flat, torch.from_numpy(length[chosen]), replayed)
         target, predicts = flat.roll(-1), real & (column < length[chosen, None] - 1)
         for array, values in zip((logprob, entropy), _statistics(pipeline, logits, target), strict=True):
             spread = np.full(real.shape, np.nan, np.float32)
@@ -100,10 +94,9 @@ def _packed(pipeline: Pipeline, scene: Scene, policy: Policy, rows: NDArray, sta
             array[chosen, 1:] = np.where(predicts, spread, np.nan)[:, :-1]
 
 
-def _same_bits(pipeline: Pipeline, scene: Scene, policy: Policy, rows: NDArray, stale: Stale | None, seed: int, token: NDArray, length: NDArray, experts: NDArray, logprob: NDArray, entropy: NDArray) -> None:
+def _same_bits(pipeline: Pipeline, scene: Scene, steps: dict[int, Weights], rows: NDArray, token: NDArray, length: NDArray, experts: NDArray, logprob: NDArray, entropy: NDArray) -> None:
     """The engines' own computation, token by token in the same blocks, with the recorded tokens in place of drawn ones."""
     shape = (scene.blocks, scene.rows)
-    steps = {step: _weights(scene, policy, step, stale, seed) for step in np.unique(scene.step[rows]).tolist()}
     other = next(iter(steps.values()))
     weights = stacked([steps.get(int(scene.step[block * scene.rows]), other) for block in range(scene.blocks)])
     tokens = torch.from_numpy(np.maximum(token, 0)).long().view(*shape, -1)
