@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from planted import BF16_NOISE, CAUSES, FP32_NOISE, NO_NOISE, Planted, plant
+from planted import BF16_NOISE, CAUSES, FP32_NOISE, NO_NOISE, PAIRS, Planted, plant
 from planted.arithmetic import bits_of, rounded
 from planted.model import HEADS, HIDDEN, LAYERS, SIZE, SLOPES, TOP_K, VOCABULARY, Weights
 from planted.sampling import Sampler, Speculation, draw
@@ -58,6 +58,19 @@ def test_magnitudes_fall_to_nothing() -> None:
         sizes = np.abs(cause.magnitudes)
         assert sizes[-1] == 0, name
         assert (np.diff(sizes) < 0).all(), name
+
+
+def test_both_causes_of_a_pair_are_in_the_pipeline(tmp_path: Path) -> None:
+    assert ("temperature", "top_p") in PAIRS
+    assert not {("temperature", "temperature_low"), ("clean", "lag"), ("engine", "engine_tensor")} & set(PAIRS)
+    made = small(tmp_path, ("temperature", "top_p"), (0.25, 0.3))
+    logits, token, reported = drawn(made)
+    for row in range(0, len(token), 7):
+        probability = np.exp(log_softmax(logits[row].astype(np.float64) / 1.25))
+        order = np.argsort(-probability, kind="stable")
+        kept = order[np.cumsum(probability[order]) - probability[order] <= 0.7]
+        assert token[row] in kept
+        assert reported[row] == pytest.approx(np.log(probability[token[row]] / probability[kept].sum()), abs=1e-5)
 
 
 @pytest.mark.parametrize("cause", ["retokenised", "other_prompt", "lag", "routing", "routing_next"])

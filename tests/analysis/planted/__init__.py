@@ -4,6 +4,7 @@
 """
 
 from planted.causes import CAUSES as CAUSES
+from planted.causes import PAIRS as PAIRS
 from planted.plant import BF16_NOISE as BF16_NOISE
 from planted.plant import FP32_NOISE as FP32_NOISE
 from planted.plant import NO_NOISE as NO_NOISE

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import combinations
 
 import numpy as np
 
@@ -162,3 +163,4 @@ CAUSES: dict[str, Cause] = {
     "routing": Cause("routing", "the trainer sends some tokens to experts at random, the others to the engine's", "share of tokens", SHARES, _routing),
     "routing_next": Cause("routing", "the trainer takes the engine's third choice for its second, for some tokens", "share of tokens", SHARES, _routing_next),
 }  # fmt: skip
+PAIRS = [pair for pair in combinations(CAUSES, 2) if len({CAUSES[each].family for each in pair} | {"noise"}) == 3]  # of two families
