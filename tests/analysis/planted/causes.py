@@ -116,6 +116,7 @@ def _routing_next(pipeline: Pipeline, magnitude: float, steps: int, rng: np.rand
 
 
 SHARES = (1.0, 0.5, 0.25, 0.1, 0.05, 0.02, 0.01, 0.0)
+ROUTED = (1.0, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005, 0.002, 0.001, 0.0005, 0.0)
 TENSOR = (1.0, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.0)
 ROUNDOFF = (2.0**-7, 2.0**-8, 2.0**-9, 2.0**-11, 2.0**-13, 0.0)
 COPIES = "root-mean-square error of one tensor over that tensor's own"
@@ -160,7 +161,7 @@ CAUSES: dict[str, Cause] = {
         "policy lag", "sequences were generated one to three versions ago, some with newer weights from some token on; recorded truly",
         "optimizer steps that a recorded lag of one is worth", (2.0, 1.0, 0.5, 0.25, 0.1, 0.05, 0.02, 0.0), _lag,
     ),
-    "routing": Cause("routing", "the trainer sends some tokens to experts at random, the others to the engine's", "share of tokens", SHARES, _routing),
-    "routing_next": Cause("routing", "the trainer takes the engine's third choice for its second, for some tokens", "share of tokens", SHARES, _routing_next),
+    "routing": Cause("routing", "the trainer sends some tokens to experts at random, the others to the engine's", "share of tokens", ROUTED, _routing),
+    "routing_next": Cause("routing", "the trainer takes the engine's third choice for its second, for some tokens", "share of tokens", ROUTED, _routing_next),
 }  # fmt: skip
 PAIRS = [pair for pair in combinations(CAUSES, 2) if len({CAUSES[each].family for each in pair} | {"noise"}) == 3]  # of two families
