@@ -10,6 +10,7 @@ from miles.config.schema import RunConfig
 from miles.data.store.epoch import newest_epoch
 from miles.data.store.files import Damaged, read_json
 from miles.data.store.metrics import read_metrics
+from miles.data.store.results import last_with_results
 from miles.data.store.run_dir import RunDir, newest_complete_checkpoint, read_provenance
 
 Entry = dict[str, Any]
@@ -43,7 +44,8 @@ def furthest(run: RunDir) -> int:
 
 
 def fruitless(run: RunDir, counts: Callable[[Entry], bool]) -> int:
-    """Attempts in a row, up to the newest, that finished no step that is new. One that was asked to stop is no failure: it doesn't count.
+    """Attempts in a row, up to the newest, that finished no step that is new. One that was asked to stop is no failure: it doesn't count, unless it
+    had all the time that its job may have, and left nothing at all: the next would fare no better.
 
     counts: which attempts are looked at; the others are of an earlier command.
     """
@@ -51,10 +53,18 @@ def fruitless(run: RunDir, counts: Callable[[Entry], bool]) -> int:
     for entry in reversed(read_provenance(run)["attempts"]):
         if not counts(entry) or int(entry.get("furthest", 0)) < reached:
             break
-        number += not stopped(run, int(entry["epoch"]))
+        epoch = int(entry["epoch"])
+        number += not stopped(run, epoch) or (_had_its_time(run, epoch) and last_with_results(run, {epoch}) is None)
     return number
 
 
 def stopped(run: RunDir, epoch: int) -> bool:
     """Whether an attempt was asked to stop."""
     return (run.attempt(epoch) / "stop.json").exists() or bool(ending(run, epoch).get("stopped"))
+
+
+def _had_its_time(run: RunDir, epoch: int) -> bool:
+    try:
+        return bool(read_json(run.attempt(epoch) / "stop.json").get("time_is_up"))
+    except (FileNotFoundError, Damaged):
+        return False

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from miles.config.schema import RunConfig
 
 ENDING_SECONDS = 30.0  # at most so long it takes to end what could not save in time, and to requeue
+EARLY_SECONDS = 60.0  # Slurm sends the signal of a time limit up to so much early
 Say = Callable[[str], None]
 
 
@@ -25,16 +26,25 @@ def fields(job: int | str) -> list[dict[str, str]]:
     return [dict(word.split("=", 1) for word in line.split() if "=" in word) for line in said.splitlines() if line.startswith("JobId=")]
 
 
-def seconds_to_save(config: RunConfig, job: JobHere) -> float:
-    """Seconds from now on in which an attempt may save before it is ended: the lead, or what the time limit leaves, less what ending takes."""
-    left = lead = float(config.cluster.slurm.lead_seconds)
+def seconds_left(job: JobHere) -> float | None:
+    """Seconds until the job's time limit; None where there is none, or Slurm doesn't say."""
     try:
         end = fields(job.id)[0].get("EndTime", "")
-        left = (datetime.datetime.fromisoformat(end) - datetime.datetime.now()).total_seconds()
+        return max((datetime.datetime.fromisoformat(end) - datetime.datetime.now()).total_seconds(), 0.0)
     except (UserError, IndexError, ValueError):  # the controller is away, or there is no limit
-        pass
-    whole = min(lead, max(left, 0.0))
+        return None
+
+
+def seconds_to_save(config: RunConfig, left: float | None) -> float:
+    """Seconds from now on in which an attempt may save before it is ended: the lead, or what the time limit leaves, less what ending takes."""
+    whole = float(config.cluster.slurm.lead_seconds)
+    whole = whole if left is None else min(whole, left)
     return whole - min(ENDING_SECONDS, whole / 2)
+
+
+def time_is_up(config: RunConfig, left: float | None) -> bool:
+    """Whether it is for the time limit that Slurm asks now, and not for somebody else's sake."""
+    return left is not None and left <= config.cluster.slurm.lead_seconds + EARLY_SECONDS
 
 
 def go_on(run: RunDir, config: RunConfig, job: JobHere, say: Say, more: tuple[str, ...] = ()) -> int:

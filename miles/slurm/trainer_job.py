@@ -36,6 +36,7 @@ class TrainerJob:
         self.apart = config.cluster.placement == "jobs"
         self.waiting = Waiting(run, config, "rollout") if self.apart else None
         self.parted: str | None = None  # why the other job is waited for no longer
+        self.time_is_up = False  # stopped for the time limit's sake
         self.shown: Any = None
 
     def start(self) -> int:
@@ -185,11 +186,14 @@ class TrainerJob:
             self.say(self.waiting.words(why))
             attempt.request_stop()
         if self.signals.by is not None and not attempt.stop_asked:
-            seconds = requeue.seconds_to_save(self.config, self.job)
+            left = requeue.seconds_left(self.job)
+            self.time_is_up = self.signals.by == "slurm" and requeue.time_is_up(self.config, left)
+            seconds = requeue.seconds_to_save(self.config, left)
             self.say(f"asked to stop: saving, for at most {seconds:.0f} s")
             attempt.request_stop(seconds)
         if attempt.stop_asked and not (attempt.folder / "stop.json").exists():
-            seal_json(attempt.folder / "stop.json", {"by": self.signals.by or self.parted or "slurm", "time": self.signals.at or time.time()})
+            asked = {"by": self.signals.by or self.parted or "slurm", "time": self.signals.at or time.time(), "time_is_up": self.time_is_up}
+            seal_json(attempt.folder / "stop.json", asked)
 
     def update(self, status: dict[str, Any]) -> None:
         """A line in the job's output for every step."""

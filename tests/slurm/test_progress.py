@@ -57,3 +57,14 @@ def test_an_end_that_a_full_disk_left_half_written_says_nothing(run: RunDir) -> 
     assert ending(run, 1) == {}
     (run.attempt(1) / "exit.json").write_text('{"code"')
     assert ending(run, 1) == {}
+
+
+def test_a_time_limit_that_leaves_time_for_nothing_counts(run: RunDir) -> None:
+    tell(run, {"furthest": 0}, {"furthest": 0}, {"furthest": 0})
+    for epoch in (1, 2, 3):
+        (run.attempt(epoch) / "stop.json").write_text(json.dumps({"by": "slurm", "time": 1.0, "time_is_up": epoch > 1}))
+    assert fruitless(run, everything) == 2, "the first made room for another job"
+    path = run.journal_file(0, 3)
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"finished groups")
+    assert fruitless(run, everything) == 1, "what a long step has generated is not lost, so the next attempt comes further"
