@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
+from miles.config.exits import UserError
 from miles.models.maps.find import known_folder
 from miles.training.distributed import Ranks
 
@@ -15,6 +17,7 @@ from miles.training.distributed import Ranks
 def compare(ranks: Ranks, jobs: list[dict[str, Any]], cases: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """For each job {"layout", "cases": names}: {case: {what: largest difference}} of models loaded from torch_dist.
 
+    A job's "not": {case: another, whose checkpoint must be refused}; "case refused" is then what was said.
     cases: {"hf", "checkpoint": folders, "reference": file of tokens and logits for each data-parallel index, "mtp": MTP layers}. Ranks
     before the last pipeline stage find nothing: {}.
     """
@@ -24,13 +27,18 @@ def compare(ranks: Ranks, jobs: list[dict[str, Any]], cases: dict[str, dict[str,
     for job in jobs:
         layout, found = Layout(**job["layout"]), {}
         start_groups(layout)
-        from miles.training.megatron.model import build, load
+        from miles.training.megatron.checkpoint import load
+        from miles.training.megatron.model import build
 
         for name in job["cases"]:
             case = cases[name]
             known = known_folder(case["hf"])
             model = build(known, layout, mtp_layers=case["mtp"], sequence_length=64).eval()
-            load(model, Path(case["checkpoint"]))
+            load(model, known, Path(case["checkpoint"]))
+            if name in job.get("not", {}):
+                with pytest.raises(UserError) as caught:
+                    load(model, known, Path(cases[job["not"][name]]["checkpoint"]))
+                found[f"{name} refused"] = str(caught.value)
             reference, vocabulary = load_file(case["reference"]), known.config.number("vocab_size")
             found[name] = differences(model, reference, vocabulary)
             if layout == Layout() and not model.config.experimental_attention_variant:  # an indexer's equal scores fall otherwise in longer rows

@@ -11,9 +11,9 @@ import run_ranks
 
 from miles.config.exits import UserError
 from miles.config.schema import Parallel
-from miles.models.maps.find import known
+from miles.models.maps.find import MAPS, known
 from miles.training.megatron.layout import Layout, check_layout, stages
-from miles.training.megatron.options import longest, transformer
+from miles.training.megatron.options import ABSENT, KNOWN, longest, transformer
 from miles.training.megatron.rope import rope
 
 CLOSE = 1e-5
@@ -27,7 +27,10 @@ LATENT = COMMON | EXPERTS | {
     "n_group": 2, "topk_group": 1,
 }  # fmt: skip
 LLAMA4 = COMMON | {"model_type": "llama4_text", "intermediate_size_mlp": 96, "num_local_experts": 4, "num_experts_per_tok": 1}
-JOBS = [{"layout": {"tensor": 2, "expert": 2}, "cases": ["deepseek_v3", "qwen3_moe"]}, {"layout": {"pipeline": 2}, "cases": ["deepseek_v3", "qwen2"]}]
+JOBS = [
+    {"layout": {"tensor": 2, "expert": 2}, "cases": ["deepseek_v3", "qwen3_moe"]}, {"layout": {"pipeline": 2}, "cases": ["qwen2", "deepseek_v3"]},
+    {"layout": {"tensor": 2, "expert_tensor": 2}, "cases": ["llama", "qwen3"], "not": {"llama": "qwen3", "qwen3": "llama"}},
+]  # fmt: skip
 
 
 @pytest.mark.skipif(importlib.util.find_spec("megatron") is None, reason="megatron-core is not installed: make test installs it")
@@ -39,7 +42,10 @@ def test_split_models_compute_transformers_logits(tmp_path):
         for name in job["cases"]:
             assert all(value < CLOSE for value in found[name].values()), (job["layout"], name, found[name])
             seen += len(found[name])
-    assert seen == 2 * (2 + 1) + (2 + 1), "logits, and of DeepSeek's MTP head, on both tensor-parallel ranks, then on the last stage"
+    assert seen == 2 * (2 + 1 + 2) + (2 + 1), "logits, and of DeepSeek's MTP head, on both tensor-parallel ranks, or on the last stage"
+    for result in results:
+        assert "q_layernorm.weight has no place in the model" in result[2]["llama refused"]
+        assert "q_layernorm.weight is missing" in result[2]["qwen3 refused"]
 
 
 @pytest.mark.parametrize(
@@ -76,6 +82,12 @@ def test_rotary_embeddings_that_differ_are_refused(fields, scaling, said):
     config = known(fields | {"rope_parameters": scaling | {"rope_theta": 1e4}}, "config.json").config
     with pytest.raises(UserError, match=said):
         rope(config, latent="kv_lora_rank" in fields)
+
+
+def test_every_family_is_built_or_refused():
+    assert {*KNOWN} | {*ABSENT} == {*MAPS}
+    assert {*KNOWN} & {*ABSENT} == set()
+    assert {family for family, _, _ in megatron_cases.CASES.values()} == {*KNOWN} - {"kimi_k2"}, "kimi_k2 is deepseek_v3 under another name"
 
 
 def test_llama4_is_computed_up_to_its_first_chunk():

@@ -14,12 +14,15 @@ from typing import Any
 
 import torch
 
+_prepared = False
+
 
 def prepare() -> None:
     """Make megatron-core usable here. Call it before the first import of megatron.core; calling it again changes nothing."""
-    if torch.cuda.is_available() or getattr(torch.cuda, "_miles_cpu", False):
+    global _prepared
+    if torch.cuda.is_available() or _prepared:
         return
-    torch.cuda._miles_cpu = True  # type: ignore[attr-defined]
+    _prepared = True
     # Fused functions go through torch.compile, which would start a C++ compiler for each shape.
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
     if importlib.util.find_spec("triton") is None:
@@ -39,7 +42,7 @@ def prepare() -> None:
 
 
 def _draw_nothing() -> None:
-    """Dropout is drawn under generators of CUDA; ours is always 0 (options.py refuses nothing else), so nothing is drawn."""
+    """Dropout is drawn under generators of CUDA; here it is always 0 (options.py), so nothing is drawn."""
     from megatron.core.tensor_parallel import random
 
     random._CUDA_RNG_STATE_TRACKER = types.SimpleNamespace(fork=lambda name=None: contextlib.nullcontext(), get_states=dict)

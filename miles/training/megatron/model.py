@@ -1,8 +1,7 @@
-"""A megatron-core model of a Hugging Face config, this rank's part of it: built, and filled from a torch_dist checkpoint."""
+"""A megatron-core model of a Hugging Face config, this rank's part of it."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,10 +13,6 @@ from miles.training.megatron import cpu
 from miles.training.megatron.layout import Layout, check_layout, stages
 from miles.training.megatron.options import LATENT, longest, rotated_layers, transformer
 from miles.training.megatron.rope import Rope, rope
-
-# As megatron.training describes its checkpoints: uniform layers in one tensor.
-DESCRIBED = {"singleton_local_shards": False}
-CHECKPOINT_VERSION = 3.0
 
 
 def build(
@@ -77,20 +72,6 @@ def transformer_config(known: Known, layout: Layout, rotary: Rope, dtype: torch.
     for name, value in rotary.later.items():
         setattr(config, name, value)
     return config
-
-
-def load(model: Any, folder: str | Path) -> None:
-    """Fill a model from a torch_dist checkpoint (its folder with .metadata), whichever layout wrote it. Collective. UserError for another kind."""
-    from megatron.core import dist_checkpointing
-
-    folder = Path(folder)
-    if not (folder / ".metadata").is_file():
-        raise UserError(f"{folder}: no torch_dist checkpoint (.metadata is missing); give the folder of one iteration, such as OUTPUT/release of tools/convert/hf_to_torch_dist.py")
-    loaded = dist_checkpointing.load({"model": model.sharded_state_dict(metadata=dict(DESCRIBED))}, str(folder))
-    version = loaded.get("checkpoint_version")
-    if version != CHECKPOINT_VERSION:
-        raise UserError(f"{folder}: checkpoint_version is {version!r}, {CHECKPOINT_VERSION} is needed (older ones have another order of queries, keys and values); convert it again")
-    model.load_state_dict(loaded["model"])
 
 
 def _unit_layers(known: Known) -> list[bool]:
