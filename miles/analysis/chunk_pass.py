@@ -11,7 +11,7 @@ from miles.analysis import exact, fused
 from miles.analysis.load import Loaded
 from miles.analysis.slices import TOKEN_SLICES, VERSIONS
 from miles.analysis.state import ODD, SEEN, WORST_FIELDS, State
-from miles.analysis.terms import BINS, COUNTS, REPLICATES, SEQUENCE_HISTOGRAMS, SEQUENCE_SUMS, SUMS, VALUES, WORST
+from miles.analysis.terms import BINS, COUNTS, REPLICATES, SEQUENCE_HISTOGRAMS, SEQUENCE_SUMS, SUMS, TOKEN_VALUES, VALUES, WORST
 from miles.data.sample import Status
 
 VOCABULARY = 1 << 20  # token ids beyond it have no slice
@@ -37,7 +37,8 @@ class ChunkPass:
     """Everything of a chunk. Keeps its tables between chunks."""
 
     def __init__(self) -> None:
-        self._tokens = np.zeros((0, len(VALUES)))
+        self._tokens = np.zeros((0, len(TOKEN_VALUES)))
+        self._touched = np.zeros(0, np.uint8)
 
     def add(self, state: State, loaded: Loaded) -> None:
         """Add a chunk to the state."""
@@ -47,8 +48,8 @@ class ChunkPass:
         token = columns["token_id"]
         vocabulary = min(int(token.max()) + 1, VOCABULARY) if len(token) else 0
         if vocabulary > len(self._tokens):
-            self._tokens = np.zeros((vocabulary + vocabulary // 4, len(VALUES)))
-        touched = np.zeros(min(len(token), len(self._tokens)), np.int64)
+            self._tokens = np.zeros((vocabulary + vocabulary // 4, len(TOKEN_VALUES)))
+            self._touched = np.zeros(len(self._tokens), np.uint8)
         reward = _numbers(loaded, "reward", np.float64)
         sign = np.select([reward < 0, reward == 0, reward > 0], [0, 1, 2], 3)
         sums, counts, odd, histogram = np.zeros(len(SUMS)), np.zeros(len(COUNTS), np.int64), np.zeros(len(ODD), np.int64), np.zeros(BINS, np.int64)
@@ -58,11 +59,11 @@ class ChunkPass:
         worst, worst_at = np.zeros(WORST, np.float32), np.zeros((WORST, 3), np.int64)
         worst_at[:, 0] = np.iinfo(np.int64).max
         order = chunk.record.shard[chunk.first : chunk.last] << 32 | loaded.row
-        top, ids = fused.scan(
+        top = fused.scan(
             columns["rollout_logprob"], columns["loss_mask"], columns["flags"], token, columns["train_logprob"], columns["entropy"],
             columns["advantage"], columns["used"], columns["route_miss"], loaded.shard_start, loaded.train_start, loaded.length,
             _numbers(loaded, "prompt_length", np.int64), sign, _identity(loaded), order, run_first, run_start, run_slot, slots,
-            sums, counts, odd, histogram, table, by_sequence, self._tokens, touched, sequence_sums, sequence_histogram, divergence, bootstrap,
+            sums, counts, odd, histogram, table, by_sequence, self._tokens, self._touched, sequence_sums, sequence_histogram, divergence, bootstrap,
             worst, worst_at,
         )  # fmt: skip
         for mine, more in ((state.sums, sums), (state.bootstrap, bootstrap), (state.sequence_sums, sequence_sums)):
@@ -81,8 +82,9 @@ class ChunkPass:
         state.slices.add([("weight_version", version) for version, _ in used], np.array([row for _, row in used]))
         state.slices.add([("lag", now - version) for version, _ in used], np.array([row for _, row in used]))
         state.slices.add(labels, by_sequence)
-        state.tokens.add(touched[:ids], self._tokens)
-        self._tokens[touched[:ids]] = 0.0
+        ids = np.flatnonzero(self._touched)
+        state.tokens.add(ids, self._tokens)
+        self._tokens[ids], self._touched[ids] = 0.0, 0
         found = np.flatnonzero(worst)
         where = worst_at[found]
         rows = zip(worst[found].tolist(), (where[:, 0] >> 32).tolist(), (where[:, 0] & 0xFFFFFFFF).tolist(), where[:, 1].tolist(), strict=True)

@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from miles.analysis.compiled import kernel
-from miles.analysis.lanes import add_row, make_sums
+from miles.analysis.lanes import add_row, add_sum, add_token, make_sums, sum_rows
 from miles.analysis.slices import BASE, ENTROPIES, MISSES, PROBABILITIES, VERSIONS
 from miles.analysis.terms import BINS, COUNTS, HUGE, LIMIT, RING, SEQUENCE_SUMS, SUB_BINS, SUMS, TAUS, TERM_ROW, VALUES, WIDE
 
@@ -17,6 +17,7 @@ all_sums = make_sums(terms=True, every=True)
 WAYS = len(VALUES)
 POSITION, PROBABILITY, ENTROPY, TURN = BASE["position"], BASE["rollout_probability"], BASE["entropy"], BASE["turn"]
 SPECULATIVE, MISS, SIGNS, USED = (BASE[name] for name in ("speculative", "layers_routed_differently", "reward_and_advantage", "used"))
+WAIT = 4  # columns of a slot that neighbouring tokens take in turn: an addition need not wait for the one before
 SCRATCH = (BINS + 1) * SUB_BINS  # u32 counters of the histogram, one bin past the last for the ring's beginning
 
 
@@ -53,20 +54,22 @@ def scan(
     run_first, run_start, run_slot, sequence_slots, sums, counts, odd, histogram, table, sequence_table, token_table, touched,
     sequence_sums, sequence_histogram, divergence, bootstrap, worst, worst_at,
 ):  # fmt: skip
-    """All there is of some sequences; everything from `sums` on is added to. Returns (greatest |d|, token ids touched).
+    """All there is of some sequences; everything from `sums` on is added to. Returns the greatest |d|.
 
     Of shards: mu f32, mask u8, flags u8, token i32, sequence i from mu_start[i]; of train records: o, entropy, advantage f32, used,
     miss u8, from o_start[i]; arrays that weren't recorded have no elements. Of sequences [S]: length, prompt tokens, reward_sign
     (0 to 3), identity (a hash, for the bootstrap), order (breaks ties among worst tokens). Runs of one weight version: those of
     sequence i are run_first[i] to run_first[i + 1], each with its start (tokens) and slot. sequence_slots i64 [K, S] rows of
-    sequence_table f64 [., 8]. odd i64 [4]: NaN and infinite log-probs of the rollout, then of the trainer, under the mask.
+    sequence_table f64 [., 8]. token_table f64 [V, 4], touched u8 [V]: 1 where it was added to. odd i64 [4]: NaN and infinite log-probs of the rollout, then of the trainer, under the mask.
     """
     lanes, tally, scratch, ring, padded, rows, probable = _working()
-    greatest, ids = 0.0, 0
+    greatest = 0.0
     here, before = np.zeros(len(SUMS)), np.zeros(len(COUNTS), np.int64)
     value = np.zeros(WAYS)
     found = np.zeros(len(TAUS), np.int64)
     kinds = len(sequence_slots)
+    code, probability_bin, entropy_bin = np.zeros(TERM_ROW, np.uint8), np.zeros(TERM_ROW, np.uint8), np.zeros(TERM_ROW, np.uint8)
+    segment, hot = np.zeros((3, WAYS)), np.zeros((WAIT * (PROBABILITIES + ENTROPIES + MISSES), WAYS))
     for i in range(len(length)):
         a, b, n = mu_start[i], o_start[i], length[i]
         lanes[:] = 0.0
@@ -100,53 +103,63 @@ def scan(
                 for j in range(size):
                     if rows[j * WAYS + 2] >= worst[-1] and rows[j * WAYS + 2] > 0.0:
                         _insert(worst, worst_at, rows[j * WAYS + 2], order[i], start + j, i)
-            first = _of(rows)
-            for j in range(size):
+            _codes(code, flags, used, advantage, at, bt, size)
+            j = 0
+            while j < size:
                 place = start + j
-                flag = flags[at + j]
-                if flag & 2:
-                    turn = place
-                if rows[j * WAYS] == 0.0:
-                    continue
-                row = first + 4 * WAYS * j
                 x = place - prompt[i]
                 if x >= bucket_end:
                     bucket, bucket_end = _bucket(x)
-                add_row(_of(table), POSITION + bucket, row)
-                bin = int(probable[j] * PROBABILITIES)
-                add_row(_of(table), PROBABILITY + min(max(bin, 0), PROBABILITIES - 1), row)
-                if len(entropy):
-                    h = entropy[bt + j]
-                    bin = int(ENTROPIES - 1)
-                    if h == h:
-                        bin = int(min(max(h, np.float32(0.0)), np.float32(100.0)) * np.float32(4.0))
-                        bin = min(bin, ENTROPIES - 2)
-                    add_row(_of(table), ENTROPY + bin, row)
-                since = place - turn
-                add_row(_of(table), TURN + (0 if since == 0 else 1 if since < 8 else 2), row)
-                add_row(_of(table), SPECULATIVE + (2 if flag & 16 else 1 if flag & 8 else 0), row)
-                if len(miss):
-                    add_row(_of(table), MISS + min(int(miss[bt + j]), MISSES - 1), row)
-                if len(advantage):
-                    x_sign = _sign(advantage[bt + j])
-                    add_row(_of(table), SIGNS + 4 * reward_sign[i] + x_sign, row)
-                if len(used):
-                    add_row(_of(table), USED + (1 if used[bt + j] else 0), row)
                 while run < last_run and run_start[run] <= place:
                     slot = run_slot[run]
                     run += 1
+                stop = min(size, bucket_end + prompt[i] - start)
+                if run < last_run:
+                    stop = min(stop, run_start[run] - start)
+                alike = code[j]
+                if alike & 2:
+                    turn = place
+                since = place - turn
+                if since < 8:
+                    stop = min(stop, j + 1 if since == 0 else turn + 8 - start)
+                end = j + 1
+                while end < stop and code[end] == alike:
+                    end += 1
+                sum_rows(_of(rows) + 4 * WAYS * j, end - j, j, _of(segment))
+                j = end
+                if segment[0, 0] == 0.0:
+                    continue
+                t, g = _of(table), _of(segment)
+                add_sum(t, POSITION + bucket, g)
+                add_sum(t, TURN + (0 if since == 0 else 1 if since < 8 else 2), g)
+                add_sum(t, SPECULATIVE + (2 if alike & 16 else 1 if alike & 8 else 0), g)
+                if len(advantage):
+                    add_sum(t, SIGNS + 4 * reward_sign[i] + (alike >> 5), g)
+                if len(used):
+                    add_sum(t, USED + (alike & 1), g)
                 if slot >= 0:
-                    add_row(_of(table), VERSIONS + slot, row)
-                if len(token_table):
-                    name = token[at + j]
-                    if 0 <= name < len(token_table):
-                        if token_table[name, 0] == 0.0:
-                            touched[ids] = name
-                            ids += 1
-                        add_row(_of(token_table), name, row)
-                line += x
-                square += np.float64(x) * x
-                product += np.float64(x) * rows[j * WAYS + 2]
+                    add_sum(t, VERSIONS + slot, g)
+                base = np.float64(start - prompt[i])
+                line += segment[1, 0] + base * segment[0, 0]
+                square += segment[2, 0] + 2 * base * segment[1, 0] + base * base * segment[0, 0]
+                product += segment[1, 2] + base * segment[0, 2]
+            _bins(probability_bin, entropy_bin, probable, entropy, bt, size)
+            first, chances, spreads = _of(rows), _of(hot), _of(hot) + 8 * WAYS * WAIT * PROBABILITIES
+            for j in range(size):
+                row, column = first + 4 * WAYS * j, j % WAIT
+                add_row(chances, WAIT * np.int64(probability_bin[j]) + column, row)
+                add_row(spreads, WAIT * np.int64(entropy_bin[j]) + column, row)
+            if len(miss):
+                missed = spreads + 8 * WAYS * WAIT * ENTROPIES
+                for j in range(size):
+                    add_row(missed, WAIT * min(np.int64(miss[bt + j]), MISSES - 1) + j % WAIT, first + 4 * WAYS * j)
+            if len(token_table):
+                for j in range(size):
+                    name = np.int64(token[at + j])
+                    if name < 0 or name >= len(token_table):
+                        continue
+                    touched[name] = 1
+                    add_token(_of(token_table), name, first + 4 * WAYS * j)
         _reduce(lanes, here)
         sums += here
         count = tally[1] - before[1]
@@ -166,7 +179,40 @@ def scan(
         if i & 0xFFFF == 0xFFFF:
             _flush(scratch, histogram)
     _finish(tally, scratch, ring, counts, histogram)
-    return greatest, ids
+    bases = (PROBABILITY, ENTROPY, MISS)
+    row = 0
+    for k, slots in enumerate((PROBABILITIES, ENTROPIES if len(entropy) else 0, MISSES if len(miss) else 0)):
+        for bin in range(slots):
+            for column in range(WAIT):
+                for w in range(WAYS):
+                    table[bases[k] + bin, w] += hot[row + WAIT * bin + column, w]
+        row += WAIT * slots
+    return greatest
+
+
+@kernel
+def _codes(code, flags, used, advantage, at, bt, size):
+    """What neighbours must share to be added up together: bit 0 trained on, 1 first of a turn, 3 and 4 of the flags, 5 and 6 sign of the advantage."""
+    for j in range(size):
+        code[j] = flags[at + j] & 0x1A
+    if len(used):
+        for j in range(size):
+            code[j] |= np.uint8(used[bt + j] != 0)
+    if len(advantage):
+        for j in range(size):
+            value = advantage[bt + j]
+            code[j] |= np.uint8(32 * (np.uint8(value >= 0) + np.uint8(value > 0) + 3 * np.uint8(value != value)))
+
+
+@kernel
+def _bins(probability_bin, entropy_bin, probable, entropy, bt, size):
+    """Slots of e^mu and of the entropy."""
+    for j in range(size):
+        probability_bin[j] = np.uint8(min(max(probable[j] * np.float32(PROBABILITIES), np.float32(0.0)), np.float32(PROBABILITIES - 1)))
+    for j in range(size if len(entropy) else 0):
+        value = entropy[bt + j]
+        known = min(max(value * np.float32(4.0), np.float32(0.0)), np.float32(ENTROPIES - 2)) if value == value else np.float32(ENTROPIES - 1)
+        entropy_bin[j] = np.uint8(known)
 
 
 @kernel
@@ -246,12 +292,6 @@ def _bucket(x):
     while x >> bits > 1:
         bits += 1
     return 5 + bits, np.int64(1) << (bits + 1)
-
-
-@kernel
-def _sign(x):
-    """0 below zero, 1 zero, 2 above, 3 NaN."""
-    return 0 if x < 0 else 2 if x > 0 else 1 if x == 0 else 3
 
 
 @kernel

@@ -19,7 +19,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic as _intrinsic
 
-from miles.analysis.terms import BINS, CORE, COUNTS, HUGE, LIMIT, RING, SUB_BINS, SUMS, VALUES, WIDE
+from miles.analysis.terms import BINS, CORE, COUNTS, HUGE, LIMIT, RING, SUB_BINS, SUMS, TOKEN_VALUES, VALUES, WIDE
 
 intrinsic: Any = _intrinsic  # its type says nothing of what the decorated function becomes
 
@@ -220,10 +220,70 @@ def add_row(typingctx, table, slot, row):
     """table f64 [slots, 8] at an address: row `slot` += f32 [8] at the address `row`."""
 
     def codegen(context, builder, signature, args):
-        wide, narrow = ir.VectorType(F64, len(VALUES)), ir.VectorType(F32, len(VALUES))
-        spot = builder.inttoptr(builder.add(args[0], builder.mul(args[1], ir.Constant(I64, 8 * len(VALUES)))), wide.as_pointer())
-        value = builder.load(builder.inttoptr(args[2], narrow.as_pointer()), align=4)
-        builder.store(builder.fadd(builder.load(spot, align=8), builder.fpext(value, wide)), spot, align=8)
+        _add_to(builder, args[0], args[1], builder.fpext(_load(builder, args[2], ROW), DOUBLE_ROW))
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, types.int64), codegen
+
+
+@intrinsic
+def add_sum(typingctx, table, slot, row):
+    """table f64 [slots, 8] at an address: row `slot` += f64 [8] at the address `row`."""
+
+    def codegen(context, builder, signature, args):
+        _add_to(builder, args[0], args[1], _load(builder, args[2], DOUBLE_ROW))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), codegen
+
+
+@intrinsic
+def add_token(typingctx, table, slot, row):
+    """table f64 [slots, 4] at an address: row `slot` += the tokens, |d|, d and k3 of f32 [8] at the address `row`."""
+
+    def codegen(context, builder, signature, args):
+        values = _load(builder, args[2], ROW)
+        places = ir.Constant(ir.VectorType(I32, 4), [VALUES.index(name) for name in TOKEN_VALUES])
+        _add_to(builder, args[0], args[1], builder.fpext(builder.shuffle_vector(values, values, places), ir.VectorType(F64, 4)))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), codegen
+
+
+@intrinsic
+def sum_rows(typingctx, rows, count, first, out):
+    """out f64 [3, 8] at an address = sums over j of f32 [8] rows, of j times them and of j^2 times them; j counts from `first`."""
+
+    def codegen(context, builder, signature, args):
+        cells = [cgutils.alloca_once(builder, DOUBLE_ROW) for _ in range(3)]
+        for cell in cells:
+            builder.store(ir.Constant(DOUBLE_ROW, [ir.Constant(F64, 0.0)] * len(VALUES)), cell)
+        with cgutils.for_range(builder, args[1]) as loop:
+            at = builder.add(args[0], builder.mul(loop.index, ir.Constant(I64, 4 * len(VALUES))))
+            value = builder.fpext(_load(builder, at, ROW), DOUBLE_ROW)
+            j = builder.sitofp(builder.add(loop.index, args[2]), F64)
+            one = builder.insert_element(ir.Constant(DOUBLE_ROW, ir.Undefined), j, ir.Constant(I32, 0))
+            factor = builder.shuffle_vector(one, one, ir.Constant(ir.VectorType(I32, len(VALUES)), [0] * len(VALUES)))
+            for power, cell in enumerate(cells):
+                if power:
+                    value = builder.fmul(value, factor)
+                builder.store(builder.fadd(builder.load(cell), value), cell)
+        for power, cell in enumerate(cells):
+            spot = builder.add(args[3], ir.Constant(I64, 8 * len(VALUES) * power))
+            builder.store(builder.load(cell), builder.inttoptr(spot, DOUBLE_ROW.as_pointer()), align=8)
+        return context.get_dummy_value()
+
+    return types.void(*([types.int64] * 4)), codegen
+
+
+ROW, DOUBLE_ROW = ir.VectorType(F32, len(VALUES)), ir.VectorType(F64, len(VALUES))
+
+
+def _load(builder: ir.IRBuilder, address: ir.Value, kind: Any) -> ir.Value:
+    return builder.load(builder.inttoptr(address, kind.as_pointer()), align=4)
+
+
+def _add_to(builder: ir.IRBuilder, table: ir.Value, slot: ir.Value, value: ir.Value) -> None:
+    """Add a vector of fp64 to its row of a table."""
+    spot = builder.inttoptr(builder.add(table, builder.mul(slot, ir.Constant(I64, 8 * value.type.count))), value.type.as_pointer())
+    builder.store(builder.fadd(builder.load(spot, align=8), value), spot, align=8)

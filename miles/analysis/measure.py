@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from miles.analysis import exact
 from miles.analysis.slices import SLICES, TOKEN_SLICES, label, position_label
-from miles.analysis.state import ODD, SEEN, ByToken, State
-from miles.analysis.terms import BINS, COUNTS, SEQUENCE_HISTOGRAMS, SEQUENCE_SUMS, SUMS, TAUS, VALUES
+from miles.analysis.state import ODD, SEEN, State
+from miles.analysis.terms import BINS, COUNTS, SEQUENCE_HISTOGRAMS, SEQUENCE_SUMS, SUMS, TAUS, TOKEN_VALUES, VALUES
 
 QUANTILES = (0.5, 0.9, 0.99, 0.999, 0.9999)
 INTERVAL = (0.025, 0.975)
@@ -124,13 +124,13 @@ def worst_token_ids(state: State, most: int = 20, prior: float = 100.0) -> list[
     if not len(tokens.ids):
         return []
     values = exact.value(tokens.digits[: len(tokens.ids)])
-    count, size, total, k3 = (values[:, i] for i in range(len(ByToken.COLUMNS)))
+    count, size, total, k3 = (values[:, i] for i in range(len(TOKEN_VALUES)))
     mean = math.fsum(size) / max(math.fsum(count), 1.0)
     drawn = (size + prior * mean) / (count + prior)
-    order = np.lexsort((tokens.ids, -drawn))[:most]
+    order = [i for i in np.lexsort((tokens.ids, -drawn)) if count[i]][:most]
     return [
         {"token_id": int(tokens.ids[i]), "tokens": int(count[i]), "abs_diff": size[i] / count[i], "mean_diff": total[i] / count[i], "kl_k3": k3[i] / count[i], "drawn": drawn[i]}
-        for i in order.tolist()
+        for i in order
     ]
 
 

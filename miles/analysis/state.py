@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from miles.analysis import exact
 from miles.analysis.slices import POSITIONS
-from miles.analysis.terms import BINS, COUNTS, REPLICATES, SEQUENCE_HISTOGRAMS, SEQUENCE_SUMS, SUMS, TAUS, VALUES, WORST
+from miles.analysis.terms import BINS, COUNTS, REPLICATES, SEQUENCE_HISTOGRAMS, SEQUENCE_SUMS, SUMS, TAUS, TOKEN_VALUES, VALUES, WORST
 
 WORST_FIELDS = np.dtype([("abs", "f4"), ("step", "i8"), ("shard", "i8"), ("row", "i8"), ("place", "i8")])
 ODD = ("rollout_nan", "rollout_infinite", "train_nan", "train_infinite")
@@ -82,7 +82,7 @@ class State:
         state.recorded, state.notes = set(recorded), set(notes)
         state.slices.rows = {tuple(each): row for row, each in enumerate(labels)}
         state.slices.digits = np.frombuffer(digits, np.int64).reshape(len(labels), len(VALUES), exact.DIGITS).copy()
-        state.tokens.merge(np.frombuffer(ids, np.int64), np.frombuffer(sums, np.int64).reshape(-1, len(ByToken.COLUMNS), exact.DIGITS))
+        state.tokens.merge(np.frombuffer(ids, np.int64), np.frombuffer(sums, np.int64).reshape(-1, len(TOKEN_VALUES), exact.DIGITS))
         return state
 
 
@@ -119,20 +119,18 @@ class Labelled:
 
 
 class ByToken:
-    """Exact sums of some of VALUES by token id: int64 ids, rows in the order met."""
-
-    COLUMNS = tuple(VALUES.index(name) for name in ("tokens", "abs", "d", "k3"))
+    """Exact sums of TOKEN_VALUES by token id: int64 ids, rows in the order met."""
 
     def __init__(self) -> None:
         self.row_of = np.full(0, -1, np.int64)
         self.ids = np.zeros(0, np.int64)
-        self.digits = exact.zeros(0, len(self.COLUMNS))
+        self.digits = exact.zeros(0, len(TOKEN_VALUES))
 
     def add(self, ids: NDArray[np.int64], table: NDArray[np.float64]) -> None:
-        """The rows `ids` (each once) of table f64 [V, 8]."""
+        """The rows `ids` (each once) of table f64 [V, 4]."""
         if len(ids):
             rows = self._rows(ids)
-            exact.add_rows(self.digits, rows, table[ids][:, self.COLUMNS])
+            exact.add_rows(self.digits, rows, table[ids])
 
     def merge(self, ids: NDArray[np.int64], digits: exact.Digits) -> None:
         """Sums [len(ids), 4] of another."""
@@ -148,7 +146,7 @@ class ByToken:
         self.row_of[new] = np.arange(len(self.ids), len(self.ids) + len(new))
         self.ids = np.concatenate([self.ids, new])
         if len(self.ids) > len(self.digits):
-            grown = exact.zeros(max(len(self.ids), 2 * len(self.digits)), len(self.COLUMNS))
+            grown = exact.zeros(max(len(self.ids), 2 * len(self.digits)), len(TOKEN_VALUES))
             grown[: len(self.digits)] = self.digits
             self.digits = grown
         return self.row_of[ids]

@@ -6,13 +6,14 @@ from __future__ import annotations
 CORE = ("d", "abs", "d2", "k3", "t", "t2")
 SUMS = (*CORE, "td", "mu", "mu2", "mud")
 VALUES = ("tokens", "d", "abs", "d2", "k3", "t", "t2", "equal_bits")  # of every slice
+TOKEN_VALUES = ("tokens", "abs", "d", "k3")  # of every token id
 COUNTS = ("masked", "tokens", "equal_bits")  # under the loss mask; of them, both log-probs finite; of those, the same bits in both
 LIMIT = 20.0  # nats: the bound of a log-ratio before it is exponentiated
 HUGE = 1.0000000150474662e30  # nats, a float32: a log-prob beyond it stands for probability 0 and counts as infinite
 BINS = 1 << 13  # of the signed log-histogram: the upper 13 bits of d as float32, so 16 bins an octave
 SUB_BINS = 4  # neighbouring tokens count in different columns: equal values don't wait for each other
 WIDE = 16  # tokens of a turn of the innermost loop
-TERM_ROW = 1024  # tokens: the most whose terms are kept
+TERM_ROW = 512  # tokens: the most whose terms are kept
 RING = 16  # turns whose bins wait to be counted
 TAUS = (0.0, 1e-6, 1e-3, 0.1)  # nats: a sequence diverges first where |d| exceeds one of these
 # Over sequences with a token that counts, S = sum of d over it, n its tokens: 1, e^S, e^2S, e^(-S/n), |S/n|, (S/n)^2, drift and its absolute value.
