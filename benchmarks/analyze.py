@@ -113,8 +113,9 @@ def make_run(folder: Path, tokens: int) -> None:
     """A run of that many tokens: steps of one shard and one train record, trained on in another order than the shard's."""
     random = np.random.default_rng(1)
     run, generated = RunDir(folder), np.arange(LENGTH) >= PROMPT
+    # Token ids as in text: the k-th most frequent one has a share of about 1 / k.
     mu = np.where(generated, -random.exponential(1.0, (256, LENGTH)), np.nan).astype(np.float32)
-    ids, flags = random.integers(0, 150_000, (256, LENGTH)).astype(np.int32), (generated * int(Flag.GENERATED)).astype(np.uint8)
+    ids, flags = (150_000 ** random.random((256, LENGTH))).astype(np.int32), (generated * int(Flag.GENERATED)).astype(np.uint8)
     columns = {
         "train_logprob": (mu + random.normal(0, 0.02, mu.shape)).astype(np.float32),
         "entropy": np.where(generated, random.exponential(1.0, mu.shape), np.nan).astype(np.float32),

@@ -8,6 +8,7 @@ import os
 import sys
 import time
 
+from benchmarks.analyze import measure as measure_analysis
 from benchmarks.cli_start import measure as measure_commands
 from benchmarks.convert import measure as measure_conversion
 from benchmarks.generation import Case, measure
@@ -28,7 +29,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run_all", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
     parser.add_argument("--quick", action="store_true", help="one short turn of each: shows that it runs, judges nothing")
-    parser.add_argument("--only", choices=[*CASES, "train_step", "commands", "slurm_launch", "convert"], help="one part")
+    parser.add_argument("--only", choices=[*CASES, "train_step", "commands", "slurm_launch", "convert", "analysis"], help="one part")
     given = parser.parse_args()
     os.environ.update(TRANSFORMERS_VERBOSITY="error", HF_HUB_DISABLE_PROGRESS_BARS="1")
     began = time.monotonic()
@@ -48,6 +49,8 @@ def main() -> int:
         rows += measure_launch(say, given.quick)
     if given.only in (None, "convert"):
         rows += measure_conversion(say, given.quick)
+    if given.only in (None, "analysis"):
+        rows += measure_analysis(say, given.quick)
     if given.json:
         load = os.getloadavg()[0]
         print(json.dumps({"threads": THREADS, "quick": given.quick, "load_average": load, "results": [row.as_json() for row in rows]}, indent=1))

@@ -152,7 +152,7 @@ def scan(
             if len(miss):
                 missed = spreads + 8 * WAYS * WAIT * ENTROPIES
                 for j in range(size):
-                    add_row(missed, WAIT * min(np.int64(miss[bt + j]), MISSES - 1) + j % WAIT, first + 4 * WAYS * j)
+                    add_row(missed, WAIT * min(int(miss[bt + j]), MISSES - 1) + j % WAIT, first + 4 * WAYS * j)
             if len(token_table):
                 for j in range(size):
                     name = np.int64(token[at + j])
