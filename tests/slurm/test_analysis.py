@@ -1,0 +1,27 @@
+"""The analysis under srun: over two nodes the output of one process; a launch whose processes can't meet is refused."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from miles.slurm.minicluster import Cluster
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT / "tests/analysis"))
+
+from made_runs import random_run  # noqa: E402
+
+
+def test_srun_gives_what_one_process_gives_and_refuses_processes_that_are_alone(slurm: Cluster, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    random_run(run, longest=50)
+    tool = [sys.executable, ROOT / "tools/analyze/logprob_mismatch.py", run, "--json"]
+    job = ["srun", "-p", "h200", "-N2", "-n3"]
+    here = slurm.run(["srun", "-p", "h200", "-n1", "--mpi=none", *tool], timeout=120)
+    met = slurm.run([*job, "--mpi=pmi2", *tool], timeout=120)
+    assert met.stdout == here.stdout != ""
+    alone = slurm.run([*job, "--mpi=none", *tool], check=False, timeout=120)
+    assert alone.returncode == 78
+    assert alone.stdout == ""
+    assert "3 processes were started (SLURM_STEP_NUM_TASKS), and MPI sees 1" in alone.stderr
