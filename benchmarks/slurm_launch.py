@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from benchmarks.child import ROOT
+from benchmarks.cli_start import installed
 from benchmarks.table import Row
 from miles.config.compose import load_config
 from miles.config.exits import UserError
@@ -29,7 +30,7 @@ from miles.slurm.minicluster import Cluster
 
 STAMPS = Path(__file__).parent / "stamps"
 NODES = {"train": 2, "infer": 1, "cpu": 0}
-TURNS, REQUEUES = 7, 3
+TURNS, REQUEUES = 7, 3  # a first turn more leaves the compiled modules
 PATIENCE = 240.0
 RUN = [
     "recipes/tiny", "warm_start.steps=0", "num_rollout=200", "eval.interval=null", "train.num_nodes=2", "train.num_gpus_per_node=1",
@@ -46,7 +47,7 @@ class Bench:
     def __init__(self, cluster: Cluster, folder: Path, say: Say) -> None:
         self.cluster, self.folder, self.say = cluster, folder, say
         self.stamps = folder / "stamps"
-        self.environment = {**cluster.env(), "PYTHONPATH": os.pathsep.join([str(STAMPS), str(ROOT)]), "MILES_BENCH_STAMPS": str(self.stamps)}
+        self.environment = {**installed(cluster.env(), folder), "PYTHONPATH": os.pathsep.join([str(STAMPS), str(ROOT)]), "MILES_BENCH_STAMPS": str(self.stamps)}
 
     def until(self, condition: Callable[[], object], what: str) -> None:
         """Wait."""

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import httpx
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -74,6 +73,8 @@ def call_service(record: RunRecord, method: str, path: str) -> dict[str, Any] | 
         return None  # not started yet, or another user's run: the files still speak
     if service is None or not token or not isinstance(service.get("url"), str):
         return None
+    import httpx  # dear, and of no use where nothing lives
+
     try:
         reply = httpx.request(method, service["url"] + path, headers={"Authorization": f"Bearer {token}"}, timeout=ASK_SECONDS, trust_env=False)
         answer = reply.json() if reply.status_code == 200 else None
