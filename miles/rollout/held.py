@@ -14,8 +14,8 @@ from typing import Any, overload
 
 from miles.data.sample import Sample
 from miles.data.store.epoch import Fence
-from miles.data.store.journal import ARRAYS, Journal, journal_paths, read_group, read_journal, scan_journal
-from miles.data.store.run_dir import RunDir
+from miles.data.store.journal import ARRAYS, Journal, read_group, read_journal, scan_journal
+from miles.data.store.run_dir import RunDir, journal_paths
 from miles.data.store.shard import Row, row_of
 
 log = logging.getLogger(__name__)

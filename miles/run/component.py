@@ -20,8 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-import httpx
-
 from miles.config.exits import AGAIN, OK, WRONG, first_cause
 from miles.config.placement import Process, processes
 from miles.config.schema import RunConfig
@@ -186,6 +184,8 @@ def tell(run_dir: Path, epoch: int, path: str, **fields: Any) -> bool:
     """A word to the attempt's rollout service; False where it isn't there, or is busy."""
     attempt = run_dir / "attempts" / f"{epoch:06d}"
     url, token = json.loads((attempt / "service.json").read_text())["url"], (attempt / "token").read_text()
+    import httpx  # dear: not before the roles are started
+
     try:
         reply = httpx.post(url + path, json={"epoch": epoch, **fields}, headers={"Authorization": f"Bearer {token}"}, timeout=2.0, trust_env=False)
     except httpx.HTTPError:

@@ -6,8 +6,6 @@ import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
-import httpx
-
 from miles.config.exits import AGAIN, OK, WRONG, disk_full, first_cause, full, no_room
 from miles.config.placement import components
 from miles.config.schema import RunConfig
@@ -86,6 +84,8 @@ class Attempt:
 
     def ask(self, method: str, path: str) -> dict[str, Any] | None:
         """A call to the rollout service; None while it isn't there."""
+        import httpx  # dear: not before the components are started
+
         try:
             reply = httpx.request(method, self.meeting.url + path, headers={"Authorization": f"Bearer {self.meeting.token}"}, timeout=2.0, trust_env=False)
         except httpx.HTTPError:

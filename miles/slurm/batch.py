@@ -35,7 +35,6 @@ def main(words: list[str]) -> int:
     from miles.data.store.run_dir import RunDir
     from miles.slurm.job_here import JobHere
     from miles.slurm.reported import reported
-    from miles.slurm.rollout_job import RolloutJob
     from miles.slurm.srun import addresses
     from miles.slurm.step import own_address
     from miles.slurm.tracked import tracked
@@ -47,6 +46,8 @@ def main(words: list[str]) -> int:
         os.environ["MILES_ADDRESSES"] = json.dumps(addresses(reachable=config.cluster.placement == "jobs"))
         os.environ["MILES_HOST"] = own_address()
         if words[1:] == ["rollout"]:
+            from miles.slurm.rollout_job import RolloutJob
+
             return RolloutJob(run, config, job, signals, say).start()
         with tracked(run, config, say), reported(run, signals, say) as poke:
             return TrainerJob(run, config, job, signals, say, poke).start()

@@ -10,8 +10,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import httpx
-
 from miles.config.exits import UserError
 from miles.config.schema import RunConfig
 from miles.data.store.epoch import newest_epoch
@@ -40,6 +38,8 @@ def find(run: RunDir) -> Found | None:
     folder = run.attempt(epoch)
     if epoch == 0 or (folder / "exit.json").exists():
         return None
+    import httpx  # dear, and only for placement jobs
+
     try:
         url, token = str(json.loads((folder / "service.json").read_text())["url"]), (folder / "token").read_text()
         reply = httpx.get(f"{url}/status", headers={"Authorization": f"Bearer {token}"}, timeout=HANDSHAKE_SECONDS, trust_env=False)

@@ -15,8 +15,9 @@ import shared
 import whole_runs as runs
 from jobs import HET, Job, command
 
-from miles.data.store.journal import journal_paths, read_journal
+from miles.data.store.journal import read_journal
 from miles.data.store.metrics import read_lines
+from miles.data.store.run_dir import journal_paths
 from miles.slurm.minicluster import Cluster
 
 HERE = Path(__file__).parent

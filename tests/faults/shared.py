@@ -16,9 +16,9 @@ from typing import Any
 import psutil
 
 from miles.data.store.epoch import newest_epoch
-from miles.data.store.journal import journal_paths, read_journal
+from miles.data.store.journal import read_journal
 from miles.data.store.manifest import read_manifest
-from miles.data.store.run_dir import RunDir, steps_in
+from miles.data.store.run_dir import RunDir, journal_paths, steps_in
 
 WARM_STEPS, STEPS = 2, 10
 BATCH = 4  # of recipes/tiny: groups

@@ -15,10 +15,10 @@ from miles.data.inspect.recognise import recognise
 from miles.data.store.checkpoint import read_complete
 from miles.data.store.files import Damaged, Sealed, verify
 from miles.data.store.hdf5 import has_own_checksum, verify_own
-from miles.data.store.journal import is_journal, journal_paths, last_good_end, next_record
+from miles.data.store.journal import is_journal, last_good_end, next_record
 from miles.data.store.manifest import NAME, read_manifest
 from miles.data.store.retention import ASIDE
-from miles.data.store.run_dir import COMPLETE, RunDir, newest_complete_checkpoint, read_run_yaml, steps_in
+from miles.data.store.run_dir import COMPLETE, RunDir, journal_paths, newest_complete_checkpoint, read_run_yaml, steps_in
 
 
 @dataclass(frozen=True)

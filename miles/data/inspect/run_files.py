@@ -19,11 +19,19 @@ from miles.data.store.checkpoint import STATE, read_complete, read_state
 from miles.data.store.events import name_parts
 from miles.data.store.files import Damaged, read_json, schema_kind
 from miles.data.store.hdf5 import reading
-from miles.data.store.journal import journal_paths
 from miles.data.store.manifest import NAME, SCHEMA, Manifest, read_manifest
 from miles.data.store.metrics import read_lines, read_metrics
 from miles.data.store.retention import ASIDE, size_of
-from miles.data.store.run_dir import COMPLETE, PLAN_SCHEMA, RunDir, read_provenance, read_provenance_file, read_run_yaml, steps_in
+from miles.data.store.run_dir import (
+    COMPLETE,
+    PLAN_SCHEMA,
+    RunDir,
+    journal_paths,
+    read_provenance,
+    read_provenance_file,
+    read_run_yaml,
+    steps_in,
+)
 from miles.data.store.shard import Shard, open_shard
 
 

@@ -149,12 +149,6 @@ def read_group(path: Path, position: int) -> Group:
     return decode_group(payload, path)[1]
 
 
-def journal_paths(folder: Path) -> list[Path]:
-    """Journals of a folder, oldest attempt first, then by worker."""
-    found = [path for path in folder.glob("*.log") if path.name.split(".")[-2].isdecimal()]
-    return sorted(found, key=lambda path: (int(path.name.split(".")[-2]), path.name))
-
-
 def is_journal(path: Path, at: int = 0) -> bool:
     """Whether a whole record stands at the beginning of a file, or at this byte."""
     with open(path, "rb") as file:

@@ -6,9 +6,8 @@ from collections.abc import Collection, Iterator
 
 from miles.data.store.checkpoint import STATE
 from miles.data.store.files import Damaged, read_json
-from miles.data.store.journal import journal_paths
 from miles.data.store.manifest import NAME
-from miles.data.store.run_dir import COMPLETE, RunDir, steps_in
+from miles.data.store.run_dir import COMPLETE, RunDir, journal_paths, steps_in
 
 
 def last_with_results(run_dir: RunDir, epochs: Collection[int]) -> int | None:

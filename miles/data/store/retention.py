@@ -13,9 +13,9 @@ from typing import Any
 
 from miles.config.exits import UserError
 from miles.data.store.epoch import Fence
-from miles.data.store.journal import Group, journal_paths, read_journal
+from miles.data.store.journal import Group, read_journal
 from miles.data.store.manifest import NAME, read_manifest
-from miles.data.store.run_dir import steps_in
+from miles.data.store.run_dir import journal_paths, steps_in
 
 log = logging.getLogger(__name__)
 

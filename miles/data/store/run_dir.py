@@ -157,6 +157,12 @@ def steps_in(folder: Path) -> list[int]:
     return sorted(step for step in found if step is not None)
 
 
+def journal_paths(folder: Path) -> list[Path]:
+    """Journals of a folder, oldest attempt first, then by worker."""
+    found = [path for path in folder.glob("*.log") if path.name.split(".")[-2].isdecimal()]
+    return sorted(found, key=lambda path: (int(path.name.split(".")[-2]), path.name))
+
+
 def newest_complete_checkpoint(run_dir: RunDir) -> int | None:
     """Step of the newest checkpoint that carries COMPLETE (its content is the trainer's to verify); None without any."""
     complete = [step for step in steps_in(run_dir.checkpoints) if (run_dir.checkpoint(step) / COMPLETE).is_file()]

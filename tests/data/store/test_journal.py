@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from miles.data.sample import Sample, Status
 from miles.data.store.files import Damaged
-from miles.data.store.journal import Journal, journal_paths, last_good_end, read_group, read_journal, scan_journal
+from miles.data.store.journal import Journal, last_good_end, read_group, read_journal, scan_journal
+from miles.data.store.run_dir import journal_paths
 
 
 def assert_same(found: Sample, expected: Sample) -> None:
