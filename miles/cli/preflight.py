@@ -29,11 +29,11 @@ def preflight(words: list[str], run_dir: Path | None, minutes: int, exclude: boo
     errors = [finding for finding in checks.refused(config, run, site.ask()) if finding.level == "error" and finding.where != "--run-dir"]
     if errors:
         raise UserError(str(errors[0]))
-    submissions = job.prepare(config, run, minutes)
-    jobs = job.submit(config, run, submissions)
+    folder = job.new_folder(run)
+    jobs = job.submit(config, folder, job.prepare(config, run, folder, minutes))
     console.print(f"submitted {', '.join(f'job {each}' for each in jobs)}: preflight of {config.name}, for at most {minutes} min; Ctrl-C cancels it")
     try:
-        found = job.results(run, jobs, console.print)
+        found = job.results(folder, jobs, console.print)
     except KeyboardInterrupt:
         job.cancel(jobs)
         raise

@@ -29,11 +29,6 @@ class JobHere:
         return cls(int(env["SLURM_JOB_ID"]), tuple(map(tuple, map(expand, lists))), int(env.get("SLURM_RESTART_COUNT", "0")))
 
     @property
-    def parts(self) -> tuple[str, ...]:
-        """What Slurm calls the parts of the job, a part a group."""
-        return tuple(f"{self.id}+{group}" for group in range(len(self.groups))) if len(self.groups) > 1 else (str(self.id),)
-
-    @property
     def nodes(self) -> tuple[str, ...]:
         """All node names, each once."""
         return tuple(dict.fromkeys(node for group in self.groups for node in group))

@@ -20,7 +20,6 @@ from miles.slurm.requeue import fields
 LOOK_SECONDS = 5.0  # between two questions to Slurm
 HANDSHAKE_SECONDS = 5.0
 QUEUED = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SUSPENDED", "CONFIGURING", "COMPLETING")
-ENDED = ("gone", "missed", "released")
 
 
 @dataclass(frozen=True)

@@ -159,7 +159,6 @@ class _PlainUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"a supervisor's result is plain values, not {module}.{name}")
 
 
-
 class SrunComponent:
     """A submitted component: an srun and its tasks, one a node."""
 

@@ -8,16 +8,20 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 from jobs import REPOSITORY
 
+from miles.config.exits import UserError
+from miles.data.store.run_dir import RunDir
 from miles.slurm.minicluster import Cluster
 from miles.slurm.preflight import clock, files, gpus, nccl, network, verdict
 from miles.slurm.preflight.hub import Guest, Hub
 from miles.slurm.preflight.infiniband import infiniband
+from miles.slurm.preflight.job import new_folder
 from miles.slurm.preflight.judge import bad, judge
 from miles.slurm.preflight.pairs import partner, rounds
 
@@ -245,6 +249,19 @@ def test_nodes_that_meet(tmp_path: Path) -> None:
     probes = judged["a"]["probes"]
     assert {name for name, each in probes.items() if each["status"] == "ok"} == {"shared files", "clock", "files", "ports", "network"} | ({"infiniband"} & {name for name, each in probes.items() if "ports" in each})
     assert probes["network"]["rates"].keys() == {"c"}
+
+
+def test_each_preflight_has_a_folder_of_its_own(tmp_path: Path) -> None:
+    """Two at once delete nothing of each other, nor of one before."""
+    run = RunDir(tmp_path / "run")
+    (new_folder(run) / "run.yaml").write_text("of the first")
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda _: new_folder(run), range(40)))
+    assert sorted(int(folder.name) for folder in found) == list(range(2, 42))
+    assert (tmp_path / "run" / "slurm" / "preflight" / "1" / "run.yaml").read_text() == "of the first"
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="can't be made"):
+        new_folder(RunDir(tmp_path / "file"))
 
 
 def test_a_preflight_on_a_real_slurm_names_the_broken_node(slurm: Cluster, tmp_path: Path) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,9 +28,19 @@ POLL_SECONDS = 0.5
 LATE_SECONDS = 15.0  # a shared file system may show the result later than the job's end
 
 
-def folder_of(run: RunDir) -> Path:
-    """RUN/slurm/preflight."""
-    return records.folder(run) / "preflight"
+def new_folder(run: RunDir) -> Path:
+    """RUN/slurm/preflight/NUMBER, made for one preflight alone: two at once share no file. UserError where it can't be made."""
+    place = records.folder(run) / "preflight"
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        number = max((int(each.name) for each in place.iterdir() if each.name.isdecimal()), default=0)
+        while True:
+            number += 1
+            with contextlib.suppress(FileExistsError):  # another took it since
+                (place / str(number)).mkdir()
+                return place / str(number)
+    except OSError as error:
+        raise UserError(f"{place}: can't be made ({error.strerror}); choose another --run-dir") from error
 
 
 def read_by_nodes(config: RunConfig) -> list[str]:
@@ -41,16 +51,16 @@ def read_by_nodes(config: RunConfig) -> list[str]:
     return list(dict.fromkeys(path for path in paths if Path(path).is_absolute()))
 
 
-def prepare(config: RunConfig, run: RunDir, minutes: int) -> list[Submission]:
-    """One job, or with placement jobs one a group: the run's groups, for so many minutes, without the nodes that are known as bad."""
+def prepare(config: RunConfig, run: RunDir, folder: Path, minutes: int) -> list[Submission]:
+    """One job, or with placement jobs one a group: the run's groups, for so many minutes, without the nodes that are known as bad. folder: the preflight's own."""
     groups = [without(_for(group, minutes), records.left_out(run, config)) for group in node_groups(config)]
     apart = [[group] for group in groups] if config.cluster.placement == "jobs" else [groups]
     found = []
     for together in apart:
         names = tuple(group.name for group in together)
-        command = [batch_python(config, together[0]), "-m", BATCH, str(folder_of(run)), *([names[0]] if len(apart) > 1 else [])]
+        command = [batch_python(config, together[0]), "-m", BATCH, str(folder), *([names[0]] if len(apart) > 1 else [])]
         job = config.cluster.slurm.model_copy(update={"job_name": f"preflight-{config.name}", "requeue": "none", "lead_seconds": LEAD_SECONDS})
-        output = Path(str(folder_of(run)).replace("%", "%%")) / "%j.log"
+        output = Path(str(folder).replace("%", "%%")) / "%j.log"
         found.append(Submission(f"preflight-{config.name}", names, script(job, config.name, together, command, output, device=config.cluster.device)))
     return found
 
@@ -59,14 +69,8 @@ def _for(group: NodeGroup, minutes: int) -> NodeGroup:
     return NodeGroup(group.name, group.nodes, group.gpus_per_node, group.components, group.ask.model_copy(update={"time": str(minutes)}))
 
 
-def submit(config: RunConfig, run: RunDir, submissions: list[Submission]) -> list[int]:
-    """Submit all or none; returns the job ids. An earlier preflight's files are gone then. UserError: what Slurm refuses."""
-    folder = folder_of(run)
-    try:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"{folder}: can't be made ({error.strerror}); choose another --run-dir") from error
+def submit(config: RunConfig, folder: Path, submissions: list[Submission]) -> list[int]:
+    """Submit all or none; returns the job ids. UserError: what Slurm refuses."""
     seal_bytes(folder / "run.yaml", dump_config(config).encode())
     canary_write(folder, LOGIN)
     jobs: list[int] = []
@@ -87,9 +91,9 @@ def cancel(jobs: list[int]) -> None:
         slurm_command(["scancel", *map(str, jobs)], check=False)
 
 
-def results(run: RunDir, jobs: list[int], say: Callable[[str], None]) -> list[dict[str, Any]]:
+def results(folder: Path, jobs: list[int], say: Callable[[str], None]) -> list[dict[str, Any]]:
     """Wait for the jobs; returns their results. TryAgain: a job ended without one. say: hears why they wait."""
-    folder, said, found = folder_of(run), "", []
+    said, found = "", []
     while True:
         states = [job_state(str(job)) for job in jobs]
         if all(state.over for state in states):
