@@ -46,14 +46,17 @@ class Component(Protocol):
 class Attempt:
     """An attempt is made, submitted, watched to its end, and closed.
 
-    start: starts one of its components, on this machine or on the job's nodes. more: what else is recorded of it (job, nodes).
+    start: starts one of its components, on this machine or on the job's nodes. after: the attempt of this process before it; Fenced when somebody
+    else has begun one since. more: what else is recorded of it (job, nodes).
     """
 
-    def __init__(self, run: RunDir, config: RunConfig, say: Callable[[str], None], start: Start, restart: bool = False, **more: Any) -> None:
+    def __init__(
+        self, run: RunDir, config: RunConfig, say: Callable[[str], None], start: Start, restart: bool = False, after: int | None = None, **more: Any
+    ) -> None:
         host, port = own_address(config.cluster)
         self.run, self.config, self.say, self.start = run, config, say, start
         self.noticed: list[str] = []
-        self.epoch = new_epoch(run)
+        self.epoch = new_epoch(run, after)
         self.folder = run.attempt(self.epoch)
         self.fence = Fence(run, self.epoch)
         (self.folder / "logs").mkdir()

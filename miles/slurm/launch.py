@@ -30,9 +30,10 @@ def launch(config: RunConfig, run: RunDir, update: Watcher, say: Callable[[str],
 
     Raises Fenced when somebody else began a newer attempt.
     """
-    before, restart = newest_epoch(run), False
+    before, newest = newest_epoch(run), None
     while True:
-        attempt = Attempt(run, config, say, start_here, restart=restart)
+        attempt = Attempt(run, config, say, start_here, restart=newest is not None, after=newest)
+        newest = attempt.epoch
         interrupted = _stop_on_interrupt(attempt, say)
         attempt.submit()
         try:
@@ -51,7 +52,6 @@ def launch(config: RunConfig, run: RunDir, update: Watcher, say: Callable[[str],
             say(f"attempt {attempt.epoch}: {outcome['reason']}" + ("; trying again" if more else ""))
         if not more:
             break
-        restart = True
     if outcome["code"] == WRONG:
         say(f"error: {outcome['reason']}")
     elif outcome["code"] not in (OK, AGAIN):

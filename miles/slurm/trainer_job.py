@@ -36,6 +36,7 @@ class TrainerJob:
         self.apart = config.cluster.placement == "jobs"
         self.waiting = Waiting(run, config, "rollout") if self.apart else None
         self.parted: str | None = None  # why the other job is waited for no longer
+        self.newest: int | None = None  # attempt of this process
         self.time_is_up = False  # stopped for the time limit's sake
         self.shown: Any = None
 
@@ -100,7 +101,10 @@ class TrainerJob:
 
     def attempt(self, restart: bool) -> int | None:
         """One attempt; returns the exit code, None when another one may follow here."""
-        attempt = Attempt(self.run, self.config, self.say, self.starter(), restart=restart, job=self.job.id, nodes=list(self.job.nodes))
+        here = {"job": self.job.id, "nodes": list(self.job.nodes)}
+        # A process that outlived its node's slurmd must not take the run away from the requeued job.
+        attempt = Attempt(self.run, self.config, self.say, self.starter(), restart=restart, after=self.newest, **here)
+        self.newest = attempt.epoch
         attempt.submit()
         outcome = because_of_disk(self.run, attempt.watch(self.update, lambda: self.pass_on(attempt)))
         ended = time.time()

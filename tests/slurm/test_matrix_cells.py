@@ -30,9 +30,9 @@ def calm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return matrix.calm_run(tmp_path_factory.mktemp("calm") / "run")
 
 
-@pytest.mark.parametrize("name", ["train-node:save", "orchestrator:sync"])
+@pytest.mark.parametrize("name", ["trainer:sync", "orchestrator:sync"])
 def test_cell(cluster: Cluster, calm: Path, tmp_path: Path, name: str) -> None:
-    """What the dead slurmd left alive meets the fence; what nobody goes on with is resumed."""
+    """One that goes on by itself, and one that nobody goes on with until a person resumes it."""
     matrix.cell(cluster, calm, tmp_path, *matrix.CELLS[name])
 
 

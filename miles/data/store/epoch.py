@@ -37,19 +37,21 @@ def newest_epoch(run_dir: RunDir) -> int:
     return max((int(entry.name) for entry in run_dir.attempts.iterdir() if entry.name.isdecimal()), default=0)
 
 
-def new_epoch(run_dir: RunDir) -> int:
+def new_epoch(run_dir: RunDir, after: int | None = None) -> int:
     """Begin an attempt: make attempts/NNNNNN exclusively, point `latest` at it, take the staging folders of older attempts.
 
-    Returns its epoch (1 for the first). Raises Fenced if another attempt began in the meantime.
+    after: the attempt that this one goes on from; somebody who has begun another one since has taken over. Returns the epoch (1 for the first).
+    Raises Fenced if another attempt began in the meantime.
     """
     make_folder(run_dir.attempts)
     while True:
-        epoch = newest_epoch(run_dir) + 1
+        epoch = (newest_epoch(run_dir) if after is None else after) + 1
         try:
             run_dir.attempt(epoch).mkdir()
             break
-        except FileExistsError:
-            continue  # somebody was faster: theirs is that number
+        except FileExistsError:  # somebody was faster: theirs is that number
+            if after is not None:
+                Fence(run_dir, after).check()
     (run_dir.attempt(epoch) / STAGING).mkdir()
     sync_folder(run_dir.attempts)
     Fence(run_dir, epoch).check()  # a newer one may have looked for our staging folder before we made it

@@ -68,3 +68,12 @@ def _passes(fence):
     except Fenced:
         return False
     return True
+
+
+def test_who_goes_on_from_an_attempt_leaves_the_run_to_whoever_was_faster(run_dir):
+    assert new_epoch(run_dir) == 1
+    assert new_epoch(run_dir, after=1) == 2
+    assert new_epoch(run_dir) == 3, "a requeued job goes on from whatever is there"
+    with pytest.raises(Fenced, match=r"attempt 2 .* was superseded by attempt 3"):
+        new_epoch(run_dir, after=2)
+    assert newest_epoch(run_dir) == 3
