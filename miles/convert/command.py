@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from miles.config.exits import AGAIN, OK, WRONG, TryAgain, UserError, disk_full, file_fault
+from miles.config.exits import AGAIN, FULL, OK, WRONG, TryAgain, UserError, file_fault
 
 
 class Parser(argparse.ArgumentParser):
@@ -38,14 +38,20 @@ def run(main: Callable[[], int]) -> None:
         code = AGAIN
     except BrokenPipeError:
         code = OK
-    except (OSError, RuntimeError) as error:  # torch wraps a full disk in a RuntimeError of its own
-        said = disk_full(error) or (file_fault(error) if isinstance(error, OSError) else None)
+    except OSError as error:
+        said = _disk_full(error) or file_fault(error)
         if said is None:
             raise
         print(f"error: {said}", file=sys.stderr)
         code = WRONG
     sys.stdout.flush()
     sys.exit(code)
+
+
+def _disk_full(error: OSError) -> str | None:
+    if error.errno not in FULL:
+        return None
+    return f"disk full{f' at {error.filename}' if error.filename else ''}: free some space, then run the same command again; files that are finished are kept"
 
 
 def say(found: dict[str, Any], lines: list[str], as_json: bool) -> None:

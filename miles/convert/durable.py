@@ -6,9 +6,10 @@ import os
 from pathlib import Path
 
 
-def write_durable(path: Path, content: bytes) -> None:
-    """Write a small file under its name in one step."""
-    draft = path.with_name(f"{path.name}.part-{os.getpid()}")
+def write_durable(path: Path, content: bytes, writer: str = "") -> None:
+    """Write a small file under its name in one step. writer: who writes it, where several may do so at once; what one leaves unfinished, its next
+    attempt overwrites."""
+    draft = path.with_name(f"{path.name}.part{writer}")
     with draft.open("wb") as file:
         file.write(content)
         file.flush()

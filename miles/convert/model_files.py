@@ -30,7 +30,7 @@ def source_mtp_layers(known: Known, names: Iterable[str]) -> int:
     if not known.family.mtp:
         return 0
     found, held = 0, set(names)
-    while f"{known.prefix}model.layers.{known.config.layers + found}.eh_proj.weight" in held:
+    while known.full(f"model.layers.{known.config.layers + found}.eh_proj.weight") in held:
         found += 1
     return found
 
@@ -61,7 +61,7 @@ def examine(known: Known, source: HfSource, wanted: list[Piece], mtp_layers: int
             source.scales(name)
     found = Found(mtp_layers=source_mtp_layers(known, source.stored))
     copies = mtp_copies(known, found.mtp_layers)
-    after = tuple(f"{known.prefix}model.layers.{known.config.layers + i}." for i in range(found.mtp_layers))
+    after = tuple(known.full(f"model.layers.{known.config.layers + i}.") for i in range(found.mtp_layers))
     unknown = []
     for name in source.stored:
         base = name.removesuffix(SCALE)
@@ -69,8 +69,8 @@ def examine(known: Known, source: HfSource, wanted: list[Piece], mtp_layers: int
             continue
         if base in copies and mtp_layers:
             found.copies[base] = copies[base]
-        elif known.tied and name == f"{known.prefix}lm_head.weight":
-            found.copies[name] = f"{known.prefix}model.embed_tokens.weight"
+        elif known.tied and name == known.full("lm_head.weight"):
+            found.copies[name] = known.full("model.embed_tokens.weight")
         elif (after and name.startswith(after)) or not name.startswith(known.prefix) or name.endswith(BUFFERS):
             found.left_out.append(name)
         else:

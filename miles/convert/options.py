@@ -61,7 +61,7 @@ class MtpLayers:
 
     def source_of(self, name: str) -> str:
         """The source's tensor, or the one that is copied in place of a missing MTP layer's."""
-        first = f"{self.known.prefix}model.layers."
+        first = self.known.full("model.layers.")
         last = self.known.config.layers - 1
         if self.made != "copy-last" or not name.startswith(first):
             return name

@@ -89,17 +89,17 @@ class _Work:
         return {"tensors": list(made), "size": sum(size_of(tensor) for tensor in made.values())}
 
     def finish(self, output: Path, records: list[dict[str, Any]]) -> None:
-        """Config, tokenizer, and the index last."""
+        """Tokenizer, index, and the config last: without it the folder is no model."""
         for file in config_files(self.source):
             if file.name != "config.json":
                 copy_durable(file, output / file.name)
         config = {key: value for key, value in self.config.items() if key not in ("quantization_config", "compression_config")}
         if self.target.method != "bf16":
             config["quantization_config"] = self._described()
-        write_durable(output / "config.json", json.dumps(config, indent=2).encode() + b"\n")
         if len(self.names) > 1:
             where = {name: record["file"] for record in records for name in record["tensors"]}
             write_durable(output / INDEX, index(where, sum(record["size"] for record in records)))
+        write_durable(output / "config.json", json.dumps(config, indent=2).encode() + b"\n")
 
     def _described(self) -> dict[str, Any]:
         if self.target.method == "fp8":

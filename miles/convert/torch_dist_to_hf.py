@@ -87,15 +87,15 @@ class Export:
         return {}
 
     def finish(self, out: Path) -> None:
-        """Config, tokenizer, and the index last."""
+        """Tokenizer, index, and the config last: without it the folder is no model."""
         for file in config_files(self.folder):
             if file.name != "config.json":
                 copy_durable(file, out / file.name)
         fields = read_json(self.folder / "config.json")
         fields.pop("quantization_config", None)  # what is written is not quantised
-        write_durable(out / "config.json", json.dumps(fields, indent=2).encode() + b"\n")
         if len(self.names) > 1:
             write_durable(out / INDEX, index({name: self.names[i] for i, names in enumerate(self.files) for name in names}, self.bytes))
+        write_durable(out / "config.json", json.dumps(fields, indent=2).encode() + b"\n")
 
     def _place(self, piece: Piece) -> Place:
         """Where the checkpoint has a piece, stacked or layer by layer."""

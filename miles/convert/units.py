@@ -13,6 +13,7 @@ import mmap
 import os
 import queue
 import shutil
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -68,6 +69,8 @@ class Units:
     def run(self, me: Rank, progress: Progress) -> int:
         """Write what is missing; returns how many files were there already. UserError where the destination holds something else."""
         if self._finished():
+            if me.rank == 0:
+                shutil.rmtree(self.records, ignore_errors=True)  # what a kill in _close left
             return len(self.names)
         self._claim()
         with self._alone(me.rank):
@@ -94,7 +97,7 @@ class Units:
             raise UserError(f"{self.folder}: not empty, and no unfinished conversion of this source with these options; choose another folder")
         self.records.mkdir(parents=True, exist_ok=True)
         if not plan.exists():
-            write_durable(plan, json.dumps({"plan": self.plan}).encode())
+            write_durable(plan, json.dumps({"plan": self.plan}).encode(), f"-{socket.gethostname()}-{os.getpid()}")
         if json.loads(plan.read_text()).get("plan") != self.plan:
             raise UserError(f"{self.folder}: holds an unfinished conversion of another source or with other options; finish that one, or choose another folder")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-sys.path[:0] = [str(Path(__file__).parent), *(str(Path(__file__).parents[1] / folder) for folder in ("end_to_end", "slurm"))]
+sys.path[:0] = [str(Path(__file__).parent), *(str(Path(__file__).parents[1] / folder) for folder in ("end_to_end", "slurm", "convert"))]
 
 import shared  # noqa: E402
 import whole_runs as runs  # noqa: E402

@@ -38,7 +38,7 @@ def test_nominal_counts(name: str) -> None:
 
 
 def test_every_model_file_is_complete() -> None:
-    assert len(known_names()) == 24
+    assert len(known_names()) == 31
     for name in known_names():
         known = facts(Model(name=name))
         assert known is not None

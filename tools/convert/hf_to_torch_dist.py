@@ -3,7 +3,7 @@
 examples:
   python tools/convert/hf_to_torch_dist.py --hf models/Qwen3-30B-A3B --output ckpt/qwen3-30b
   python tools/convert/hf_to_torch_dist.py --hf models/DeepSeek-V3 --output ckpt/dsv3 --mtp-num-layers 1 --workers 8
-  python tools/convert/hf_to_torch_dist.py --hf models/GLM-4.5 --estimate
+  python tools/convert/hf_to_torch_dist.py --hf deepseek-v3 --estimate           # before the download
   sbatch sbatch/convert.sbatch models/DeepSeek-V3 ckpt/dsv3        # several nodes; interrupted: the same command again
 
 Writes OUTPUT/release/ and, last, OUTPUT/latest_checkpointed_iteration.txt: without it the folder is no checkpoint.
@@ -18,7 +18,7 @@ from miles.convert.command import parser, run, say, size  # noqa: E402
 
 def main() -> int:
     options = parser(__doc__)
-    options.add_argument("--hf", required=True, metavar="FOLDER", help="Hugging Face folder: config.json and safetensors (bf16, fp16, fp32 or FP8 blocks)")
+    options.add_argument("--hf", required=True, metavar="FOLDER", help="Hugging Face folder: config.json and safetensors (bf16, fp16, fp32 or FP8 blocks); for --estimate also a name from configs/models")
     options.add_argument("--output", metavar="FOLDER", help="new folder, or one with an unfinished conversion of the same source")
     options.add_argument("--mtp-num-layers", type=int, default=0, metavar="N", help="multi-token prediction layers to include (default 0)")
     options.add_argument("--init-mtp", choices=["copy-last", "random"], help="make MTP layers up where the source has none")
@@ -26,7 +26,7 @@ def main() -> int:
     options.add_argument("--tensor-model-parallel-size", type=int, default=1, metavar="N", help="multiplies the padding as in Megatron (default 1)")
     options.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], help="of the checkpoint (default: the source's; FP8 gives bfloat16)")
     options.add_argument("--strict", action="store_true", help="refuse NaN instead of warning")
-    options.add_argument("--workers", type=int, default=2, metavar="N", help="threads of this process (default 2)")
+    options.add_argument("--workers", type=int, default=4, metavar="N", help="threads of this process (default 4)")
     options.add_argument("--estimate", action="store_true", help="say bytes, memory and time, convert nothing; config.json is enough")
     options.add_argument("--disk", type=float, default=1.0, metavar="GB/s", help="speed of the disk for --estimate (default 1.0)")
     given = options.parse_args()

@@ -22,7 +22,7 @@ def main() -> int:
     options.add_argument("--method", required=True, choices=["fp8", "int4", "bf16"], help="what to write")
     options.add_argument("--power-of-two", action="store_true", help="FP8 scales rounded up to powers of two (ue8m0)")
     options.add_argument("--group-size", type=int, default=32, metavar="N", help="numbers of a row that share an INT4 scale (default 32)")
-    options.add_argument("--workers", type=int, default=2, metavar="N", help="threads of this process (default 2)")
+    options.add_argument("--workers", type=int, default=4, metavar="N", help="threads of this process (default 4)")
     given = options.parse_args()
     from miles.convert.quantize import Target, quantize
     from miles.convert.units import here

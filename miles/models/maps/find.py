@@ -38,6 +38,10 @@ class Known:
     config: Config
     prefix: str = ""
 
+    def full(self, name: str) -> str:
+        """A tensor's name in the files, from its name in a text model's. Gemma 3N's text model is `model` itself there, one level down."""
+        return self.prefix + (name.removeprefix("model.") if self.prefix.startswith("model.") else name)
+
     @property
     def tied(self) -> bool:
         return bool(self.config.get("tie_word_embeddings", self.family.tied))

@@ -62,11 +62,11 @@ def pieces(known: Known, *, mtp_layers: int = 0, rows: int | None = None) -> Ite
         for entry in family.layer(config, i):
             yield _of_layer(known, entry, i, uniform)
     for entry in family.top(config):
-        yield Piece(entry.name, (), (), entry.shape, _named(entry.blocks, known.prefix), entry.dtype)
+        yield Piece(entry.name, (), (), entry.shape, tuple(replace(block, name=known.full(block.name)) for block in entry.blocks), entry.dtype)
     for i in range(mtp_layers):
         for entry in mtp_layer(known, i):
             lead, axes = ((entry.expert or 0,), (entry.experts,)) if entry.experts else ((), ())
-            blocks = _named(entry.blocks, f"{known.prefix}model.layers.{config.layers + i}.")
+            blocks = _named(entry.blocks, known.full(f"model.layers.{config.layers + i}."))
             yield Piece(f"mtp.layers.{i}.{entry.name}", lead, axes, entry.shape, blocks, entry.dtype)
     if not known.tied:
         yield _padded(known, OUTPUT, "lm_head.weight", rows)
@@ -90,9 +90,9 @@ def mtp_copies(known: Known, mtp_layers: int) -> dict[str, str]:
     """Hugging Face names of tensors that MTP layers repeat, each with the tensor that it is a copy of. Megatron keeps them once."""
     of = {}
     for i in range(mtp_layers):
-        prefix = f"{known.prefix}model.layers.{known.config.layers + i}."
-        of[f"{prefix}embed_tokens.weight"] = f"{known.prefix}model.embed_tokens.weight"
-        of[f"{prefix}shared_head.head.weight"] = f"{known.prefix}{'model.embed_tokens' if known.tied else 'lm_head'}.weight"
+        prefix = known.full(f"model.layers.{known.config.layers + i}.")
+        of[f"{prefix}embed_tokens.weight"] = known.full("model.embed_tokens.weight")
+        of[f"{prefix}shared_head.head.weight"] = known.full("model.embed_tokens.weight" if known.tied else "lm_head.weight")
     return of
 
 
@@ -101,14 +101,14 @@ def _of_layer(known: Known, entry: Entry, i: int, uniform: bool) -> Piece:
     stacked = (f"decoder.layers.{entry.name}", (i, *inner[0]), (known.config.layers, *inner[1]))
     apart = (f"decoder.layers.{i}.{entry.name}", *inner)
     (key, lead, axes), other = (stacked, apart) if uniform else (apart, stacked)
-    blocks = _named(entry.blocks, f"{known.prefix}model.layers.{i}.")
+    blocks = _named(entry.blocks, known.full(f"model.layers.{i}."))
     return Piece(key, lead, axes, entry.shape, blocks, entry.dtype, other)
 
 
 def _padded(known: Known, key: str, hf: str, rows: int) -> Piece:
     config: Config = known.config
     vocabulary, hidden = config.number("vocab_size"), config.hidden
-    return Piece(key, (), (), (rows, hidden), (Block(f"{known.prefix}{hf}", (vocabulary, hidden), 0, vocabulary, 0),))
+    return Piece(key, (), (), (rows, hidden), (Block(known.full(hf), (vocabulary, hidden), 0, vocabulary, 0),))
 
 
 def _named(blocks: tuple[Block, ...], prefix: str) -> tuple[Block, ...]:
