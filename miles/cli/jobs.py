@@ -5,12 +5,19 @@ from __future__ import annotations
 import datetime
 from typing import Any
 
-from miles.config.exits import full, no_room
+from miles.config.exits import AGAIN, WRONG, full, no_room
 from miles.data.store.run_dir import RunDir
 from miles.report.summary import Summary, duration
 from miles.slurm import records
 from miles.slurm.requeue import fields
-from miles.slurm.states import ComponentState, JobState, job_state
+from miles.slurm.states import FORGOTTEN, ComponentState, JobState, job_state
+
+SAID = ("finished", "stopped", "failed")  # by exit.json of the newest attempt
+ENDINGS = {  # of a run's job, by its exit code
+    AGAIN: "the run goes on in another job, or its attempts brought nothing new",
+    WRONG: "the configuration or the input is wrong",
+    130: "stopped by miles-submit cancel",
+}
 
 
 def alive(run: RunDir) -> list[JobState]:
@@ -33,13 +40,13 @@ def with_jobs(run: RunDir, summary: Summary, jobs: list[JobState]) -> Summary:
     return summary
 
 
-def job_rows(run: RunDir, jobs: list[JobState]) -> list[tuple[str, str]]:
-    """(name, value) lines of the jobs that wait or run, else of the run's last one."""
+def job_rows(run: RunDir, jobs: list[JobState], summary: Summary) -> list[tuple[str, str]]:
+    """(name, value) lines of the jobs that wait or run, else of the run's last one. That Slurm has forgotten that is told where the run's files don't say how it ended."""
     if not (entries := records.submitted(run)):
         return []
     rows = []
     for state in jobs or [job_state(str(entries[-1]["job_id"]))]:
-        rows.append(("job", _job(state)))
+        rows.append(("job", f"{state.job_id} ended" if state.state == FORGOTTEN and summary.state in SAID else job_words(state)))
         names: list[str] = next((entry["groups"] for entry in entries if str(entry["job_id"]) == state.job_id), [])
         rows += [(f"group {name}", _group(each)) for name, each in zip(names, state.components, strict=False) if len(names) > 1 and not state.over]
     if bad := records.excluded(run):
@@ -57,11 +64,13 @@ def _group(each: ComponentState) -> str:
     return f"{each.state.lower()}{where}" + (f" ({each.reason})" if each.reason else "")
 
 
-def _job(state: JobState) -> str:
-    """One job in words: its state, where, why not yet, how often requeued, and how long it has or has to wait."""
-    text = f"{state.job_id} {state.state.lower().replace('_', ' ')}"
+def job_words(state: JobState) -> str:
+    """One job in words: its state, where, why not yet or how it ended, how often requeued, and how long it has or has to wait."""
+    meant = ENDINGS.get(state.exit_code or 0) if state.state == "FAILED" else None  # Slurm calls every exit code but 0 a failure
+    reason = meant or state.reason
+    text = f"{state.job_id} {'ended' if meant else state.state.lower().replace('_', ' ')}"
     text += f" on {state.nodes}" if state.nodes and not state.over else ""
-    text += f" ({state.reason})" if state.reason else ""
+    text += f" ({reason})" if reason else ""
     text += f", requeued {state.restarts} time{'s' if state.restarts > 1 else ''}" if state.restarts else ""
     text += f", exit code {state.exit_code}" if state.exit_code is not None else ""
     if state.over:

@@ -31,7 +31,7 @@ def status(run_dir: Path, as_json: bool) -> int:
 
         try:
             jobs = alive(run)
-            summary, told = with_jobs(run, summary, jobs), job_rows(run, jobs)
+            summary, told = with_jobs(run, summary, jobs), job_rows(run, jobs, summary)
         except UserError as error:  # no Slurm here, or it doesn't answer: the files still speak
             told = [("job", f"{submitted(run)[-1]['job_id']}, in a state unknown here ({error})")]
     if as_json:

@@ -157,7 +157,9 @@ def _field(line: str, name: str) -> str:
 
 
 def words(reason: str, state: str) -> str:
-    """Slurm's reason as a person would say it; one that we have no words for is spelt out."""
+    """Slurm's reason as a person would say it; one that we have no words for is spelt out. A job that completed has none: what stands there is of an execution before."""
+    if state == "COMPLETED":
+        return ""
     reason = reason.strip("()")
     if reason in WORDS:
         return WORDS[reason] if state != "RUNNING" else ""

@@ -19,7 +19,7 @@ from clusters import cluster_or_skip
 import miles
 from miles.config.exits import UserError
 from miles.slurm.minicluster import Cluster, Settings
-from miles.slurm.minicluster.folder import SOCKET, create, mounts_below, remove
+from miles.slurm.minicluster.folder import SOCKET, ClusterError, create, mounts_below, remove
 from miles.slurm.minicluster.processes import environment, everybody
 
 SMALL = {"train": 1, "infer": 1, "cpu": 0}
@@ -254,6 +254,33 @@ def test_folder_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
         assert [path.name for path in folder.iterdir()] == ["theirs"]
     finally:
         shutil.rmtree(folder)
+
+
+def test_a_path_that_cannot_be_is_refused_in_one_line_and_leaves_nothing() -> None:
+    place = Path(tempfile.mkdtemp(prefix="m", dir="/tmp"))
+    try:
+        for wrong, why in (
+            (place / "new" / "m 3", r"' ' can't stand in the path"), (place / "new" / "%n", r"'%' can't stand"), (place / "a\nb", r"'\\n' can't stand"),
+            (Path("/proc/x"), "/proc/x: can't be made or written"), (Path("/dev/null/x"), "not a directory"), (Path("/dev/null"), "is a file"),
+        ):  # fmt: skip
+            with pytest.raises(UserError, match=why) as error:
+                create(wrong)
+            assert "\n" not in str(error.value)
+        assert list(place.iterdir()) == []
+    finally:
+        shutil.rmtree(place)
+
+
+def test_a_start_that_fails_leaves_no_folder() -> None:
+    """Neither its own nor those above it that it made; what was there before stays."""
+    place = cluster_or_skip().folder
+    try:
+        cluster = Cluster(place / "a" / "b", nodes={"train": 1, "infer": 0, "cpu": 0}, settings=Settings(lines=("SlurmctldPort=none",)))
+        with pytest.raises(ClusterError, match="slurmctld"):
+            cluster.up()
+        assert list(place.iterdir()) == []
+    finally:
+        shutil.rmtree(place)
 
 
 def test_nothing_is_removed_below_which_something_is_mounted() -> None:

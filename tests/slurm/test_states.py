@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
 import time
 from pathlib import Path
 
 import pytest
 
+from miles.cli.jobs import job_rows, job_words
 from miles.config.exits import UserError
+from miles.data.store.run_dir import RunDir
+from miles.report.summary import Summary
 from miles.slurm.minicluster import Cluster
 from miles.slurm.script import directive
 from miles.slurm.states import FORGOTTEN, JobState, from_accounting, from_controller, job_state, parse_accounting, parse_controller, words
@@ -60,6 +64,40 @@ def test_the_last_execution_in_the_accounting() -> None:
 )
 def test_reasons_in_words(reason: str, said: str) -> None:
     assert words(reason, "PENDING") == said
+
+
+def test_a_job_that_completed_has_no_reason() -> None:
+    """What stands there is of the execution before the requeue."""
+    state = parse_controller("JobId=10 JobState=COMPLETED Reason=NonZeroExitCode Restarts=1 ExitCode=0:0 NodeList=train0")
+    assert state is not None
+    assert (state.reason, job_words(state)) == ("", "10 completed, requeued 1 time, exit code 0")
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        (130, "52 ended (stopped by miles-submit cancel), exit code 130"),
+        (78, "52 ended (the configuration or the input is wrong), exit code 78"),
+        (75, "52 ended (the run goes on in another job, or its attempts brought nothing new), exit code 75"),
+        (1, "52 failed (ended with an error), exit code 1"),
+    ],
+)
+def test_exit_codes_of_a_run_in_words(code: int, said: str) -> None:
+    state = parse_controller(f"JobId=52 JobState=FAILED Reason=NonZeroExitCode Restarts=0 ExitCode={code}:0 NodeList=train0")
+    assert state is not None
+    assert job_words(state) == said
+
+
+def test_that_slurm_has_forgotten_matters_where_the_files_say_nothing(slurm: Cluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name, value in slurm.env().items():
+        monkeypatch.setenv(name, value)
+    run = RunDir(tmp_path)
+    (tmp_path / "slurm").mkdir()
+    (tmp_path / "slurm" / "job.json").write_text(json.dumps({"submissions": [{"job_id": 424242, "name": "run", "groups": ["all"], "time": 0.0}]}))
+    for state in ("finished", "stopped", "failed"):
+        assert job_rows(run, [], Summary("run", str(tmp_path), state)) == [("job", "424242 ended")]
+    ((_, text),) = job_rows(run, [], Summary("run", str(tmp_path), "lost"))
+    assert text.startswith("424242 forgotten (Slurm no longer knows job 424242")
 
 
 def settled(job: str) -> JobState:

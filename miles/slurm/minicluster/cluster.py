@@ -23,7 +23,7 @@ from miles.config.exits import UserError
 from miles.slurm.minicluster import conf, database, packages
 from miles.slurm.minicluster.command_env import command_env
 from miles.slurm.minicluster.ending import POLL_SECONDS, end, members
-from miles.slurm.minicluster.folder import CLUSTER, SOCKET, ClusterError, create, recorded, write
+from miles.slurm.minicluster.folder import CLUSTER, SOCKET, ClusterError, create, recorded, remove_empty, write
 from miles.slurm.minicluster.layout import DEFAULT, Layout, Settings
 from miles.slurm.minicluster.ports import reserve
 from miles.slurm.minicluster.processes import CONF, DAEMONS, NODES, Process, descendants, everybody, node_of
@@ -68,7 +68,7 @@ class Cluster:
 
     def up(self, owned: bool = False) -> None:
         """Start everything, and return when all nodes are idle. owned: it ends when this process does, however that ends."""
-        create(self.folder)
+        above = create(self.folder)
         try:
             self._mark()
             for name in FOLDERS:
@@ -82,6 +82,7 @@ class Cluster:
             self._start_daemons()
         except BaseException:
             self.down()
+            remove_empty(above)
             raise
 
     def down(self) -> None:
