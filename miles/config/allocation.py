@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
+from miles.config.raw_options import SBATCH, SRUN, check_options, check_setup, check_variables
 from miles.config.section import Section
 from miles.config.units import minutes_of
 
@@ -51,6 +52,30 @@ class Group(Section):
     def _texts(cls, value: Any) -> Any:
         """Numbers are what people write for NCCL's switches; anything else that is no text is refused."""
         return {name: _text(each) for name, each in value.items()} if isinstance(value, dict) else value
+
+    @field_validator("environment")
+    @classmethod
+    def _variables(cls, value: dict[str, str]) -> dict[str, str]:
+        check_variables(value)
+        return value
+
+    @field_validator("setup")
+    @classmethod
+    def _setup(cls, value: list[str]) -> list[str]:
+        check_setup(value)
+        return value
+
+    @field_validator("sbatch")
+    @classmethod
+    def _sbatch(cls, value: dict[str, str | int | None]) -> dict[str, str | int | None]:
+        check_options(value, SBATCH, "sbatch")
+        return value
+
+    @field_validator("srun")
+    @classmethod
+    def _srun(cls, value: dict[str, str | int | None]) -> dict[str, str | int | None]:
+        check_options(value, SRUN, "srun")
+        return value
 
     @field_validator("time", "mem", mode="before")
     @classmethod

@@ -134,6 +134,8 @@ def explain_one(detail: ErrorDetails, origin: Mapping[Key, str]) -> str:
         parent = ".".join(key[:-1])
         siblings = ", ".join(k[-1] for k in fields() if k[:-1] == key[:-1])
         return f"{at}{dotted}: unknown key; {parent or 'the top level'} has {siblings}"
+    if detail["type"] == "refused":  # miles.config.raw_options says it whole
+        return f"{named(key, origin)}{detail['msg']}"
     context = detail.get("ctx", {})
     expected = EXPECTED.get(detail["type"], detail["msg"]).format(**context) if detail["type"] in EXPECTED else detail["msg"]
     given = detail["input"]

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator
 
 from miles.config.allocation import Groups, Slurm
+from miles.config.raw_options import check_name
 from miles.config.section import Section
 from miles.config.trackers import Trackers
 from miles.config.units import bytes_of
@@ -289,6 +290,12 @@ class RunConfig(Section):
     debug: Debug = Field(default_factory=lambda: Debug())
     profile: Profile = Field(default_factory=lambda: Profile())
     trackers: Trackers = Field(default_factory=lambda: Trackers())
+
+    @field_validator("name")
+    @classmethod
+    def _folder_name(cls, value: str) -> str:
+        check_name(value)
+        return value
 
     @property
     def total_steps(self) -> int:

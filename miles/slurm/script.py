@@ -38,7 +38,7 @@ def render(blocks: Sequence[Options], command: Sequence[str], *, setup: Iterable
     for number, options in enumerate(blocks):
         lines += [*(["#SBATCH hetjob"] if number else []), *(directive(option, value) for option, value in options.items())]
     lines.append("")
-    prepare = [*(f"export {one_line(key)}={shlex.quote(value)}" for key, value in (environment or {}).items()), *setup]
+    prepare = [*(f"export {key}={shlex.quote(value)}" for key, value in (environment or {}).items()), *setup]
     if prepare:
         lines += [f"exec {ENVIRONMENT_FD}< <(env -0)", f"export MILES_ENVIRONMENT_FD={ENVIRONMENT_FD}", *prepare, ""]
     return "\n".join([*lines, f"exec {shlex.join(command)}", ""])

@@ -102,7 +102,7 @@ def test_no_default_is_left_out_of_the_dump() -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(
-    name=st.text(st.characters(blacklist_categories=("Cs", "Cc")), max_size=30),
+    name=st.text(st.characters(blacklist_categories=("Cs", "Cc"), blacklist_characters="/"), min_size=1, max_size=30).filter(lambda name: name not in (".", "..")),
     stop=st.lists(st.text(st.characters(blacklist_categories=("Cs",)), max_size=8), max_size=4),
     lr=st.floats(1e-12, 1.0),
     seed=st.integers(0, 2**63 - 1),

@@ -136,7 +136,7 @@ def test_srun_is_told_what_it_would_not_inherit() -> None:
     ]
 
 
-@pytest.mark.parametrize("bad", [{"comment": "one\n#SBATCH --uid=0"}, {"environment": {"A\nB": "1"}}, {"sbatch": {"comment": "a\rb"}}], ids=["option", "variable", "extra"])
+@pytest.mark.parametrize("bad", [{"comment": "one\n#SBATCH --uid=0"}, {"sbatch": {"comment": "a\rb"}}], ids=["option", "extra"])
 def test_a_line_break_is_refused(bad: dict[str, object]) -> None:
     with pytest.raises(UserError, match="line break"):
         text(group("train", **bad))
