@@ -17,6 +17,7 @@ from miles.slurm.minicluster.ending import attach, end
 from miles.slurm.minicluster.folder import ClusterError, recorded
 
 FAILED = 1
+FIRST_RUN = "miles-submit run recipes/tiny clusters/minicluster --wait"
 
 
 def default_dir() -> Path:
@@ -48,6 +49,8 @@ def up(folder: Path, version: str | None, accounting: bool, nodes: str | None, a
         return OK
     print(state["export"], flush=True)
     _sinfo(folder.absolute(), state)
+    if {"train0", "infer0"} <= set(state["nodes"]):
+        print(f"after the export above: {FIRST_RUN}", file=sys.stderr)
     print(f"up until: miles-submit minicluster down{_option(folder)}", file=sys.stderr)
     return OK
 

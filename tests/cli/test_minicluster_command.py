@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from miles.cli.minicluster import FIRST_RUN
 from miles.slurm.minicluster.processes import look
 
 
@@ -31,17 +32,18 @@ def miles(*words: str, path: str | None = None) -> subprocess.CompletedProcess[s
 
 
 def test_up_use_status_down(folder: Path) -> None:
-    up = miles("up", "--dir", str(folder), "--nodes", "train=2,infer=0,cpu=1")
+    up = miles("up", "--dir", str(folder), "--nodes", "train=2,infer=1,cpu=1")
     if up.returncode == 78 and not (os.environ.get("CI") or os.environ.get("MILES_REQUIRE_SLURM")):
         pytest.skip(f"NO SLURM, NOT TESTED: {up.stderr}")
     assert up.returncode == 0, up.stderr
     assert up.stdout == f"export SLURM_CONF={folder}/conf/slurm.conf\n"
     assert "gpu:gb300:4" in up.stderr
+    assert f"after the export above: {FIRST_RUN}\n" in up.stderr
     nodes = subprocess.run(["bash", "-c", up.stdout + "srun -p gb300 -N2 printenv SLURMD_NODENAME"], capture_output=True, text=True, check=True).stdout
     assert sorted(nodes.split()) == ["train0", "train1"]
     status = json.loads(miles("status", "--dir", str(folder), "--json").stdout)
     assert status["missing"] == []
-    assert set(status["daemons"]) == {"keeper", "munged", "slurmctld", "slurmd-train0", "slurmd-train1", "slurmd-cpu0"}
+    assert set(status["daemons"]) == {"keeper", "munged", "slurmctld", "slurmd-train0", "slurmd-train1", "slurmd-infer0", "slurmd-cpu0"}
     again = miles("up", "--dir", str(folder))
     assert again.returncode == 78
     assert "a cluster is there" in again.stderr

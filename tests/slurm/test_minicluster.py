@@ -17,10 +17,16 @@ import pytest
 from clusters import cluster_or_skip
 
 import miles
+from miles.cli.minicluster import FIRST_RUN
+from miles.config.compose import configs_dir, load_config
 from miles.config.exits import UserError
+from miles.config.placement import node_groups
+from miles.data.store.run_dir import RunDir
+from miles.slurm.checks import refused
 from miles.slurm.minicluster import Cluster, Settings
 from miles.slurm.minicluster.folder import SOCKET, ClusterError, create, mounts_below, remove
 from miles.slurm.minicluster.processes import environment, everybody
+from miles.slurm.site import ask
 
 SMALL = {"train": 1, "infer": 1, "cpu": 0}
 HET = """#!/bin/bash
@@ -287,3 +293,16 @@ def test_nothing_is_removed_below_which_something_is_mounted() -> None:
     """/proc is one place where something is mounted on any machine."""
     assert mounts_below(Path("/proc"))
     assert mounts_below(Path(tempfile.gettempdir()) / "nowhere") == []
+
+
+@pytest.mark.parametrize("placement", ["het", "jobs", "split", "colocate"])
+def test_the_cluster_file_of_a_first_run_fits(slurm: Cluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, placement: str) -> None:
+    """What `up` and the documentation say to type, held against the cluster itself: no placement needs another setting."""
+    for name, value in slurm.env().items():
+        monkeypatch.setenv(name, value)
+    config = load_config(FIRST_RUN.split()[2:4], [f"cluster.placement={placement}"])
+    assert [str(finding) for finding in refused(config, RunDir(tmp_path / "run"), ask()) if finding.level == "error"] == []
+    expected = {"train": "gb300", "rollout": "h200"} if placement in ("het", "jobs") else {"all": "gb300"}
+    assert {group.name: group.ask.partition for group in node_groups(config)} == {group.name: group.ask.gpu_type for group in node_groups(config)} == expected
+    for page in ("README.md", "docs/slurm.md"):
+        assert f"\n{FIRST_RUN}\n" in (configs_dir().parent / page).read_text().replace("\n    ", "\n")
