@@ -1,4 +1,4 @@
-"""Death of each process, once each in one run: it goes on by itself and ends with the bits of an undisturbed one."""
+"""Death of each process, once each in one run: it goes on by itself and ends with the bits of an calm one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import whole_runs as runs
 VICTIMS = {3: "worker", 4: "trainer", 5: "engine", 7: "service"}
 
 
-def test_kill_9_of_every_role(undisturbed: Path, tmp_path: Path) -> None:
+def test_kill_9_of_every_role(calm: Path, tmp_path: Path) -> None:
     launched = runs.Launched(tmp_path / "run", *runs.STEPS, "cluster.restarts=4")
     for attempt, (step, role) in enumerate(VICTIMS.items(), 1):
         launched.until(
@@ -22,4 +22,4 @@ def test_kill_9_of_every_role(undisturbed: Path, tmp_path: Path) -> None:
         ending = json.loads((tmp_path / "run" / f"attempts/{attempt:06d}/exit.json").read_text())
         assert ending["code"] == 75, ending
     assert launched.wait() == 0, launched.text() + runs.logs(tmp_path / "run")
-    runs.same_run(undisturbed, tmp_path / "run")
+    runs.same_run(calm, tmp_path / "run")

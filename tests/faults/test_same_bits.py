@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 
 import pytest
+import whole_runs as runs
 
 from miles.config.compose import configs_dir
 from miles.config.exits import WRONG
 from miles.data.store.run_dir import RunDir, read_provenance
-from miles.slurm.minicluster import Cluster, same_bits
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "end_to_end"))
-
-import whole_runs as runs
+from miles.slurm.minicluster import same_bits
 
 # Hardly anybody is rewarded in so few steps: the entropy bonus makes the weights move.
 SHORT = ["num_rollout=2", "warm_start.steps=1", "eval.interval=null", "algorithm.entropy_coef=0.01"]
 
 
 def test_a_heterogeneous_job_has_the_bits_of_a_run_without_slurm(
-    slurm: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It starts a cluster of its own; `slurm` only says whether one can be had."""
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(configs_dir().parent), *filter(None, [os.environ.get("PYTHONPATH")])]))
     here, there = tmp_path / "local", tmp_path / "slurm"
     assert same_bits.main(["recipes/tiny", str(tmp_path), *SHORT]) == 0
