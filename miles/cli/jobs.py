@@ -5,11 +5,11 @@ from __future__ import annotations
 import datetime
 from typing import Any
 
-from miles.config.exits import AGAIN, WRONG, full, no_room
+from miles.config.exits import AGAIN, WRONG, UserError, full, no_room
 from miles.data.store.run_dir import RunDir
 from miles.report.summary import Summary, duration
-from miles.slurm import records
-from miles.slurm.requeue import fields
+from miles.slurm import queue, records
+from miles.slurm.command import TIMEOUT_SECONDS
 from miles.slurm.states import FORGOTTEN, ComponentState, JobState, job_state
 
 SAID = ("finished", "stopped", "failed")  # by exit.json of the newest attempt
@@ -75,18 +75,20 @@ def job_words(state: JobState) -> str:
     text += f", exit code {state.exit_code}" if state.exit_code is not None else ""
     if state.over:
         return text
-    known = next(iter(fields(state.job_id)), {})
+    try:
+        leader = next(iter(queue.parts(state.job_id, TIMEOUT_SECONDS)), None)
+    except UserError:  # the accounting answered in the controller's stead, and knows no more
+        return text
     if state.state == "RUNNING":
-        left = _until(known.get("EndTime", ""))
+        left = _until(leader.end if leader else None)
         return text + (f", time limit in {duration(left)}" if left is not None else "")
-    wait = _until(known.get("StartTime", ""))
+    wait = _until(leader.start if leader else None)
     return text + (f", Slurm expects it to start in {duration(wait)}" if wait is not None else "")
 
 
-def _until(moment: str) -> float | None:
-    """Seconds until a moment as Slurm writes it; None for Unknown, and for what is past."""
-    try:
-        left = (datetime.datetime.fromisoformat(moment) - datetime.datetime.now()).total_seconds()
-    except ValueError:
+def _until(moment: datetime.datetime | None) -> float | None:
+    """Seconds until a moment of Slurm's; None for none, and for what is past."""
+    if moment is None:
         return None
+    left = (moment - datetime.datetime.now()).total_seconds()
     return left if 0 < left < 86400 * 300 else None  # without a limit Slurm names a day a year ahead

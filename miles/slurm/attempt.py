@@ -63,7 +63,7 @@ class Attempt:
         self.meeting = open_meeting(self.folder, host, port)
         self.components: list[Component] = []
         self.stop_asked = 0.0
-        self.stop_told = False
+        self.stop_told: float | None = None  # when the run's processes knew [unix s]
         self.stop_seconds = config.cluster.stop_seconds
         self.promise(restart=restart, furthest=furthest(run), **more)
 
@@ -104,6 +104,11 @@ class Attempt:
         self.stop_asked = time.monotonic()
         self.stop_seconds = self.stop_seconds if seconds is None else seconds
 
+    def tell_stop(self) -> None:
+        """Pass a stop request on, if the service is there to hear it."""
+        if self.ask("POST", "/stop") is not None:
+            self.stop_told = time.time()
+
     def watch(self, update: Watcher, meanwhile: Callable[[], None] = lambda: None) -> dict[str, Any]:
         """Follow the attempt to its end; returns {code, role, rank, reason}. meanwhile: called again and again."""
         shown = 0.0
@@ -118,8 +123,8 @@ class Attempt:
                     self.pass_on(status)
                     update(status)
                 shown = time.monotonic()
-            if self.stop_asked and not self.stop_told:  # again and again: the service may be starting, or busy
-                self.stop_told = self.ask("POST", "/stop") is not None
+            if self.stop_asked and self.stop_told is None:  # again and again: the service may be starting, or busy
+                self.tell_stop()
             if self.stop_asked and time.monotonic() - self.stop_asked > self.stop_seconds:
                 self.request_stop()
             time.sleep(POLL_SECONDS)

@@ -27,7 +27,7 @@ def in_words(said: str) -> dict[str, str]:
     """The broken ones of `scontrol -o show node`, with their state."""
     found = {}
     for line in said.splitlines():
-        fields = dict(word.split("=", 1) for word in line.split() if "=" in word)
+        fields = dict(word.split("=", 1) for word in reversed(line.split()) if "=" in word)  # an administrator's reason and comment come last
         states = fields.get("State", "").replace("*", "+NOT_RESPONDING").split("+")
         if any(state in BROKEN for state in states):
             found[fields["NodeName"]] = f"Slurm says {'+'.join(states)}"

@@ -14,10 +14,12 @@ from miles.config.exits import UserError
 from miles.config.schema import RunConfig
 from miles.data.store.epoch import newest_epoch
 from miles.data.store.run_dir import RunDir, read_provenance
+from miles.slurm import queue
 from miles.slurm.records import submitted
-from miles.slurm.requeue import fields
 
-LOOK_SECONDS = 5.0  # between two questions to Slurm
+LOOK_SECONDS = 5.0  # between two questions to Slurm while they haven't met
+CALM_SECONDS = 30.0  # once they have: Slurm serves thousands of jobs
+HEARD_SECONDS = 5.0  # a partner that was met so lately is there
 HANDSHAKE_SECONDS = 5.0
 QUEUED = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SUSPENDED", "CONFIGURING", "COMPLETING")
 
@@ -47,21 +49,25 @@ def find(run: RunDir) -> Found | None:
     return Found(epoch, url, token) if reply.status_code == 200 and reply.json().get("epoch") == epoch else None
 
 
-def job_of(run: RunDir, group: str) -> int | None:
-    """The newest job of a group that is not over, else the newest of all; None where no job is known (submitted by hand, not started)."""
+def job_of(run: RunDir, group: str) -> tuple[int | None, str]:
+    """The oldest job of a group that is not over, else the newest of all, and its state; None where no job is known (submitted by hand, not started)."""
     known = [int(entry["job_id"]) for entry in submitted(run) if group in entry["groups"]]
     if not known and group == "train":
         known = [int(entry["job"]) for entry in read_provenance(run)["attempts"] if entry.get("job")]
-    alive = [job for job in known if state(job) in ("running", "queued")]
-    return next(iter(alive or known[-1:]), None)
+    found: tuple[int | None, str] = None, "unknown"
+    for job in known:
+        found = job, state(job)
+        if found[1] != "gone":  # where nobody answers, nobody is asked about the next
+            break
+    return found
 
 
 def state(job: int | None) -> str:
-    """running, queued, gone or unknown (no such job is known, or nobody can be asked)."""
+    """running, queued, gone or unknown (no such job is known, or nobody answers at once: more than a job that runs waits for it)."""
     if job is None:
         return "unknown"
     try:
-        found = {part.get("JobState", "") for part in fields(job)}
+        found = {part.state for part in queue.parts(job, queue.QUICK_SECONDS)}
     except UserError:
         return "unknown"
     if found & set(QUEUED):
@@ -76,25 +82,29 @@ class Waiting:
         self.run, self.other, self.clock = run, other, clock
         self.both_limit, self.queue_limit = config.cluster.slurm.partner_seconds, config.cluster.slurm.queue_seconds
         self.job: int | None = None
-        self.met()
-
-    def met(self) -> None:
-        """They have met: nothing that was waited so far counts."""
         self.both = self.queued = 0.0
         self.looked: float | None = None
+        self.heard: float | None = None
+        self.was = "unknown"
+
+    def met(self) -> None:
+        """They meet, now: nothing that was waited so far counts, and as long as this is said Slurm isn't asked."""
+        self.both = self.queued = 0.0
+        self.heard = self.clock()
         self.was = "unknown"
 
     def look(self) -> str | None:
         """None: wait on. Else why not: gone (the other has ended), missed (it runs, and is not met), released (its queueing took too long)."""
         now = self.clock()
+        if self.heard is not None and now - self.heard < HEARD_SECONDS:
+            return None
         if self.looked is not None:
-            if now - self.looked < LOOK_SECONDS:
+            if now - self.looked < (LOOK_SECONDS if self.heard is None else CALM_SECONDS):
                 return None
             self.both += (now - self.looked) * (self.was == "running")
             self.queued += (now - self.looked) * (self.was == "queued")
         self.looked = now
-        self.job = job_of(self.run, self.other)
-        self.was = state(self.job)
+        self.job, self.was = job_of(self.run, self.other)
         if self.was == "gone":
             return "gone"
         if self.both > self.both_limit:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from miles.config.exits import AGAIN, UserError
 from miles.data.store.run_dir import RunDir
+from miles.slurm import queue
 from miles.slurm.job_here import JobHere
 from miles.slurm.patience import patiently
 from miles.slurm.records import excluded, submitted
@@ -20,19 +21,14 @@ EARLY_SECONDS = 60.0  # Slurm sends the signal of a time limit up to so much ear
 Say = Callable[[str], None]
 
 
-def fields(job: int | str) -> list[dict[str, str]]:
-    """What `scontrol show job` says, a dictionary a part of the job; empty when Slurm knows no such job."""
-    said = patiently(["scontrol", "-o", "show", "job", str(job)], check=False).stdout
-    return [dict(word.split("=", 1) for word in line.split() if "=" in word) for line in said.splitlines() if line.startswith("JobId=")]
-
-
 def seconds_left(job: JobHere) -> float | None:
-    """Seconds until the job's time limit; None where there is none, or Slurm doesn't say."""
+    """Seconds until the job's time limit; None where there is none, or Slurm doesn't say so at once."""
     try:
-        end = fields(job.id)[0].get("EndTime", "")
-        return max((datetime.datetime.fromisoformat(end) - datetime.datetime.now()).total_seconds(), 0.0)
-    except (UserError, IndexError, ValueError):  # the controller is away, or there is no limit
+        parts = queue.parts(job.id, queue.QUICK_SECONDS)
+    except UserError:  # the controller is away
         return None
+    end = parts[0].end if parts else None
+    return None if end is None else max((end - datetime.datetime.now()).total_seconds(), 0.0)
 
 
 def seconds_to_save(config: RunConfig, left: float | None) -> float:
@@ -66,9 +62,13 @@ def go_on(run: RunDir, config: RunConfig, job: JobHere, say: Say, more: tuple[st
 
 def _requeue(run: RunDir, job: JobHere, say: Say, more: tuple[str, ...]) -> None:
     """Requeue the leader, and with it the whole job. When Slurm is ending the job already, what comes next is Slurm's."""
-    states = {part.get("JobState") for part in fields(job.id)}
+    try:
+        states = {part.state for part in queue.parts(job.id)}
+    except UserError as error:  # the controller may yet be back for the requeue
+        say(f"warning: {error}")
+        states = set()
     if states and states != {"RUNNING"}:
-        say(f"ended; Slurm has the job as {', '.join(sorted(filter(None, states)))}")
+        say(f"ended; Slurm has the job as {', '.join(sorted(states))}")
         return
     patiently(["scontrol", "requeue", str(job.id)])
     say(f"job {job.id} is requeued")
@@ -80,11 +80,14 @@ def _without(run: RunDir, job: JobHere, say: Say, more: tuple[str, ...] = ()) ->
     bad = excluded(run)
     if not bad and not more:
         return
-    for part in fields(job.id):
-        which = f"{job.id}+{part['HetJobOffset']}" if "HetJobOffset" in part else str(job.id)
-        before = part.get("ExcNodeList", "(null)")
-        unwanted = ",".join([*bad, *([before] if before != "(null)" else [])])
+    try:
+        parts, before = queue.parts(job.id), queue.excluded(job.id)
+    except UserError as error:
+        say(f"warning: job {job.id} could not be kept off {', '.join(bad) or 'nodes'}: {error}")
+        return
+    for part in parts:
+        unwanted = ",".join(filter(None, [*bad, before.get(part.job_id)]))
         settings = [*([f"ExcNodeList={unwanted}"] if bad else []), *more]
-        done = patiently(["scontrol", "update", f"JobId={which}", *settings], check=False)
+        done = patiently(["scontrol", "update", f"JobId={part.name}", *settings], check=False)
         if done.returncode:
-            say(f"warning: job {which} could not be given {' '.join(settings)}: {' '.join(done.stderr.split())}")
+            say(f"warning: job {part.name} could not be given {' '.join(settings)}: {' '.join(done.stderr.split())}")

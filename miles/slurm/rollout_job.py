@@ -35,10 +35,10 @@ class RolloutJob(TrainerJob):
                 return over
             found = find(self.run)
             if found is not None:
-                waiting.met()
                 code = self.serve(found)
                 if code is not None:
                     return code
+                waiting = Waiting(self.run, self.config, "train")  # for another attempt, from now on
             elif (why := waiting.look()) is not None:
                 self.say(waiting.words(why))
                 more = (f"Dependency=after:{waiting.job}",)

@@ -6,7 +6,8 @@ import re
 from dataclasses import dataclass
 
 from miles.config.exits import UserError
-from miles.slurm.command import complaint, slurm_command
+from miles.slurm import queue
+from miles.slurm.command import TIMEOUT_SECONDS, slurm_command
 
 FORGOTTEN = "FORGOTTEN"
 ALIVE = ("PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "STOPPED", "COMPLETING", "STAGE_OUT", "SIGNALING", "RESIZING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD", "REVOKED")
@@ -93,25 +94,15 @@ def job_state(job_id: str) -> JobState:
 
 def from_controller(job_id: str) -> JobState | None:
     """What the controller says; None when it doesn't know the job. Raises UserError when it doesn't answer."""
-    done = slurm_command(["scontrol", "--oneliner", "show", "job", job_id], check=False)
-    if done.returncode:
-        if "Invalid job id" in done.stderr or re.search(r"Job \S+ not found", done.stdout + done.stderr):  # the latter of an array's task
-            return None
-        raise UserError(f"scontrol: {complaint(done)}")
-    return parse_controller(done.stdout)
+    return of_parts(queue.parts(job_id, TIMEOUT_SECONDS))
 
 
-def parse_controller(text: str) -> JobState | None:
-    """`scontrol --oneliner show job`: a line a component, the leader's first."""
-    rows = [{name: _field(line, name) for name in ("JobId", "HetJobId", "HetJobOffset", "JobState", "Reason", "NodeList", "Restarts", "ExitCode")} for line in text.splitlines() if line.startswith("JobId=")]
-    rows.sort(key=lambda row: int(row["HetJobOffset"] or 0))
-    if not rows:
+def of_parts(parts: list[queue.Part]) -> JobState | None:
+    """The state of a job by its parts, the leader first."""
+    if not parts:
         return None
-    components = tuple(
-        ComponentState(row["JobId"], int(row["HetJobOffset"] or 0), row["JobState"], words(row["Reason"], row["JobState"]), row["NodeList"], exit_code(row["ExitCode"], row["JobState"]))
-        for row in rows
-    )
-    return _whole(rows[0]["HetJobId"] or rows[0]["JobId"], components, max(int(row["Restarts"] or 0) for row in rows))
+    components = tuple(ComponentState(part.job_id, part.group, part.state, words(part.reason, part.state), part.nodes, exit_code(part.exit_code, part.state)) for part in parts)
+    return _whole(parts[0].leader or parts[0].job_id, components, max(part.restarts for part in parts))
 
 
 def from_accounting(job_id: str) -> JobState | None:
@@ -148,12 +139,6 @@ def _whole(job_id: str, components: tuple[ComponentState, ...], restarts: int) -
         reason = ", ".join(f"component {other.group} is {other.state.lower()}" for other in ended)
     nodes = ",".join(component.nodes for component in components if component.nodes)
     return JobState(job_id, leader.state, reason, components, nodes, restarts, leader.exit_code)
-
-
-def _field(line: str, name: str) -> str:
-    found = re.search(rf"(?:^| ){name}=(\S*)", line)
-    value = found.group(1) if found else ""
-    return "" if value in ("(null)", "N/A") else value
 
 
 def words(reason: str, state: str) -> str:

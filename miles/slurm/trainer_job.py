@@ -185,16 +185,17 @@ class TrainerJob:
 
     def pass_on(self, attempt: Attempt) -> None:
         """A signal, or a partner that doesn't come, becomes a stop request, once."""
+        if self.signals.by is not None and not attempt.stop_asked:
+            attempt.request_stop(requeue.seconds_to_save(self.config, None))
+            attempt.tell_stop()  # before Slurm is asked anything: its controller may be away
+            left = requeue.seconds_left(self.job)
+            self.time_is_up = self.signals.by == "slurm" and requeue.time_is_up(self.config, left)
+            attempt.stop_seconds = requeue.seconds_to_save(self.config, left)
+            self.say(f"asked to stop: saving, for at most {attempt.stop_seconds:.0f} s")
         if self.waiting is not None and not attempt.stop_asked and (why := self.waiting.look()) is not None:
             self.parted = why
             self.say(self.waiting.words(why))
             attempt.request_stop()
-        if self.signals.by is not None and not attempt.stop_asked:
-            left = requeue.seconds_left(self.job)
-            self.time_is_up = self.signals.by == "slurm" and requeue.time_is_up(self.config, left)
-            seconds = requeue.seconds_to_save(self.config, left)
-            self.say(f"asked to stop: saving, for at most {seconds:.0f} s")
-            attempt.request_stop(seconds)
         if attempt.stop_asked and not (attempt.folder / "stop.json").exists():
             asked = {"by": self.signals.by or self.parted or "slurm", "time": self.signals.at or time.time(), "time_is_up": self.time_is_up}
             seal_json(attempt.folder / "stop.json", asked)

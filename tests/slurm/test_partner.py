@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -10,7 +14,7 @@ import pytest
 from miles.config.compose import load_config
 from miles.data.store.run_dir import RunDir
 from miles.slurm.minicluster import Cluster
-from miles.slurm.partner import LOOK_SECONDS, Waiting, find, state
+from miles.slurm.partner import CALM_SECONDS, LOOK_SECONDS, Waiting, find, state
 
 WORDS = ["cluster.executor=slurm", "cluster.placement=jobs", "cluster.slurm.partner_seconds=60", "cluster.slurm.queue_seconds=100"]
 
@@ -47,11 +51,50 @@ def test_queueing_has_a_bound_of_its_own_and_time_counts_only_while_both_run(oth
     while state(job) != "running":
         pass
     assert later(60) is None
-    assert later(10) == "missed"
+    assert later(60) == "missed"
     slurm.run(["scancel", str(job)])
     while state(job) != "gone":
         pass
-    assert later(10) == "gone"
+    assert later(CALM_SECONDS) == "gone"
+
+
+def test_slurm_is_asked_no_more_than_it_must_be(other, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not at all while the worker speaks, twice a minute while it is silent."""
+    _, _, waiting, later = other
+    asked, command = tmp_path / "asked", tmp_path / "bin" / "squeue"
+    command.parent.mkdir()
+    command.write_text(f"#!/bin/sh\necho >> {asked}\nexec {shutil.which('squeue')} \"$@\"\n")
+    command.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{command.parent}:{os.environ['PATH']}")
+    asked.touch()
+    assert later(LOOK_SECONDS) is None
+    assert len(asked.read_text()) == 1
+    now = [1000.0]
+    waiting.clock = lambda: now[0]
+
+    def a_minute(heard: bool) -> int:
+        before = len(asked.read_text())
+        for _ in range(60):
+            now[0] += 1
+            if heard:
+                waiting.met()
+            assert waiting.look() is None
+        return len(asked.read_text()) - before
+
+    assert (a_minute(heard=True), a_minute(heard=False)) == (0, 2)
+
+
+def test_a_look_does_not_wait_for_a_controller_that_is_away(other) -> None:
+    slurm, _, waiting, _ = other
+    controller = slurm.daemons()["slurmctld"]
+    controller.kill(signal.SIGSTOP)
+    try:
+        began = time.monotonic()
+        assert waiting.look() is None
+        assert time.monotonic() - began < 5
+    finally:
+        controller.kill(signal.SIGCONT)
+    assert waiting.was == "unknown"
 
 
 def test_nobody_is_found_where_no_service_answers(tmp_path: Path) -> None:

@@ -14,12 +14,13 @@ from miles.config.exits import UserError
 from miles.data.store.run_dir import RunDir
 from miles.report.summary import Summary
 from miles.slurm.minicluster import Cluster
+from miles.slurm.queue import parse
 from miles.slurm.script import directive
-from miles.slurm.states import FORGOTTEN, JobState, from_accounting, from_controller, job_state, parse_accounting, parse_controller, words
+from miles.slurm.states import FORGOTTEN, JobState, from_accounting, from_controller, job_state, of_parts, parse_accounting, words
 
-# Of Slurm 22.05, shortened; a comment that looks like a field.
-CONTROLLER = """JobId=15 HetJobId=14 HetJobOffset=1 JobName=run JobState=CANCELLED Reason=None Requeue=1 Restarts=2 BatchFlag=1 ExitCode=0:15 NodeList=cpu0 Comment=it's JobState=FAILED here
-JobId=14 HetJobId=14 HetJobOffset=0 JobName=run JobState=RUNNING Reason=None Requeue=1 Restarts=2 BatchFlag=1 ExitCode=0:0 ReqNodeList=(null) NodeList=train[0-1] BatchHost=train0
+# squeue's lines of a job's parts: of Slurm 22.05, which prints what wait() says, and of 24.11.
+CONTROLLER = """15|14|1|CANCELLED|cpu0|2|15|2026-11-22T08:54:24|2026-11-22T08:54:30|None|
+14|14|0|RUNNING|train[0-1]|2|0:0|2026-11-22T08:54:24|NONE|None|
 """
 ACCOUNTING = """17+0|17|PREEMPTED|0:0|train[0-1]|None
 17+1|18|PREEMPTED|0:0|infer0|None
@@ -29,7 +30,7 @@ ACCOUNTING = """17+0|17|PREEMPTED|0:0|train[0-1]|None
 
 
 def test_components_of_a_job_in_the_controller() -> None:
-    state = parse_controller(CONTROLLER)
+    state = of_parts(parse(CONTROLLER))
     assert state is not None
     assert (state.job_id, state.state, state.reason, state.nodes, state.restarts, state.exit_code, state.over) == (
         "14", "RUNNING", "component 1 is cancelled", "train[0-1],cpu0", 2, None, False,
@@ -38,7 +39,7 @@ def test_components_of_a_job_in_the_controller() -> None:
         ("14", 0, "RUNNING", "train[0-1]", None),
         ("15", 1, "CANCELLED", "cpu0", 143),
     ]
-    assert parse_controller("") is None
+    assert of_parts(parse("")) is None
 
 
 def test_the_last_execution_in_the_accounting() -> None:
@@ -150,5 +151,5 @@ def test_without_accounting_and_without_controller(slurm: Cluster, monkeypatch: 
     text = re.sub(r"(?m)^(SlurmctldPort)=.*", r"\1=1", slurm.conf.read_text())  # nobody listens there
     (tmp_path / "slurm.conf").write_text(text)
     monkeypatch.setenv("SLURM_CONF", str(tmp_path / "slurm.conf"))
-    with pytest.raises(UserError, match=r"^scontrol: "):
+    with pytest.raises(UserError, match=r"^squeue: "):
         job_state(job)

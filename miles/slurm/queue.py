@@ -1,0 +1,86 @@
+"""What the controller knows of a job, from squeue with named fields: none of them is a user's text.
+
+A job's name, comment or folder may read like any field of `scontrol show job`, whichever of two is taken.
+"""
+
+from __future__ import annotations
+
+import datetime
+import subprocess
+from dataclasses import dataclass
+
+from miles.config.exits import UserError
+from miles.slurm.command import complaint, slurm_command
+from miles.slurm.patience import patiently
+
+# The reason last: Slurm and its administrators write it, in words of any kind. Without ":|" a field is cut at 20 characters.
+FIELDS = "JobID:|,HetJobID:|,HetJobOffset:|,State:|,NodeList:|,RestartCnt:|,exit_code:|,StartTime:|,EndTime:|,Reason:|"
+QUICK_SECONDS = 2.0  # where something else waits for the answer
+
+
+@dataclass(frozen=True)
+class Part:
+    """A job, or one of a heterogeneous job's: leader is that job's id, group its place there. exit_code is `code:signal`; start and end (the time limit's,
+    while it runs) are None where Slurm names none."""
+
+    job_id: str
+    leader: str
+    group: int
+    state: str
+    nodes: str
+    restarts: int
+    exit_code: str
+    start: datetime.datetime | None
+    end: datetime.datetime | None
+    reason: str
+
+    @property
+    def name(self) -> str:
+        """What Slurm's commands call it: J, or J+k."""
+        return f"{self.leader}+{self.group}" if self.leader else self.job_id
+
+
+def parts(job: int | str, seconds: float | None = None) -> list[Part]:
+    """A job's parts, the leader first; none of a job that the controller doesn't know.
+
+    seconds: asked once, for at most so long; None: while the controller restarts, too. UserError: no answer.
+    """
+    return parse(_squeue(job, seconds, "--Format", FIELDS))
+
+
+def excluded(job: int | str) -> dict[str, str]:
+    """The nodes that each part of a job was submitted without, in Slurm's notation, by its job id."""
+    rows = (line.split("|") for line in _squeue(job, None, "--format", "%A|%x").splitlines())  # what --Format calls them differs between versions
+    return {row[0]: "" if row[1] in ("(null)", "N/A") else row[1] for row in rows}
+
+
+def parse(said: str) -> list[Part]:
+    """squeue's lines of FIELDS."""
+    found = []
+    for line in said.splitlines():
+        job_id, leader, group, state, nodes, restarts, code, start, end, reason = ("" if word in ("N/A", "(null)") else word for word in line.removesuffix("|").split("|", 9))
+        found.append(Part(job_id, leader, int(group or 0), state, nodes, int(restarts or 0), _exit_code(code), _moment(start), _moment(end), reason))
+    return sorted(found, key=lambda part: part.group)
+
+
+def _squeue(job: int | str, seconds: float | None, *words: str) -> str:
+    command = ["squeue", "--noheader", "--all", "--states=all", f"--jobs={job}", *words]
+    done: subprocess.CompletedProcess[str] = patiently(command, check=False) if seconds is None else slurm_command(command, timeout=seconds, check=False)
+    if not done.returncode:
+        return done.stdout
+    if "Invalid job id" in done.stderr:
+        return ""
+    raise UserError(f"squeue: {complaint(done)}")
+
+
+def _exit_code(text: str) -> str:
+    """22.05 prints the status as wait() has it."""
+    return f"{int(text) >> 8}:{int(text) & 127}" if text.isdecimal() else text
+
+
+def _moment(text: str) -> datetime.datetime | None:
+    """Slurm also says NONE and Unknown."""
+    try:
+        return datetime.datetime.fromisoformat(text)
+    except ValueError:
+        return None
