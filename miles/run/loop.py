@@ -30,6 +30,6 @@ def loop(run: Run) -> None:
             if step.save:
                 run.save()
     except StopRequested as stop:
-        run.save()
+        run.save(stop=True)
         raise TryAgain(f"stopped on request after step {run.trained}") from stop
     run.finish()

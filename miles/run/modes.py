@@ -62,7 +62,7 @@ class RolloutOnly(Run):
             super().evaluate()
             self.evaluated = True
 
-    def save(self) -> None:
+    def save(self, stop: bool = False) -> None:
         """There is nothing that the batches don't say."""
 
     def export(self) -> None:

@@ -270,11 +270,14 @@ class Run:
         print(f"trainer: {step_line(line, self.config.total_steps)}", flush=True)
         self.service.announce(phase=step.kind, kind=step.kind, step=step.number, total_steps=self.config.total_steps, metrics=self.metrics)
 
-    def save(self) -> None:
-        """A checkpoint of the present step, unless there is one; then old ones and old batches go."""
-        if self.saved == self.trained:
+    def save(self, stop: bool = False) -> None:
+        """A checkpoint of the present step, unless there is one; then old ones and old batches go. stop: for a stop's sake; the timeline says so, always."""
+        if self.saved == self.trained and not stop:
             return
-        with self.phase("save", self.trained):
+        with self.phase("save", self.trained) as facts:
+            facts |= {"stop": True} if stop else {}
+            if self.saved == self.trained:
+                return
             progress = {"trained": self.trained, "next_draw": self.next_draw, "checksum": self.checksum}
             self.trainer.save(self.folder.checkpoints, self.trained, progress, self.fence)
             self.saved = self.trained

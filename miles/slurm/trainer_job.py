@@ -116,7 +116,7 @@ class TrainerJob:
         goes_on = outcome["code"] == AGAIN and self.goes_on(stopped, leaves=stopped or bool(failed))
         attempt.close(outcome, goes_on=goes_on)
         code = self.after(attempt, outcome, stopped, failed)
-        if stopped and outcome["code"] == AGAIN and (line := stop_times.account(self.run, attempt.epoch, ended, attempt.stop_seconds)):
+        if stopped and outcome["code"] == AGAIN and (line := stop_times.account(self.run, attempt.epoch, attempt.stop_told, ended, attempt.stop_seconds)):
             self.say(line)
         return code
 
