@@ -69,7 +69,7 @@ def test_reasons_in_words(reason: str, said: str) -> None:
 
 def test_a_job_that_completed_has_no_reason() -> None:
     """What stands there is of the execution before the requeue."""
-    state = parse_controller("JobId=10 JobState=COMPLETED Reason=NonZeroExitCode Restarts=1 ExitCode=0:0 NodeList=train0")
+    state = of_parts(parse("10|N/A|N/A|COMPLETED|train0|1|0|N/A|N/A|NonZeroExitCode|"))
     assert state is not None
     assert (state.reason, job_words(state)) == ("", "10 completed, requeued 1 time, exit code 0")
 
@@ -84,7 +84,7 @@ def test_a_job_that_completed_has_no_reason() -> None:
     ],
 )
 def test_exit_codes_of_a_run_in_words(code: int, said: str) -> None:
-    state = parse_controller(f"JobId=52 JobState=FAILED Reason=NonZeroExitCode Restarts=0 ExitCode={code}:0 NodeList=train0")
+    state = of_parts(parse(f"52|N/A|N/A|FAILED|train0|0|{code}:0|N/A|N/A|NonZeroExitCode|"))
     assert state is not None
     assert job_words(state) == said
 
