@@ -19,6 +19,7 @@ def misplaced(config: RunConfig) -> Iterator[Entry]:
     for group in node_groups(config):
         yield from _segment(group)
         yield from _domain(config, group)
+        yield from _idle(config, group)
         limit = minutes_of(group.ask.time) if group.ask.time else None
         if config.cluster.executor == "slurm" and limit is not None and limit * 60 <= config.cluster.slurm.lead_seconds:
             yield (
@@ -86,6 +87,14 @@ def _unread(config: RunConfig) -> Iterator[Entry]:
                 f"has no effect with cluster.placement={config.cluster.placement}, whose only group is `all`",
                 "set cluster.placement=het, or write it in cluster.groups.all",
             )
+
+
+def _idle(config: RunConfig, group: NodeGroup) -> Iterator[Entry]:
+    """Nodes that are paid for and run nothing."""
+    used = max((part.first_node + part.nodes for part in parts(config) if part.group == group.name), default=0)
+    where = f"cluster.groups.{group.name}.nodes"
+    if config.cluster.executor == "slurm" and group.ask.nodes is not None and 0 < used < group.nodes:
+        yield "warning", where, f"{group.nodes} nodes are allocated, {group.nodes - used} of them run nothing", f"set it to {used}, or leave it out"
 
 
 def _segment(group: NodeGroup) -> Iterator[Entry]:

@@ -42,6 +42,9 @@ def files(config: RunConfig, run: RunDir) -> Iterator[Finding]:
     there = next(each for each in (run.path, *run.path.parents) if each.exists())
     if there.is_dir() and not os.access(there, os.W_OK | os.X_OK):
         yield Finding("error", "--run-dir", f"{run.path} can't be written (no permission in {there})", "choose another --run-dir")
+    odd = next((sign for sign in str(run.path) if sign == "\\" or ord(sign) < ord(" ")), None)
+    if odd is not None:
+        yield Finding("error", "--run-dir", f"{str(run.path)!r} holds {odd!r}, which Slurm takes for no part of a path", "choose another --run-dir")
     for group in node_groups(config):
         image = group.ask.container_image
         if image and (image.startswith(("/", ".")) or image.endswith(IMAGE_FILES)) and not Path(image).exists():
@@ -181,6 +184,8 @@ def _kind(config: RunConfig, group: NodeGroup) -> str:
 
 
 def _fewer(group: NodeGroup) -> str:
+    if group.ask.nodes is not None:
+        return f"lower cluster.groups.{group.name}.nodes"
     return "lower rollout.num_gpus" if group.components == ("rollout",) else "lower train.num_nodes"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -47,10 +48,16 @@ def left_out(run: RunDir, config: RunConfig) -> list[str]:
     shared = config.cluster.slurm.exclude_file
     if not shared or not Path(shared).exists():
         return excluded(run)
+    mend = "choose another, or remove it and let miles-submit preflight write it"
     try:
-        nodes = read_json(Path(shared))["nodes"]
-    except (Damaged, KeyError, TypeError) as error:
-        raise UserError(f"cluster.slurm.exclude_file: {shared} is no list of nodes ({error}); remove it, or let miles-submit preflight write it") from error
+        content = read_json(Path(shared))
+    except OSError as error:
+        raise UserError(f"cluster.slurm.exclude_file: {shared} can't be read ({error.strerror}); {mend}") from error
+    except Damaged as error:
+        raise UserError(f"cluster.slurm.exclude_file: {error}; {mend}") from error
+    nodes = content.get("nodes") if isinstance(content, dict) else None
+    if not isinstance(nodes, dict) or not all(re.fullmatch(r"[\w.-]+", name) for name in nodes):
+        raise UserError(f'cluster.slurm.exclude_file: {shared} is no list of nodes ({{"nodes": {{NAME: ...}}}}); {mend}')
     return sorted({*excluded(run), *nodes})
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from miles.config.exits import UserError
+from miles.config.exits import WRONG, UserError
 from miles.slurm.options import Options, sbatch_options
 
 if TYPE_CHECKING:
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from miles.config.placement import NodeGroup
 
 ENVIRONMENT_FD = 9  # where the command can read the environment as Slurm gave it, NUL-separated
+
+FAILED_SETUP = "error: line"
 
 
 def script(job: Slurm, name: str, groups: Sequence[NodeGroup], command: Sequence[str], output: Path, *, device: str = "cpu") -> str:
@@ -38,10 +40,28 @@ def render(blocks: Sequence[Options], command: Sequence[str], *, setup: Iterable
     for number, options in enumerate(blocks):
         lines += [*(["#SBATCH hetjob"] if number else []), *(directive(option, value) for option, value in options.items())]
     lines.append("")
-    prepare = [*(f"export {key}={shlex.quote(value)}" for key, value in (environment or {}).items()), *setup]
+    prepare = [*(f"export {key}={shlex.quote(value)}" for key, value in (environment or {}).items()), *setup_lines(setup)]
     if prepare:
         lines += [f"exec {ENVIRONMENT_FD}< <(env -0)", f"export MILES_ENVIRONMENT_FD={ENVIRONMENT_FD}", *prepare, ""]
     return "\n".join([*lines, f"exec {shlex.join(command)}", ""])
+
+
+def setup_lines(setup: Iterable[str]) -> list[str]:
+    """Shell lines that run setup one after another, and end with exit code 78 and a word at the first that fails. No function: what they declare stays."""
+    lines = list(setup)
+    if not lines:
+        return []
+    return [
+        "miles_setup=(",
+        *(f"  {shlex.quote(line)}" for line in lines),
+        ")",
+        'for miles_line in "${!miles_setup[@]}"; do',
+        '  eval "${miles_setup[miles_line]}" || {',
+        f'    echo "{FAILED_SETUP} $((miles_line + 1)) of the group\'s setup ended with exit code $?: ${{miles_setup[miles_line]%%$\'\\n\'*}}"',
+        f"    exit {WRONG}",
+        "  }",
+        "done",
+    ]
 
 
 def directive(name: str, value: str | int | None) -> str:

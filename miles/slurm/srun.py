@@ -21,10 +21,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from miles.config.exits import AGAIN, WRONG, UserError, first_cause
+from miles.slurm.command import OF_PROCESSES
 from miles.slurm.hostlist import expand
 from miles.slurm.options import Options, arguments, srun_options
 from miles.slurm.patience import patiently
-from miles.slurm.script import ENVIRONMENT_FD
+from miles.slurm.script import ENVIRONMENT_FD, FAILED_SETUP, setup_lines
 from miles.slurm.step import LOOPBACK, delayed
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ def srun(step: Step, name: str, output: str, command: Sequence[str], error: str 
         **({} if error is None else {"error": error}),
         "open-mode": "append",
     }
-    inner = ["bash", "-c", "\n".join((*step.setup, 'exec "$@"')), name, *command] if step.setup else list(command)
+    inner = ["bash", "-c", "\n".join((*setup_lines(step.setup), 'exec "$@"')), name, *command] if step.setup else list(command)
     return ["srun", *arguments({**wanted, **step.options}), *inner]
 
 
@@ -115,7 +116,7 @@ def batch_environment() -> dict[str, str]:
     if "MILES_ENVIRONMENT_FD" in given:
         given = _before_setup()
     kept = {key: value for key, value in given.items() if not key.startswith("SLURM_") or KEPT.match(key)}
-    return {key: value for key, value in kept.items() if key not in DEVICES and not key.startswith(("PMI_", "PMIX_"))}
+    return {key: value for key, value in kept.items() if key not in DEVICES and key not in OF_PROCESSES and not key.startswith(("PMI_", "PMIX_"))}
 
 
 _READ: dict[str, str] = {}
@@ -241,6 +242,8 @@ class SrunComponent:
         tail = last_line(self.log(rank))
         code = int(word.rpartition(" ")[2]) if word.startswith("Exited") else 0
         said = f": {tail}" if tail else ""
+        if code == WRONG and tail.startswith(FAILED_SETUP):
+            return {**where, "code": WRONG, "reason": f"component {self.name} didn't start on {where['node']}: {tail.removeprefix('error: ')}; mend that line of its group's setup"}
         if code and code <= 128:
             unstarted = "execve()" in tail or "No module named" in tail
             mend = "; look at the group's python and container_image" if unstarted else ""

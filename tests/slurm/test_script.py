@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from miles.config.allocation import Group, Slurm
 from miles.config.exits import UserError
 from miles.config.placement import NodeGroup
 from miles.slurm.options import arguments, srun_options
-from miles.slurm.script import script
+from miles.slurm.script import script, setup_lines
 from miles.slurm.srun import Step, srun
 
 COMMAND = ["/opt/miles/bin/python", "-m", "miles.slurm.batch", "/runs/one run"]
@@ -63,6 +64,14 @@ TAIL = """
 exec /opt/miles/bin/python -m miles.slurm.batch '/runs/one run'
 """
 
+SETUP = """)
+for miles_line in "${!miles_setup[@]}"; do
+  eval "${miles_setup[miles_line]}" || {
+    echo "error: line $((miles_line + 1)) of the group's setup ended with exit code $?: ${miles_setup[miles_line]%%$'\\n'*}"
+    exit 78
+  }
+done"""
+
 
 def text(*groups: NodeGroup, job: Slurm | None = None, device: str = "cuda") -> str:
     return script(job or Slurm(), "one", groups, COMMAND, LOG, device=device)
@@ -107,8 +116,9 @@ def test_setup_of_the_first_group_is_seen_by_it_alone() -> None:
         "exec 9< <(env -0)\n"
         "export MILES_ENVIRONMENT_FD=9\n"
         "export HF_HOME='/data/it'\"'\"'s here'\n"
-        "module load cuda\n"
-        "ulimit -l unlimited\n" + TAIL
+        "miles_setup=(\n"
+        "  'module load cuda'\n"
+        "  'ulimit -l unlimited'\n" + SETUP + "\n" + TAIL
     )
 
 
@@ -132,7 +142,7 @@ def test_srun_is_told_what_it_would_not_inherit() -> None:
         *("srun", "--het-group=1", "--nodes=3", "--ntasks=3", "--ntasks-per-node=1", "--relative=2", "--job-name=rollout"),
         *("--overlap", "--mem=0", "--mpi=none", "--cpu-bind=cores", "--kill-on-bad-exit=0", "--wait=0", "--unbuffered", "--input=none"),
         *("--output=/runs/7_%t_log.out", "--open-mode=append", "--cpus-per-task=64", "--gres=gpu:gb300:4", "--network=single_node_vni"),
-        *("bash", "-c", 'module load cuda\nexec "$@"', "rollout", "python", "-m", "x"),
+        *("bash", "-c", "miles_setup=(\n  'module load cuda'\n" + SETUP + '\nexec "$@"', "rollout", "python", "-m", "x"),
     ]
 
 
@@ -140,3 +150,19 @@ def test_srun_is_told_what_it_would_not_inherit() -> None:
 def test_a_line_break_is_refused(bad: dict[str, object]) -> None:
     with pytest.raises(UserError, match="line break"):
         text(group("train", **bad))
+
+
+@pytest.mark.parametrize("line", ["cd /nonexistent", "false", "no-such-command x", "if true; then", "echo 'it''s' && (exit 3)"])
+def test_a_setup_line_that_fails_ends_it_by_name(line: str) -> None:
+    done = subprocess.run(["bash", "-c", "\n".join([*setup_lines(["declare -x KEPT='a b'", "cd /", line, "true"]), "echo went on"])], capture_output=True, text=True, check=False)
+    assert done.returncode == 78
+    (word,) = [each for each in done.stdout.splitlines() if each.startswith("error: ")]
+    assert word.startswith("error: line 3 of the group's setup ended with exit code ")
+    assert word.endswith(f": {line}")
+    assert "went on" not in done.stdout
+
+
+def test_what_setup_declares_stays() -> None:
+    words = "\n".join([*setup_lines(["declare -x KEPT='a b'", "cd /usr # why", "for each in 1 2\ndo true; done"]), "env | grep ^KEPT; pwd"])
+    done = subprocess.run(["bash", "-c", words], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "KEPT=a b\n/usr\n", "")
