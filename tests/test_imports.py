@@ -95,3 +95,11 @@ def test_analysis_and_its_tools_load_no_torch() -> None:
     assert scripts
     code = f"for m in {modules!r}: importlib.import_module(m)\nfor s in {scripts!r}: runpy.run_path(s, run_name='looked at')"
     assert loaded_by(code, {"torch", "transformers", "numba"}) == "['numba']"
+
+
+def test_no_two_test_modules_of_a_suite_have_one_name() -> None:
+    """pytest imports them by their bare names: the second of two would not be run."""
+    suites = {"faults": [], "": []}
+    for path in sorted(Path(__file__).parent.rglob("test_*.py")):
+        suites["faults" if "faults" in path.parts else ""].append(path.name)
+    assert not [name for names in suites.values() for name in names if names.count(name) > 1]
