@@ -23,7 +23,7 @@ ALLOWED = {
     "training": {"config", "data", "models", "precision", "algorithms"},
     "convert": {"config", "models", "precision"},
     "sync": {"config", "engine", "models", "training"},
-    "analysis": {"config", "data", "precision"},
+    "analysis": {"config", "data", "precision", "report"},
     "recipes": {"config"},
     "slurm": {"config", "data", "plan", "report"},
     "report": {"config", "data"},

@@ -8,17 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
-from markupsafe import Markup
-
 from miles.report.figures import figures
 from miles.report.records import RunRecord, read_run
 from miles.report.scales import number
 from miles.report.summary import Summary, duration, summarise
+from miles.report.templates import fill, put
 from miles.report.tiles import config_lines, tiles
 from miles.report.transcripts import DIFFERENCE_KEY, PROBABILITY_KEY, transcripts
-
-TEMPLATES = Path(__file__).parent
 
 
 @dataclass
@@ -40,23 +36,17 @@ def build_report(run_dir: Path) -> Path:
     page = render(read_run(Path(run_dir)))
     target = Path(run_dir) / "report" / "index.html"
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_suffix(f".{time.time_ns()}.tmp")
-    try:
-        temporary.write_text(page, encoding="utf-8")
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    put(page, target)
     return target
 
 
 def render(record: RunRecord) -> str:
     """The page as text."""
-    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     summary = summarise(record)
     drawn = figures(record)
     shown = transcripts(record)
-    return environment.get_template("page.html.j2").render(
-        style=Markup((TEMPLATES / "page.css").read_text(encoding="utf-8")),
+    return fill(
+        "page.html.j2",
         summary=summary,
         subtitle=_subtitle(record),
         progress_line=_progress_line(record, summary),

@@ -11,6 +11,7 @@ from miles.report.scales import Linear, Scale, finite, linear, log_with_zero, nu
 
 WIDTH, HEIGHT = 560, 270
 LEFT, RIGHT, TOP, BOTTOM = 66, 14, 14, 40
+MOST_NAMES = 12  # written under an axis of names
 MAX_HITS = 240  # places with a tooltip in one plot
 SMOOTH_FROM = 40  # points from which on a running mean is drawn over the raw line
 SMOOTH_WINDOW = 9  # points of that mean
@@ -52,22 +53,28 @@ def line_plot(
     warm_start: tuple[int, int] | None = None,
     steps: Sequence[int] = (),
     points: bool = False,
+    x_label: str = "step",
+    names: Sequence[str] = (),
 ) -> str:
-    """An SVG of lines over steps.
+    """An SVG of lines over steps, or over names: then the series' steps are places among them.
 
     unit labels the vertical axis; bounds fixes its ends; log draws decades and a line for exact zeros; warm_start shades steps first..last;
     steps sets the extent of the horizontal axis beyond the data (so that all plots of a page share it).
     """
     every = [value for one in series for value in [*one.values, *one.low, *one.high]]
     x = steps_axis([*steps, *(step for one in series for step in one.steps)], LEFT, WIDTH - RIGHT)
+    if names:
+        x = Linear(LEFT, WIDTH - RIGHT, low=-0.5, high=len(names) - 0.5)
+        x.ticks = [(x(place), names[place]) for place in range(0, len(names), max(1, math.ceil(len(names) / MOST_NAMES)))]
     y: Scale = log_with_zero(every, HEIGHT - BOTTOM, TOP) if log else linear(every, HEIGHT - BOTTOM, TOP, bounds)
-    parts = [_shade(x, warm_start), _axes(x, y, "step", unit)]
+    parts = [_shade(x, warm_start), axes(x, y, x_label, unit)]
     parts += [_band(one, x, y) for one in series if one.low]
     parts += [_line(one, x, y, points) for one in series]
     if log and finite(every) and not any(finite(every)):
-        parts.append(f'<text class="remark" x="{(LEFT + WIDTH - RIGHT) / 2:.0f}" y="{(HEIGHT - BOTTOM + TOP) / 2:.0f}" text-anchor="middle">exactly 0 at every step</text>')
-    parts.append(_hits(series, x))
-    return _document(name, title, _describe(series, unit), "".join(parts))
+        parts.append(f'<text class="remark" x="{(LEFT + WIDTH - RIGHT) / 2:.0f}" y="{(HEIGHT - BOTTOM + TOP) / 2:.0f}" text-anchor="middle">exactly 0 at every {x_label}</text>')
+    called = dict(enumerate(f"{x_label} {name}" for name in names)) if names else {step: f"{x_label} {step}" for one in series for step in one.steps}
+    parts.append(_hits(series, x, called))
+    return document(name, title, _describe(series, unit, called), "".join(parts))
 
 
 def stacked_bars(
@@ -80,7 +87,7 @@ def stacked_bars(
     x = Linear(LEFT, width - RIGHT, low=0, high=max(len(steps), 1))
     every = max(1, math.ceil(len(steps) / (width / 70)))
     x.ticks = [(x(index + 0.5), number(step, 6)) for index, step in enumerate(steps) if index % every == 0]
-    parts = [_axes(x, y, "step", unit, width)]
+    parts = [axes(x, y, "step", unit, width)]
     thick = max(gap - max(0.8, gap * 0.18), 0.6)
     for index, (step, stack) in enumerate(zip(steps, stacks, strict=True)):
         bottom, inside = 0.0, []
@@ -93,7 +100,7 @@ def stacked_bars(
         parts.append(f"<g><title>{escape(chr(10).join(words))}</title>{''.join(inside)}</g>")
     mean = [sum(stack[j] for stack in stacks) / max(len(stacks), 1) for j in range(len(labels))]
     described = f"{len(steps)} bars; mean in {unit}: " + ", ".join(f"{label} {number(part)}" for label, part in zip(labels, mean, strict=True))
-    return _document(name, title, described, "".join(parts), width)
+    return document(name, title, described, "".join(parts), width)
 
 
 def running_mean(values: Sequence[float], window: int = SMOOTH_WINDOW) -> list[float]:
@@ -106,14 +113,16 @@ def running_mean(values: Sequence[float], window: int = SMOOTH_WINDOW) -> list[f
     return result
 
 
-def _document(name: str, title: str, description: str, body: str, width: int = WIDTH) -> str:
+def document(name: str, title: str, description: str, body: str, width: int = WIDTH) -> str:
+    """The SVG of a plot's markup, with words for those who do not see it."""
     return (
         f'<svg viewBox="0 0 {width} {HEIGHT}" role="img" aria-labelledby="{name}-t {name}-d" preserveAspectRatio="xMidYMid meet">'
         f'<title id="{name}-t">{escape(title)}</title><desc id="{name}-d">{escape(description)}</desc>{body}</svg>'
     )
 
 
-def _axes(x: Scale, y: Scale, x_label: str, y_label: str, width: int = WIDTH) -> str:
+def axes(x: Scale, y: Scale, x_label: str, y_label: str, width: int = WIDTH) -> str:
+    """Both axes with ticks, labels and horizontal lines."""
     bottom, right = HEIGHT - BOTTOM, width - RIGHT
     parts = [f'<path class="grid" d="M{LEFT} {at:.1f}H{right}"/><text class="tick" x="{LEFT - 7}" y="{at + 3.6:.1f}" text-anchor="end">{escape(label)}</text>' for at, label in y.ticks]
     parts += [f'<path class="axis" d="M{at:.1f} {bottom}v4"/><text class="tick" x="{at:.1f}" y="{bottom + 16}" text-anchor="middle">{escape(label)}</text>' for at, label in x.ticks]
@@ -170,7 +179,7 @@ def _band(one: Series, x: Scale, y: Scale) -> str:
     return f'<path class="band" fill="var(--{one.colour})" d="M{there}L{back}Z"/>'
 
 
-def _hits(series: Sequence[Series], x: Linear) -> str:
+def _hits(series: Sequence[Series], x: Linear, called: dict[int, str]) -> str:
     """Invisible columns that carry the values as tooltips."""
     said: dict[int, list[str]] = {}
     for one in series:
@@ -183,16 +192,16 @@ def _hits(series: Sequence[Series], x: Linear) -> str:
     for index, step in enumerate(steps):
         left = (x(steps[index - 1]) + x(step)) / 2 if index else max(x(step) - 12, LEFT)
         right = (x(steps[index + 1]) + x(step)) / 2 if index + 1 < len(steps) else min(x(step) + 12, WIDTH - RIGHT)
-        text = escape("\n".join([f"step {step}", *said[step]]))
+        text = escape("\n".join([called[step], *said[step]]))
         parts.append(f'<rect class="hit" x="{left:.1f}" y="{TOP}" width="{max(right - left, 1):.1f}" height="{HEIGHT - TOP - BOTTOM}"><title>{text}</title></rect>')
     return "".join(parts)
 
 
-def _describe(series: Sequence[Series], unit: str) -> str:
+def _describe(series: Sequence[Series], unit: str, called: dict[int, str]) -> str:
     """The alternative text: where each line starts and ends."""
     words = []
     for one in series:
         known = [(step, value) for step, value in zip(one.steps, one.values, strict=True) if math.isfinite(value)]
         if known:
-            words.append(f"{one.label} from {number(known[0][1])} at step {known[0][0]} to {number(known[-1][1])} at step {known[-1][0]}")
+            words.append(f"{one.label} from {number(known[0][1])} at {called[known[0][0]]} to {number(known[-1][1])} at {called[known[-1][0]]}")
     return f"{unit}: " + ("; ".join(words) or "no values yet")
