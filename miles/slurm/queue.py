@@ -10,7 +10,7 @@ import subprocess
 from dataclasses import dataclass
 
 from miles.config.exits import UserError
-from miles.slurm.command import complaint, slurm_command
+from miles.slurm.command import TIMEOUT_SECONDS, complaint, slurm_command
 from miles.slurm.patience import patiently
 
 # The reason last: Slurm and its administrators write it, in words of any kind. Without ":|" a field is cut at 20 characters.
@@ -52,6 +52,13 @@ def excluded(job: int | str) -> dict[str, str]:
     """The nodes that each part of a job was submitted without, in Slurm's notation, by its job id."""
     rows = (line.split("|") for line in _squeue(job, None, "--format", "%A|%x").splitlines())  # what --Format calls them differs between versions
     return {row[0]: "" if row[1] in ("(null)", "N/A") else row[1] for row in rows}
+
+
+def submission(job: int | str) -> tuple[str, str]:
+    """(time of a job's submission as Slurm says it, its batch log); empty where the controller doesn't know it."""
+    rows = [line.removesuffix("|").split("|", 2) for line in _squeue(job, TIMEOUT_SECONDS, "--Format", "JobID:|,SubmitTime:|,STDOUT:|").splitlines()]
+    _, submitted, output = next((row for row in rows if row[0] == str(job)), rows[0] if rows else ["", "", ""])
+    return submitted, output.replace("%j", str(job))
 
 
 def parse(said: str) -> list[Part]:

@@ -26,7 +26,7 @@ def other(slurm: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setenv(name, value)
     job = int(slurm.run(["sbatch", "--parsable", "--hold", "--output=/dev/null", "--partition=cpu", "--wrap=sleep 60"]).stdout)
     (tmp_path / "slurm").mkdir()
-    (tmp_path / "slurm" / "job.json").write_text(json.dumps({"submissions": [{"job_id": job, "name": "x", "groups": ["rollout"], "time": 0.0}]}))
+    (tmp_path / "slurm" / "job.json").write_text(json.dumps({"submissions": [{"job_id": job, "name": "x", "groups": ["rollout"], "run_dir": str(tmp_path)}]}))
     clock = [0.0]
     waiting = Waiting(RunDir(tmp_path), load_config(["recipes/tiny"], WORDS), "rollout", clock=lambda: clock[0])
 
