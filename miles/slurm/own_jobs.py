@@ -17,15 +17,15 @@ from miles.slurm.states import JobState, Marks, from_controller, job_state
 
 def entry_of(run: RunDir, job: int, name: str, groups: Sequence[str], cluster: str) -> dict[str, Any]:
     """The entry of job.json for a job that has just been submitted, or is this one."""
-    submitted, output = queue.submission(job)
+    part = next(iter(queue.parts(job)), None)
     return {
         "job_id": job,
         "name": name,
         "groups": list(groups),
         "time": time.time(),
         "cluster": cluster,
-        "submitted": submitted,
-        "output": output or str(records.folder(run).absolute() / f"{job}.log"),  # a controller that is away: as in the script
+        "submitted": part.submitted if part else "",
+        "output": part.output if part else str(records.folder(run).absolute() / f"{job}.log"),  # a controller that has lost it already: as in the script
         "run_dir": str(run.path.absolute()),
     }
 
@@ -41,6 +41,12 @@ def state_of(entry: Mapping[str, Any]) -> JobState:
     """Slurm's word on a job of job.json; FORGOTTEN when its id is another job's by now. UserError: Slurm can't be asked."""
     job = str(entry["job_id"])
     return job_state(job, Marks(lambda output: output == entry["output"], entry["name"], entry["submitted"], entry["cluster"]))
+
+
+def parts_of(entry: Mapping[str, Any], seconds: float | None = None) -> list[queue.Part]:
+    """queue.parts of a job of job.json; none when its id is another job's by now."""
+    parts = queue.parts(entry["job_id"], seconds)
+    return parts if parts and parts[0].output == entry["output"] else []
 
 
 def states(run: RunDir) -> list[JobState]:
@@ -64,7 +70,7 @@ def is_array(folder: Path, job: int) -> bool:
 
 
 def _of_sweep(folder: Path) -> Marks:
-    return Marks(lambda output: Path(output.replace("%%", "%")).parent == folder.absolute())
+    return Marks(lambda output: Path(output).parent == folder.absolute())
 
 
 def cluster_name() -> str:

@@ -19,6 +19,8 @@ from miles.data.store.run_dir import RunDir
 if TYPE_CHECKING:
     from miles.config.schema import RunConfig
 
+KEYS = ("job_id", "name", "groups", "time", "cluster", "submitted", "output", "run_dir")  # of a submission
+
 
 def folder(run: RunDir) -> Path:
     """RUN/slurm."""
@@ -55,7 +57,11 @@ def forget(run: RunDir, jobs: Iterable[int]) -> None:
 
 
 def _submissions(run: RunDir) -> list[dict[str, Any]]:
-    return list(_read(run, "job.json").get("submissions", []))
+    entries = list(_read(run, "job.json").get("submissions", []))
+    for number, entry in enumerate(entries, 1):
+        if missing := [key for key in KEYS if key not in entry]:
+            raise Damaged(f"{folder(run) / 'job.json'}: submission {number} has no {', '.join(missing)}")
+    return entries
 
 
 @contextlib.contextmanager

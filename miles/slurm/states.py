@@ -114,9 +114,7 @@ def job_state(job_id: str, marks: Marks | None = None) -> JobState:
 def from_controller(job_id: str, marks: Marks | None = None) -> JobState | None:
     """What the controller says; None when it doesn't know the job. Raises UserError when it doesn't answer."""
     parts = queue.parts(job_id, TIMEOUT_SECONDS)
-    if marks and parts and not marks.writes(queue.submission(job_id)[1]):
-        return None
-    return of_parts(parts)
+    return of_parts(parts) if not marks or not parts or marks.writes(parts[0].output) else None
 
 
 def of_parts(parts: list[queue.Part]) -> JobState | None:

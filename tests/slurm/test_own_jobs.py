@@ -17,12 +17,17 @@ import pytest
 from jobs import REPOSITORY, with_path
 
 from miles.cli.main import main
-from miles.config.exits import UserError
+from miles.config.compose import load_config
+from miles.config.exits import AGAIN, UserError
 from miles.data.store.files import read_json, seal_json
 from miles.data.store.run_dir import RunDir
 from miles.slurm.all_or_none import AllOrNone
+from miles.slurm.job_here import JobHere
 from miles.slurm.minicluster import Cluster
-from miles.slurm.records import cancel, cancelled, note, submitted
+from miles.slurm.own_jobs import entry_of
+from miles.slurm.queue import excluded
+from miles.slurm.records import cancel, cancelled, exclude, note, submitted
+from miles.slurm.requeue import go_on
 from miles.slurm.states import Marks, parse_accounting
 
 WORDS = ["recipes/tiny", "cluster.executor=slurm", "cluster.groups.all.partition=cpu", "cluster.groups.all.time=30", "cluster.groups.all.mem=100"]
@@ -110,7 +115,7 @@ def test_two_commands_at_once_submit_one_job(empty: Cluster, tmp_path: Path) -> 
     assert len(queue(empty)) == 1
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_an_interrupted_command_leaves_no_job_that_nobody_knows(empty: Cluster, say: Say, tmp_path: Path, number: int) -> None:
     """Ended by a signal it takes its jobs back; killed outright, all but at most the last are on record."""
     folder = tmp_path / "run"
@@ -129,7 +134,7 @@ def test_an_interrupted_command_leaves_no_job_that_nobody_knows(empty: Cluster, 
 
 
 def test_a_signal_while_jobs_are_made(empty: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also when it comes after the last of them, and when a later one is refused; handlers are as before afterwards."""
+    """SIGTERM, also when it comes after the last of them, and when a later one is refused; handlers are as before afterwards."""
     monkeypatch.setenv("SLURM_CONF", str(empty.conf))
     job = ["sbatch", "--parsable", "--hold", "--partition=cpu", "--output=/dev/null", "--wrap=true"]
     before = signal.getsignal(signal.SIGTERM)
@@ -173,6 +178,20 @@ def test_a_run_submitted_by_hand_is_known(empty: Cluster, say: Say, tmp_path: Pa
     assert json.loads(say("doctor", str(folder), "--json").stdout)["diagnoses"][0]["cause"] == "cancelled"
 
 
+def test_a_chain_keeps_its_own_jobs_off_failed_nodes(empty: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those after the one that ends, and no other's that has such an id by now."""
+    monkeypatch.setenv("SLURM_CONF", str(empty.conf))
+    run = RunDir(tmp_path)
+    jobs = [int(empty.run(["sbatch", "--parsable", "--hold", "--partition=cpu", "--output=/dev/null", "--wrap=true"]).stdout) for _ in range(4)]
+    for job in jobs:
+        note(run, entry_of(run, job, "wrap", ["all"], "mini") | ({"output": "/another"} if job == jobs[3] else {}))
+    exclude(run, {"cpu1": "test"}, 1)
+    said: list[str] = []
+    assert go_on(run, load_config(["recipes/tiny"], [*HELD[1:], "cluster.slurm.requeue=chain"]), JobHere(jobs[1], (("cpu0",),), 0), said.append) == AGAIN
+    assert said == ["ended; the next job of the chain goes on"]
+    assert [excluded(job)[str(job)] for job in jobs] == ["", "", "cpu1", ""]
+
+
 def test_rows_of_the_accounting_that_are_another_jobs() -> None:
     """sacct -D of an id that was given three times; the second is ours, requeued once."""
     rows = [
@@ -188,7 +207,15 @@ def test_rows_of_the_accounting_that_are_another_jobs() -> None:
 def test_a_number_that_an_earlier_cancelled_job_had(tmp_path: Path) -> None:
     """The new job is not taken for the one that was cancelled."""
     run = RunDir(tmp_path)
+    entry = {"job_id": 7, "name": "x", "groups": ["all"], "time": 0.0, "cluster": "c", "submitted": "", "output": "/x/7.log", "run_dir": str(tmp_path)}
     for _ in range(2):
         cancel(run, [6, 7])
-        note(run, {"job_id": 7, "run_dir": str(tmp_path)})
-        assert (cancelled(run), read_json(tmp_path / "slurm" / "job.json")) == ({6}, {"submissions": [{"job_id": 7, "run_dir": str(tmp_path)}]})
+        note(run, entry)
+        assert (cancelled(run), read_json(tmp_path / "slurm" / "job.json")) == ({6}, {"submissions": [entry]})
+
+
+def test_a_record_that_says_too_little_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "slurm").mkdir()
+    seal_json(tmp_path / "slurm" / "job.json", {"submissions": [{"job_id": 7, "name": "x", "groups": ["all"], "time": 0.0, "cluster": "c", "submitted": ""}]})
+    with pytest.raises(UserError, match=rf"^{tmp_path}/slurm/job.json: submission 1 has no output, run_dir$"):
+        submitted(RunDir(tmp_path))
