@@ -119,7 +119,7 @@ def _largest_layer(shape: Shape) -> int:
     """Parameters of a layer with its experts, or of a dense one."""
     dense, experts = parameters(shape)
     embedding = shape.vocab * shape.hidden * (1 if shape.tied else 2)
-    moe_layers = shape.layers - shape.dense_layers if shape.experts else 0
+    moe_layers = shape.moe_layers
     return (dense - embedding) // shape.layers + (experts // moe_layers if moe_layers else 0)
 
 

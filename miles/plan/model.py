@@ -76,6 +76,7 @@ def shape_of_hf(config: Mapping[str, Any], where: str) -> Shape:
         expert_ffn=config.get("moe_intermediate_size") or 0,
         shared_ffn=(config.get("n_shared_experts") or 0) * (config.get("moe_intermediate_size") or 0),
         dense_layers=config.get("first_k_dense_replace") or 0,
+        moe_every=first("interleave_moe_layer_step", "decoder_sparse_step") or 1,
         q_lora=config.get("q_lora_rank") or 0,
         kv_lora=config.get("kv_lora_rank") or 0,
         qk_nope=config.get("qk_nope_head_dim") or 0,
@@ -90,7 +91,7 @@ def parameters(shape: Shape) -> tuple[int, int]:
     Counted layer by layer: attention (grouped or latent), MLP or router with experts, norms, embedding and output layer.
     """
     h = shape.hidden
-    moe_layers = shape.layers - shape.dense_layers if shape.experts else 0
+    moe_layers = shape.moe_layers
     mlp = (shape.layers - moe_layers) * 3 * h * shape.ffn
     router_and_shared = moe_layers * (h * shape.experts + 3 * h * shape.shared_ffn)
     norms = shape.layers * 2 * h + h
