@@ -170,6 +170,21 @@ class Parallel(Section):
     expert: int = Field(1, ge=1, description="expert parallelism [ranks]")
     expert_tensor: int | None = Field(None, ge=1, description="tensor parallelism inside an expert [ranks]; default: tensor")
 
+    @property
+    def inside_expert(self) -> int:
+        """Tensor parallelism inside an expert, its default put in."""
+        return self.expert_tensor or self.tensor
+
+    @property
+    def model_ranks(self) -> int:
+        """Ranks that hold one copy of the dense part: TP × PP × CP."""
+        return self.tensor * self.pipeline * self.context
+
+    @property
+    def expert_ranks(self) -> int:
+        """Ranks that hold one copy of the experts: ETP × EP × PP."""
+        return self.inside_expert * self.expert * self.pipeline
+
 
 class Train(Section):
     """How weights move."""

@@ -99,7 +99,7 @@ def _trainer(config: RunConfig, shape: Shape) -> list[Line]:
 def _megatron(config: RunConfig, shape: Shape) -> list[Line]:
     """Weights and fp32 gradients of a rank's share of the model; master weights and moments shared by the ranks that hold the same."""
     train, parallel = config.train, config.train.parallel
-    world, etp = train.num_nodes * train.num_gpus_per_node, parallel.expert_tensor or parallel.tensor
+    world, etp = train.num_nodes * train.num_gpus_per_node, parallel.inside_expert
     held = _width(config) + 4
     lines = []
     for what, total, ranks, sizes in [

@@ -83,7 +83,7 @@ def test_errors(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no hidden_size, num_attention_heads, vocab_size; give the folder of a causal language model"):
         shape_of_hf({"num_hidden_layers": 2}, "config.json")
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ConfigError, match=r"config\.json: not readable as JSON"):
+    with pytest.raises(ConfigError, match=r"config\.json: not JSON"):
         facts(Model(hf_checkpoint=str(tmp_path)))
     (tmp_path / "config.json").write_text(json.dumps(QWEN3_MOE))
     with pytest.raises(ConfigError, match=r"qwen3-0.6b has 28 layers of width 1024, but .*config.json says 2 of 8"):
