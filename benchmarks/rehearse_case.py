@@ -18,13 +18,14 @@ from typing import Any
 import yaml
 
 from miles.config.compose import load_config
-from miles.config.placement import Process
+from miles.config.process import Process
 from miles.data.sample import Sample
 from miles.data.store.epoch import new_epoch
 from miles.data.store.run_dir import RunDir
 from miles.rollout.rewards import RewardContext
 from miles.run.environment import Node, environment
 from miles.run.role import load_run
+from miles.slurm.attempt import start_list
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPT = 256  # tokens of every prompt
@@ -131,7 +132,7 @@ class Attempt:
         engine = ["benchmarks.rehearse_engine", str(self.folder / "model"), str(self.case.longest), str(PROMPT), str(self.case.pace)]
         commands = {"service": ["miles.run.service"], "engine": engine, "worker": ["miles.run.worker"], "trainer": ["benchmarks.rehearse_trainer"]}
         for role, command in commands.items():
-            env = environment(load_run(self.folder), self.folder, self.epoch, Process(role, 0, 1, ()), self.node) | {"PYTHONPATH": str(ROOT)}
+            env = environment(start_list(load_run(self.folder)), self.folder, self.epoch, Process(role, 0, 1, ()), self.node) | {"PYTHONPATH": str(ROOT)}
             with (self.logs / f"{role}.log").open("ab") as log:
                 pipe = subprocess.PIPE if role == "trainer" else None
                 self.processes[role] = subprocess.Popen(

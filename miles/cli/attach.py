@@ -6,13 +6,13 @@ import os
 import shlex
 from pathlib import Path
 
-from miles.cli.jobs import alive
 from miles.config.compose import load_config
 from miles.config.exits import OK, UserError
 from miles.config.placement import components, node_groups, part
 from miles.report.records import require_run_dir
 from miles.slurm import records
 from miles.slurm.command import clean_environment, slurm_command
+from miles.slurm.own_jobs import alive
 
 SHELL = ("bash", "-l")
 

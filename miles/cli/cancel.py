@@ -6,7 +6,6 @@ from pathlib import Path
 
 from rich.console import Console
 
-from miles.cli.jobs import alive
 from miles.cli.status import call_service
 from miles.config.compose import load_config
 from miles.config.exits import OK, UserError
@@ -14,6 +13,7 @@ from miles.data.store.run_dir import RunDir
 from miles.report.records import read_run, require_run_dir
 from miles.slurm import records
 from miles.slurm.command import slurm_command
+from miles.slurm.own_jobs import alive
 
 
 def cancel(run_dir: Path, now: bool) -> int:

@@ -10,7 +10,8 @@ from miles.data.store.run_dir import RunDir
 from miles.report.summary import Summary, duration
 from miles.slurm import queue, records
 from miles.slurm.command import TIMEOUT_SECONDS
-from miles.slurm.states import FORGOTTEN, ComponentState, JobState, job_state
+from miles.slurm.own_jobs import state_of
+from miles.slurm.states import FORGOTTEN, ComponentState, JobState
 
 SAID = ("finished", "stopped", "failed")  # by exit.json of the newest attempt
 ENDINGS = {  # of a run's job, by its exit code
@@ -18,12 +19,6 @@ ENDINGS = {  # of a run's job, by its exit code
     WRONG: "the configuration or the input is wrong",
     130: "stopped by miles-submit cancel",
 }
-
-
-def alive(run: RunDir) -> list[JobState]:
-    """The run's jobs that wait or run, oldest first."""
-    found = (job_state(str(entry["job_id"])) for entry in records.submitted(run))
-    return [state for state in found if not state.over]
 
 
 def with_jobs(run: RunDir, summary: Summary, jobs: list[JobState]) -> Summary:
@@ -45,7 +40,7 @@ def job_rows(run: RunDir, jobs: list[JobState], summary: Summary) -> list[tuple[
     if not (entries := records.submitted(run)):
         return []
     rows = []
-    for state in jobs or [job_state(str(entries[-1]["job_id"]))]:
+    for state in jobs or [state_of(entries[-1])]:
         rows.append(("job", f"{state.job_id} ended" if state.state == FORGOTTEN and summary.state in SAID else job_words(state)))
         names: list[str] = next((entry["groups"] for entry in entries if str(entry["job_id"]) == state.job_id), [])
         rows += [(f"group {name}", _group(each)) for name, each in zip(names, state.components, strict=False) if len(names) > 1 and not state.over]

@@ -158,7 +158,7 @@ class Jobs:
         if not submitted(self.run):
             return False
         if time.monotonic() - self.asked > every:
-            from miles.cli.jobs import alive
+            from miles.slurm.own_jobs import alive
 
             self.asked, self.answer = time.monotonic(), not alive(self.run)
         return self.answer

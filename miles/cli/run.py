@@ -11,7 +11,7 @@ from rich.console import Console
 from miles.cli.check import summary
 from miles.cli.inputs import configuration, existing_run, findings, with_absolute_paths
 from miles.cli.progress import Progress
-from miles.cli.submit import refuse, submit_run
+from miles.cli.submit import refuse, refuse_in_use, submit_run
 from miles.config.address import bind_host
 from miles.config.compose import dump_config, load_config
 from miles.config.exits import AGAIN, OK, UserError, disk_full
@@ -76,11 +76,14 @@ def run(words: list[str], run_dir: Path | None, wait: bool = False) -> int:
         if resuming:
             console.print(f"resuming {folder.path}")
         try:
+            if submitted:
+                refuse_in_use(folder)
             if anew and (made := folder.path / "model").is_dir():
                 shutil.rmtree(made)
             write_run(folder, config)
             if not submitted:
                 return follow(folder, config, console)
+            ended = submit_run(folder, config, console)
         except Fenced as error:
             console.print(f"{error}, which goes on with the run; this one has stopped")
             return AGAIN
@@ -88,7 +91,7 @@ def run(words: list[str], run_dir: Path | None, wait: bool = False) -> int:
             if (line := disk_full(error, folder.path)) is None:
                 raise
             raise UserError(line) from error
-    return submit_run(folder, config, console, wait)  # unlocked: its job may start at once, and is the launcher then
+    return ended() if wait else OK  # unlocked: the job is the launcher now
 
 
 def render(words: list[str], folder: Path) -> int:

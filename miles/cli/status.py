@@ -27,7 +27,8 @@ def status(run_dir: Path, as_json: bool) -> int:
     summary, run, told = state_of(run_dir), RunDir(run_dir), []
     jobs: list[JobState] = []
     if submitted(run):
-        from miles.cli.jobs import alive, job_facts, job_rows, with_jobs
+        from miles.cli.jobs import job_facts, job_rows, with_jobs
+        from miles.slurm.own_jobs import alive
 
         try:
             jobs = alive(run)
@@ -71,8 +72,8 @@ def call_service(record: RunRecord, method: str, path: str) -> dict[str, Any] | 
         token = (folder / "token").read_text().strip()
     except (FileNotFoundError, PermissionError):
         return None  # not started yet, or another user's run: the files still speak
-    if service is None or not token or not isinstance(service.get("url"), str):
-        return None
+    if service is None or not token or not isinstance(service.get("url"), str) or not record.run_dir.is_at(service.get("run_dir", "")):
+        return None  # the last: a copy's address is the original's
     import httpx  # dear, and of no use where nothing lives
 
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import shlex
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -48,27 +49,35 @@ def refuse(config: RunConfig, run: RunDir, console: Console, need_slurm: bool = 
         raise UserError(f"{errors[0]}{more}")
 
 
+def refuse_in_use(run: RunDir) -> None:
+    """Once more, by who holds the lock: the command that held it before may have submitted a job since."""
+    for finding in checks.in_use(run):
+        raise UserError(str(finding))
+
+
 def opinion(config: RunConfig, run: RunDir) -> list[Finding]:
     """An error for each batch script that sbatch itself would not take."""
     said = [start.estimate(each) for each in {each.script: each for each in prepare(config, run)}.values()]
     return [Finding("error", "sbatch --test-only", words, "mend cluster.groups, or ask the cluster's operators") for words, taken in said if not taken]
 
 
-def submit_run(run: RunDir, config: RunConfig, console: Console, wait: bool) -> int:
-    """Submit, say the jobs and how to follow them; wait: to the end, with the run's exit code."""
+def submit_run(run: RunDir, config: RunConfig, console: Console) -> Callable[[], int]:
+    """Submit, say the jobs and how to follow them; returns what waits for the end, and gives the run's exit code. """
     before = newest_epoch(run)
     entries = submit(run, prepare(config, run))
     for entry in entries:
         console.print(f"submitted job {entry['job_id']}: {entry['name']} ({', '.join(entry['groups'])})")
     folder = shlex.quote(str(run.path))
     console.print(f"follow it with: miles-submit status {folder}; miles-submit logs -f {folder}; its own output: {run.path}/slurm/{entries[0]['job_id']}.log")
-    if not wait:
-        return OK
-    try:
-        return follow(run, [str(entry["job_id"]) for entry in entries], before, console)
-    except KeyboardInterrupt:
-        console.print(f"no longer followed; the job goes on, and ends with: miles-submit cancel {folder}")
-        raise
+
+    def wait() -> int:
+        try:
+            return follow(run, [str(entry["job_id"]) for entry in entries], before, console)
+        except KeyboardInterrupt:
+            console.print(f"no longer followed; the job goes on, and ends with: miles-submit cancel {folder}")
+            raise
+
+    return wait
 
 
 def follow(run: RunDir, jobs: list[str], before: int, console: Console) -> int:

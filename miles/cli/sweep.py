@@ -11,17 +11,18 @@ from rich.console import Console
 
 from miles.cli.cancel import cancel as cancel_run
 from miles.cli.inputs import configuration, with_absolute_paths
-from miles.cli.jobs import alive
 from miles.cli.run import make, refuse_errors, refuse_foreign, write_run
-from miles.cli.status import state_of
+from miles.cli.status import state_of as summary_of
 from miles.cli.submit import refuse
 from miles.config.exits import OK, UserError
 from miles.data.store.run_dir import RunDir
 from miles.report.scales import number
 from miles.slurm import sweep as sweeps
+from miles.slurm.all_or_none import AllOrNone
+from miles.slurm.own_jobs import alive, array_state, state_of
 from miles.slurm.records import submitted
 from miles.slurm.sole import only_launcher
-from miles.slurm.states import FORGOTTEN, job_state
+from miles.slurm.states import FORGOTTEN
 
 
 def sweep(words: list[str], folder: Path | None, most: int | None, as_json: bool) -> int:
@@ -49,13 +50,16 @@ def sweep(words: list[str], folder: Path | None, most: int | None, as_json: bool
         with only_launcher(run):
             write_run(run, config)
     sweeps.write_record(root, runs, members, None, [])  # the array's tasks look into it, and may start at once
+    jobs = AllOrNone()
     try:
-        job = sweeps.submit_array(root, runs, configs, most) if array else None
-        ids = [] if array else sweeps.submit_each(runs, configs, most)
-    except UserError:
-        (root / sweeps.FILE).unlink()
+        with jobs:
+            job = sweeps.submit_array(jobs, root, runs, configs, most) if array else None
+            ids = [] if array else sweeps.submit_each(jobs, runs, configs, most)
+            sweeps.write_record(root, runs, members, job, ids)
+    except BaseException:
+        if jobs.taken_back:
+            (root / sweeps.FILE).unlink()
         raise
-    sweeps.write_record(root, runs, members, job, ids)
     if as_json:
         print(json.dumps({"folder": str(root), **sweeps.read_record(root)}, indent=1, ensure_ascii=False))
         return OK
@@ -87,7 +91,7 @@ def cancel(root: Path, now: bool) -> int:
     """Cancel every run that waits or runs, the last first: one that ends lets another begin. UserError when none does."""
     console = Console(stderr=True, soft_wrap=True, markup=False, emoji=False, highlight=False)
     record = sweeps.read_record(root)
-    waiting = sweeps.cancel_waiting(record["array"], len(record["runs"])) if record["array"] else 0
+    waiting = sweeps.cancel_waiting(root, record["array"], len(record["runs"])) if record["array"] else 0
     if waiting:
         console.print(f"{waiting} task{'' if waiting == 1 else 's'} of array {record['array']} that had not begun {'is' if waiting == 1 else 'are'} cancelled")
     live = [run for run in (Path(entry["run_dir"]) for entry in reversed(record["runs"])) if alive(RunDir(run))]
@@ -101,12 +105,12 @@ def cancel(root: Path, now: bool) -> int:
 def _one(index: int, entry: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
     """What is known of one run; before it has begun, what Slurm says of its job."""
     run = RunDir(Path(entry["run_dir"]))
-    summary = state_of(run.path)
-    known = [str(each["job_id"]) for each in submitted(run)]
-    job = known[-1] if known else f"{record['array']}_{index}" if record["array"] else ""
+    summary = summary_of(run.path)
+    known = submitted(run)
+    job = str(known[-1]["job_id"]) if known else f"{record['array']}_{index}" if record["array"] else ""
     state, reason = summary.state, summary.reason
     if job and state not in ("running", "finished"):
-        told = job_state(job)
+        told = state_of(known[-1]) if known else array_state(run.path.parent, job)
         if told.over and state == "new":  # a task that never began
             state, reason = ("lost" if told.state == FORGOTTEN else told.state.lower()), told.reason
         elif not told.over:

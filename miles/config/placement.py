@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from miles.config.allocation import Group
+from miles.config.process import Process
 from miles.config.schema import RunConfig
 
 MERGED = ("environment", "sbatch", "srun")  # key by key; everything else is replaced
@@ -31,16 +32,6 @@ class Part:
     nodes: int
     first_gpu: int
     gpus: int
-
-
-@dataclass(frozen=True)
-class Process:
-    """A process of a node: role, rank among `count` of its kind in the run, and its accelerators as indices on that node."""
-
-    role: str
-    rank: int
-    count: int
-    gpus: tuple[int, ...]
 
 
 def components(config: RunConfig) -> tuple[str, ...]:

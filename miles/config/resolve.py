@@ -37,7 +37,7 @@ def resolved(config: RunConfig, origin: Mapping[Key, str] | None = None) -> RunC
             train,
             global_batch_size=global_batch_size,
             num_steps_per_rollout=steps,
-            parallel=_replace(parallel, expert_tensor=parallel.expert_tensor or parallel.tensor),
+            parallel=_replace(parallel, expert_tensor=parallel.inside_expert),
             optimizer=_replace(optimizer, lr_decay_steps=_decay(optimizer, config.num_rollout * steps)),
         ),
         warm_start=_replace(

@@ -57,11 +57,17 @@ class Shape(Section):
     expert_ffn: int = Field(0, ge=0, description="inner width of a routed expert")
     shared_ffn: int = Field(0, ge=0, description="inner width of the shared experts together")
     dense_layers: int = Field(0, ge=0, description="layers before the first MoE layer [layers]")
+    moe_every: int = Field(1, ge=1, description="of so many layers after the dense ones, the last has experts [layers]")
     q_lora: int = Field(0, ge=0, description="rank of the query's compression (multi-head latent attention)")
     kv_lora: int = Field(0, ge=0, description="rank of the key-value compression; 0: no latent attention")
     qk_nope: int = Field(0, ge=0, description="width of a query head without position")
     qk_rope: int = Field(0, ge=0, description="width of a query head with position")
     v_head: int = Field(0, ge=0, description="width of a value head under latent attention")
+
+    @property
+    def moe_layers(self) -> int:
+        """Layers with experts."""
+        return (self.layers - self.dense_layers) // self.moe_every if self.experts else 0
 
 
 class Model(Section):
@@ -163,6 +169,21 @@ class Parallel(Section):
     context: int = Field(1, ge=1, description="context parallelism [ranks]")
     expert: int = Field(1, ge=1, description="expert parallelism [ranks]")
     expert_tensor: int | None = Field(None, ge=1, description="tensor parallelism inside an expert [ranks]; default: tensor")
+
+    @property
+    def inside_expert(self) -> int:
+        """Tensor parallelism inside an expert, its default put in."""
+        return self.expert_tensor or self.tensor
+
+    @property
+    def model_ranks(self) -> int:
+        """Ranks that hold one copy of the dense part: TP × PP × CP."""
+        return self.tensor * self.pipeline * self.context
+
+    @property
+    def expert_ranks(self) -> int:
+        """Ranks that hold one copy of the experts: ETP × EP × PP."""
+        return self.inside_expert * self.expert * self.pipeline
 
 
 class Train(Section):

@@ -16,7 +16,11 @@ from miles.models.maps.find import Known, known, known_folder
 from miles.models.maps.pieces import padded_vocabulary, pieces
 
 GB_PER_SECOND = 1.0  # of one node's disk, where none is given
-INDEXER = {"index_n_heads": 64, "index_head_dim": 128, "index_topk": 2048}  # DeepSeek-V3.2's, which no Shape states
+# What no Shape states, the same in all models of a family: DeepSeek-V3.2's indexer, Gemma 3N's own parts.
+OWN = {
+    "deepseek_v32": {"index_n_heads": 64, "index_head_dim": 128, "index_topk": 2048},
+    "gemma3n_text": {"altup_num_inputs": 4, "laurel_rank": 64, "hidden_size_per_layer_input": 256, "vocab_size_per_layer_input": 262144},
+}
 
 
 @dataclass(frozen=True)
@@ -73,12 +77,14 @@ def fields_of(shape: Shape) -> dict[str, Any]:
             "q_lora_rank": shape.q_lora, "kv_lora_rank": shape.kv_lora, "qk_nope_head_dim": shape.qk_nope, "qk_rope_head_dim": shape.qk_rope,
             "v_head_dim": shape.v_head,
         }  # fmt: skip
-    if kind == "deepseek_v32":
-        fields |= INDEXER
+    fields |= OWN.get(kind, {})
     if not shape.experts:
         return fields
     if kind == "llama4_text":
-        return fields | {"num_local_experts": shape.experts, "intermediate_size": shape.expert_ffn, "intermediate_size_mlp": shape.ffn}
+        return fields | {
+            "num_local_experts": shape.experts, "intermediate_size": shape.expert_ffn, "intermediate_size_mlp": shape.ffn,
+            "interleave_moe_layer_step": shape.moe_every,
+        }  # fmt: skip
     if kind == "minimax_m2":
         return fields | {"num_local_experts": shape.experts, "intermediate_size": shape.expert_ffn}
     fields["moe_intermediate_size"] = shape.expert_ffn

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from miles.config.exits import UserError
+from miles.config.json_file import read_object
 from miles.convert.mapped import ReadFile
 from miles.convert.safetensors_file import INDEX, Stored, read_header
-from miles.models.maps.find import read_json
 from miles.precision.fp8_blocks import SCALE, dequantize_rows, scales_shape
 
 
@@ -40,7 +40,7 @@ class HfSource:
         self._opening = threading.Lock()
 
     def _weight_map(self, index: Path) -> dict[str, str]:
-        found = read_json(index).get("weight_map")
+        found = read_object(index).get("weight_map")
         if not isinstance(found, dict):
             raise UserError(f"{index}: has no weight_map; restore it from the checkpoint's origin")
         return found

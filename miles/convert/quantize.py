@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from miles.config.exits import UserError
+from miles.config.json_file import read_object
 from miles.convert.conversion import strip_rows
 from miles.convert.durable import copy_durable, write_durable
 from miles.convert.hf_source import HfSource
@@ -22,7 +23,6 @@ from miles.convert.progress import Progress
 from miles.convert.report import Report
 from miles.convert.safetensors_file import INDEX, Wanted, header, index, size_of, widest_first
 from miles.convert.units import Rank, Units
-from miles.models.maps.find import read_json
 from miles.precision import fp8_blocks, int4_groups
 
 METHODS = ("fp8", "int4", "bf16")
@@ -44,7 +44,7 @@ def quantize(source: str | Path, output: str | Path, target: Target, me: Rank | 
     One file for each of the source's, a strip of a matrix at a time in memory. UserError, one line, for what can't be.
     """
     me, hf = me or Rank(), HfSource(source)
-    config = read_json(Path(source) / "config.json")
+    config = read_object(Path(source) / "config.json")
     if target.method not in METHODS:
         raise UserError(f"method {target.method!r} is not known; known: {', '.join(METHODS)}")
     quantised = "quantization_config" in config or "compression_config" in config

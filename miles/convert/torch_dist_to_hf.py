@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from miles.config.exits import UserError
+from miles.config.json_file import read_object
 from miles.convert.conversion import SOURCE, strip_rows
 from miles.convert.durable import copy_durable, write_durable
 from miles.convert.model_files import config_files
@@ -21,7 +22,7 @@ from miles.convert.torch_dist_source import TorchDistSource
 from miles.convert.units import Rank, Units
 from miles.models.hf_folder import SHARD_BYTES
 from miles.models.maps.entry import Block
-from miles.models.maps.find import Known, known_folder, read_json
+from miles.models.maps.find import Known, known_folder
 from miles.models.maps.pieces import EMBEDDING, OUTPUT, Piece, mtp_copies, pieces
 
 FILES, SMALLEST_SHARD = 16, 1 << 30  # of a small model so many files, that all workers have something to do
@@ -51,7 +52,7 @@ class Export:
 
     def __init__(self, known: Known, dist: TorchDistSource, folder: Path) -> None:
         self.known, self.dist, self.folder = known, dist, folder
-        self.origin = read_json(dist.folder / SOURCE) if (dist.folder / SOURCE).is_file() else {}
+        self.origin = read_object(dist.folder / SOURCE) if (dist.folder / SOURCE).is_file() else {}
         mtp = 0
         while f"mtp.layers.{mtp}.eh_proj.weight" in dist:
             mtp += 1
@@ -91,7 +92,7 @@ class Export:
         for file in config_files(self.folder):
             if file.name != "config.json":
                 copy_durable(file, out / file.name)
-        fields = read_json(self.folder / "config.json")
+        fields = read_object(self.folder / "config.json")
         fields.pop("quantization_config", None)  # what is written is not quantised
         if len(self.names) > 1:
             write_durable(out / INDEX, index({name: self.names[i] for i, names in enumerate(self.files) for name in names}, self.bytes))

@@ -52,7 +52,7 @@ def judge(config: RunConfig, memory: int | None = None) -> list[Finding]:
 
 def _layout(config: RunConfig, model: Facts | None) -> Iterator[Finding]:
     train, shape = config.train, model.shape if model else None
-    layout = Layout.of(train.num_nodes, train.num_gpus_per_node, train.parallel)
+    layout = Layout(train.num_nodes, train.num_gpus_per_node, train.parallel)
     found = misfits(layout, shape)
     if train.backend == "fsdp":  # one a field, since all have the same mend
         found = [replace(each, mend=abilities.data_only(train.parallel)) for each in {each.field: each for each in reversed(found)}.values()]

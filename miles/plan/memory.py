@@ -99,7 +99,7 @@ def _trainer(config: RunConfig, shape: Shape) -> list[Line]:
 def _megatron(config: RunConfig, shape: Shape) -> list[Line]:
     """Weights and fp32 gradients of a rank's share of the model; master weights and moments shared by the ranks that hold the same."""
     train, parallel = config.train, config.train.parallel
-    world, etp = train.num_nodes * train.num_gpus_per_node, parallel.expert_tensor or parallel.tensor
+    world, etp = train.num_nodes * train.num_gpus_per_node, parallel.inside_expert
     held = _width(config) + 4
     lines = []
     for what, total, ranks, sizes in [
@@ -119,7 +119,7 @@ def _largest_layer(shape: Shape) -> int:
     """Parameters of a layer with its experts, or of a dense one."""
     dense, experts = parameters(shape)
     embedding = shape.vocab * shape.hidden * (1 if shape.tied else 2)
-    moe_layers = shape.layers - shape.dense_layers if shape.experts else 0
+    moe_layers = shape.moe_layers
     return (dense - embedding) // shape.layers + (experts // moe_layers if moe_layers else 0)
 
 

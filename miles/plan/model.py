@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from miles.config.compose import configs_dir
 from miles.config.exits import ConfigError
+from miles.config.json_file import read_object
 from miles.config.schema import Model, Shape
 from miles.config.yaml_file import read_yaml
 
@@ -41,7 +41,7 @@ def facts(model: Model) -> Facts | None:
     if file is None or not file.is_file():
         source = "model.shape" if model.shape else f"configs/models/{model.name}.yaml"
         return Facts(named, source) if named else None
-    shape = shape_of_hf(_json(file), str(file))
+    shape = shape_of_hf(read_object(file), str(file))
     if named and (named.layers, named.hidden) != (shape.layers, shape.hidden):
         raise ConfigError(
             f"model.name: {model.name} has {named.layers} layers of width {named.hidden}, "
@@ -76,6 +76,7 @@ def shape_of_hf(config: Mapping[str, Any], where: str) -> Shape:
         expert_ffn=config.get("moe_intermediate_size") or 0,
         shared_ffn=(config.get("n_shared_experts") or 0) * (config.get("moe_intermediate_size") or 0),
         dense_layers=config.get("first_k_dense_replace") or 0,
+        moe_every=first("interleave_moe_layer_step", "decoder_sparse_step") or 1,
         q_lora=config.get("q_lora_rank") or 0,
         kv_lora=config.get("kv_lora_rank") or 0,
         qk_nope=config.get("qk_nope_head_dim") or 0,
@@ -90,7 +91,7 @@ def parameters(shape: Shape) -> tuple[int, int]:
     Counted layer by layer: attention (grouped or latent), MLP or router with experts, norms, embedding and output layer.
     """
     h = shape.hidden
-    moe_layers = shape.layers - shape.dense_layers if shape.experts else 0
+    moe_layers = shape.moe_layers
     mlp = (shape.layers - moe_layers) * 3 * h * shape.ffn
     router_and_shared = moe_layers * (h * shape.experts + 3 * h * shape.shared_ffn)
     norms = shape.layers * 2 * h + h
@@ -118,13 +119,3 @@ def _named(name: str) -> Shape:
         mend = f"did you mean {near[0]}?" if near else "leave it out: the checkpoint's config.json says the same"
         raise ConfigError(f"model.name: {name!r} is not in configs/models; {mend}")
     return Shape.model_validate(read_yaml(path)[0]["model"]["shape"], strict=True)
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: not readable as JSON ({error}); restore it from the checkpoint's origin") from None
-    if not isinstance(found, dict):
-        raise ConfigError(f"{path}: expected an object; restore it from the checkpoint's origin")
-    return found

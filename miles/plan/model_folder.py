@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from miles.config.exits import ConfigError
+from miles.config.json_file import RESTORE, read_object
 from miles.config.schema import RunConfig
 from miles.plan.abilities import Entry
 
-RESTORE = "restore it from the checkpoint's origin"
 VOCABULARIES = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
 
@@ -29,7 +30,7 @@ def _tokenizer(where: str, folder: Path) -> Iterator[Entry]:
     if path.is_file():
         _, problem = _object(path)
         if problem:
-            yield "error", where, f"{path}: {problem}", RESTORE
+            yield "error", where, problem, RESTORE
     elif not any((folder / name).is_file() for name in VOCABULARIES):
         yield "error", where, f"{folder}: has neither tokenizer.json nor an older vocabulary ({', '.join(VOCABULARIES)})", "copy the tokenizer's files there"
 
@@ -42,7 +43,7 @@ def _weights(where: str, folder: Path) -> Iterator[Entry]:
         content, problem = _object(index)
         shards = content.get("weight_map")
         if problem or not isinstance(shards, dict):
-            yield "error", where, f"{index}: {problem or 'no weight_map'}", RESTORE
+            yield "error", where, problem or f"{index}: no weight_map", RESTORE
             return
         files = sorted({folder / str(name) for name in shards.values()})
     if not files:
@@ -74,10 +75,8 @@ def _cut_off(path: Path) -> str | None:
 
 
 def _object(path: Path) -> tuple[dict[str, Any], str | None]:
+    """The object in a file; the problem, without its mend, where there is none."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        return {}, f"cannot be read ({error.strerror})"
-    except ValueError as error:
-        return {}, f"not JSON ({error})"
-    return (found, None) if isinstance(found, dict) else ({}, "not a JSON object")
+        return read_object(path), None
+    except ConfigError as error:
+        return {}, str(error).removesuffix(f"; {RESTORE}")

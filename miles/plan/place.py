@@ -109,13 +109,13 @@ def _segment(group: NodeGroup) -> Iterator[Entry]:
 def _domain(config: RunConfig, group: NodeGroup) -> Iterator[Entry]:
     """An expert-parallel group lies in one NVLink domain: its all-to-all is slow beyond. Ranks of a group are consecutive."""
     parallel, per_node = config.train.parallel, config.train.num_gpus_per_node
-    ask, members = group.ask, parallel.expert * (parallel.expert_tensor or parallel.tensor)
+    ask, members = group.ask, parallel.expert * parallel.inside_expert
     if "train" not in group.components or not ask.domain_nodes or ask.cross_domain or parallel.expert == 1 or members <= per_node:
         return
     told = f"cluster.groups.{group.name}.cross_domain=true"
     where, said = "train.parallel.expert", f"an expert-parallel group of {members} ranks"
     if members > ask.domain_nodes * per_node:
-        size = ask.domain_nodes * per_node // (parallel.expert_tensor or parallel.tensor)
+        size = ask.domain_nodes * per_node // parallel.inside_expert
         fit = max(size for size in range(1, size + 1) if parallel.expert % size == 0)
         yield "error", where, f"{said} does not fit in one NVLink domain of {ask.domain_nodes} nodes × {per_node} = {ask.domain_nodes * per_node} ranks", f"set {where}={fit}, or {told}"
         return

@@ -1,7 +1,7 @@
 """The supervisor of one component on one node: starts its role processes, shares their fate, says how they ended.
 
 Roles of `train`: the rollout service (first node) and the trainer ranks. Roles of `rollout`: the engines and one worker. Which of
-them run here follows from the node's number (miles.config.placement).
+them run here says the attempt's start list.
 The first role that fails stops the others; when the primary role (trainer, worker) ends well, the rest is stopped.
 
 SIGTERM ends all of it. With MILES_TERM_ASKS=1 it only asks the run to stop (save, then end), roles are shielded from it, and SIGUSR2 ends all at once.
@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import IO, Any
 
 from miles.config.exits import AGAIN, OK, WRONG, first_cause
-from miles.config.placement import Process, processes
-from miles.config.schema import RunConfig
+from miles.config.process import Process
+from miles.data.call import call
+from miles.data.store.start_list import StartList
 from miles.engine.child import die_with_parent
 from miles.run.environment import Node, environment
-from miles.run.role import load_run
 
 PRIMARY = {"train": "trainer", "rollout": "worker"}
 SETTLE_SECONDS = 1.0
@@ -47,12 +47,12 @@ class RoleProcess:
         return self.process.poll()
 
 
-def start(config: RunConfig, run_dir: Path, epoch: int, role: Process, node: Node) -> RoleProcess:
+def start(wanted: StartList, run_dir: Path, epoch: int, role: Process, node: Node) -> RoleProcess:
     """Start one role with its own log."""
     log = (run_dir / "attempts" / f"{epoch:06d}" / "logs" / f"{role.role}.{role.rank}.log").open("ab")
     process = subprocess.Popen(
         [sys.executable, "-m", f"miles.run.{role.role}"],
-        env=environment(config, run_dir, epoch, role, node),
+        env=environment(wanted, run_dir, epoch, role, node),
         stdin=subprocess.DEVNULL,
         stdout=log,
         stderr=subprocess.STDOUT,
@@ -162,11 +162,11 @@ def supervise(run_dir: str, component: str, epoch: int, node: int | None = None)
     if os.getpgrp() != os.getpid():
         os.setsid()  # away from the terminal: its Ctrl-C is for the launcher, which asks the run to stop
     root, here = Path(run_dir), Node.here(component, int(os.environ.get("MILES_NODE", "0")) if node is None else node)
-    config = load_run(root)
+    wanted = StartList.read(root / "attempts" / f"{epoch:06d}")
     roles: list[RoleProcess] = []
     try:
-        for role in processes(config, component, here.number):
-            roles.append(start(config, root, epoch, role, here))
+        for role in wanted.components[component][here.number]:
+            roles.append(start(wanted, root, epoch, role, here))
         outcome = watch(roles, PRIMARY[component], root, epoch, ask_to_stop(root, epoch, signals))
     except Stopped:
         stopped = {"code": AGAIN, "role": component, "rank": here.number, "reason": f"component {component} was stopped"}
@@ -184,13 +184,7 @@ def tell(run_dir: Path, epoch: int, path: str, **fields: Any) -> bool:
     """A word to the attempt's rollout service; False where it isn't there, or is busy."""
     attempt = run_dir / "attempts" / f"{epoch:06d}"
     url, token = json.loads((attempt / "service.json").read_text())["url"], (attempt / "token").read_text()
-    import httpx  # dear: not before the roles are started
-
-    try:
-        reply = httpx.post(url + path, json={"epoch": epoch, **fields}, headers={"Authorization": f"Bearer {token}"}, timeout=2.0, trust_env=False)
-    except httpx.HTTPError:
-        return False
-    return reply.status_code == 200
+    return call(url, token, "POST", path, {"epoch": epoch, **fields}) is not None
 
 
 def ask_to_stop(run_dir: Path, epoch: int, signals: Signals) -> Callable[[], None]:

@@ -12,8 +12,8 @@ from pathlib import Path
 import psutil
 
 from miles.config.address import bind_host, is_loopback
-from miles.config.placement import Process
-from miles.config.schema import RunConfig
+from miles.config.process import Process
+from miles.data.store.start_list import StartList
 
 
 @dataclass(frozen=True)
@@ -30,15 +30,15 @@ class Node:
         return cls(number, os.environ.get("SLURMD_NODENAME") or socket.gethostname(), f"{component}.{number}.{secrets.token_hex(4)}")
 
 
-def environment(config: RunConfig, run_dir: Path, epoch: int, process: Process, node: Node) -> dict[str, str]:
+def environment(wanted: StartList, run_dir: Path, epoch: int, process: Process, node: Node) -> dict[str, str]:
     """Environment of a role: its identity, and pinned threads, since bits depend on their number."""
     attempt = run_dir / "attempts" / f"{epoch:06d}"
-    threads = str(1 if process.role in ("service", "worker") else config.cluster.threads)
-    network = interface(bind_host(config.cluster.host))
+    threads = str(1 if process.role in ("service", "worker") else wanted.threads)
+    network = interface(bind_host(wanted.host))
     return {
         **network,
         **os.environ,  # who says GLOO_SOCKET_IFNAME knows the network better; but what is on loopback stays there
-        **(network if is_loopback(bind_host(config.cluster.host)) else {}),
+        **(network if is_loopback(bind_host(wanted.host)) else {}),
         "MILES_RUN_DIR": str(run_dir),
         "MILES_EPOCH": str(epoch),
         "MILES_RANK": str(process.rank),
@@ -48,7 +48,7 @@ def environment(config: RunConfig, run_dir: Path, epoch: int, process: Process, 
         "MILES_PLACE": node.place,
         "MILES_TOKEN": (attempt / "token").read_text(),
         "MILES_SERVICE": json.loads((attempt / "service.json").read_text())["url"],
-        "CUDA_VISIBLE_DEVICES": accelerators(process, os.environ.get("CUDA_VISIBLE_DEVICES")) if config.cluster.device == "cuda" else "",
+        "CUDA_VISIBLE_DEVICES": accelerators(process, os.environ.get("CUDA_VISIBLE_DEVICES")) if wanted.device == "cuda" else "",
         "OMP_NUM_THREADS": threads,
         "MKL_NUM_THREADS": threads,
         "NUMBA_NUM_THREADS": threads,

@@ -7,13 +7,15 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from miles.config.exits import AGAIN, OK, WRONG, disk_full, first_cause, full, no_room
-from miles.config.placement import components
+from miles.config.placement import components, part, processes
 from miles.config.schema import RunConfig
+from miles.data.call import call
 from miles.data.store.epoch import Fence, new_epoch
 from miles.data.store.files import seal_json
 from miles.data.store.import_roots import import_roots
 from miles.data.store.results import last_with_results
 from miles.data.store.run_dir import RunDir, environment, read_provenance, record_attempt
+from miles.data.store.start_list import StartList
 from miles.plan.tier import facts, promise
 from miles.slurm.meeting import open_meeting, own_address
 from miles.slurm.progress import furthest
@@ -60,6 +62,7 @@ class Attempt:
         self.folder = run.attempt(self.epoch)
         self.fence = Fence(run, self.epoch)
         (self.folder / "logs").mkdir()
+        start_list(config).write(self.folder)
         self.meeting = open_meeting(self.folder, host, port)
         self.components: list[Component] = []
         self.stop_asked = 0.0
@@ -87,13 +90,7 @@ class Attempt:
 
     def ask(self, method: str, path: str) -> dict[str, Any] | None:
         """A call to the rollout service; None while it isn't there."""
-        import httpx  # dear: not before the components are started
-
-        try:
-            reply = httpx.request(method, self.meeting.url + path, headers={"Authorization": f"Bearer {self.meeting.token}"}, timeout=2.0, trust_env=False)
-        except httpx.HTTPError:
-            return None
-        return reply.json() if reply.status_code == 200 else None
+        return call(self.meeting.url, self.meeting.token, method, path)
 
     def request_stop(self, seconds: float | None = None) -> None:
         """First time: stop cleanly (save, then end), within so many seconds, default cluster.stop_seconds. Again: end now."""
@@ -174,6 +171,12 @@ class Attempt:
         except OSError as error:
             if disk_full(error) is None:
                 raise
+
+
+def start_list(config: RunConfig) -> StartList:
+    """What each node starts."""
+    everybody = {name: [processes(config, name, node) for node in range(part(config, name).nodes)] for name in components(config)}
+    return StartList(config.cluster.host, config.cluster.device, config.cluster.threads, everybody)
 
 
 def wait_for(component: Component, seconds: float) -> None:

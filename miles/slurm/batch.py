@@ -31,9 +31,11 @@ def main(words: list[str]) -> int:
     signals = Signals()  # before the rest is imported: one may come at once
     from miles.config.compose import load_config
     from miles.config.exits import AGAIN, WRONG, UserError, disk_full
+    from miles.config.placement import node_groups
     from miles.data.store.epoch import Fenced
     from miles.data.store.run_dir import RunDir
     from miles.slurm.job_here import JobHere
+    from miles.slurm.own_jobs import note_here
     from miles.slurm.reported import reported
     from miles.slurm.srun import addresses
     from miles.slurm.step import own_address
@@ -43,6 +45,7 @@ def main(words: list[str]) -> int:
     run = RunDir(Path(words[0]))
     try:
         config, job = load_config([run.run_yaml]), JobHere.read()
+        note_here(run, words[1:] or [group.name for group in node_groups(config)])
         os.environ["MILES_ADDRESSES"] = json.dumps(addresses(reachable=config.cluster.placement == "jobs"))
         os.environ["MILES_HOST"] = own_address()
         if words[1:] == ["rollout"]:

@@ -19,6 +19,7 @@ from miles.plan.judge import Finding
 from miles.slurm.command import slurm_command
 from miles.slurm.hostlist import expand
 from miles.slurm.options import gres
+from miles.slurm.own_jobs import state_of
 from miles.slurm.records import left_out, submitted
 from miles.slurm.site import Node, Partition, Site
 
@@ -54,13 +55,14 @@ def files(config: RunConfig, run: RunDir) -> Iterator[Finding]:
 def in_use(run: RunDir) -> Iterator[Finding]:
     """A job of this run that waits or runs: another would only fence it off."""
     try:
-        ids = {entry["job_id"] for entry in submitted(run)}
+        entries = {entry["job_id"]: entry for entry in submitted(run)}
     except Damaged as error:
         raise UserError(f"{error}; move it away to submit the run again") from error
-    if not ids:
+    if not entries:
         return
     queued = str(slurm_command(["squeue", "--noheader", "--format=%A %T"], timeout=20.0).stdout)
-    live = [(int(number), state) for number, _, state in (line.partition(" ") for line in queued.splitlines()) if int(number) in ids]
+    live = [(int(number), state) for number, _, state in (line.partition(" ") for line in queued.splitlines()) if int(number) in entries]
+    live = [(job, state) for job, state in live if not state_of(entries[job]).over]  # its id may be another's by now
     if live:
         job, state = live[0]
         yield Finding("error", "--run-dir", f"{run.path} is in use by job {job} ({state.lower()})", f"follow it with `miles-submit status {run.path}`, end it with `miles-submit cancel {run.path}`, or choose another --run-dir")

@@ -35,9 +35,10 @@ def clean_environment(environment: Mapping[str, str] | None = None) -> dict[str,
 
 
 def slurm_command(
-    command: Sequence[str], *, timeout: float = TIMEOUT_SECONDS, input: str | None = None, check: bool = True
+    command: Sequence[str], *, timeout: float = TIMEOUT_SECONDS, input: str | None = None, check: bool = True, own_session: bool = False
 ) -> subprocess.CompletedProcess[str]:
     """Run one of Slurm's commands and return its texts. check: a refusal is a UserError; otherwise the caller reads the exit code.
+    own_session: a Ctrl-C in the terminal doesn't reach it.
 
     Raises UserError when the command or the file of SLURM_CONF is absent, doesn't answer within timeout seconds, or (check) is refused.
     """
@@ -46,7 +47,7 @@ def slurm_command(
     if conf and not Path(conf).is_file():  # Slurm's commands would wait for it, then blame the controller
         raise UserError(f"{name}: SLURM_CONF={conf}: no such file; set it to your cluster's slurm.conf, or unset it")
     try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=timeout, input=input, env=clean_environment())
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=timeout, input=input, env=clean_environment(), start_new_session=own_session)
     except FileNotFoundError:
         raise UserError(f"{name}: command not found; is this a node of a Slurm cluster? Without Slurm, set cluster.executor: local") from None
     except subprocess.TimeoutExpired:

@@ -40,7 +40,7 @@ def open_meeting(folder: Path, host: str, port: int) -> Meeting:
     with os.fdopen(handle, "w") as file:
         file.write(token)
     url = url_of(host, port)
-    seal_json(folder / "service.json", {"url": url, "host": host, "port": port})
+    seal_json(folder / "service.json", {"url": url, "host": host, "port": port, "run_dir": str(folder.absolute().parents[1])})
     return Meeting(url, token)
 
 

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from miles.config.exits import UserError
 from miles.config.schema import RunConfig
 from miles.data.store.epoch import newest_epoch
-from miles.data.store.run_dir import RunDir, read_provenance
+from miles.data.store.run_dir import RunDir
 from miles.slurm import queue
+from miles.slurm.own_jobs import parts_of
 from miles.slurm.records import submitted
 
 LOOK_SECONDS = 5.0  # between two questions to Slurm while they haven't met
@@ -50,24 +52,20 @@ def find(run: RunDir) -> Found | None:
 
 
 def job_of(run: RunDir, group: str) -> tuple[int | None, str]:
-    """The oldest job of a group that is not over, else the newest of all, and its state; None where no job is known (submitted by hand, not started)."""
-    known = [int(entry["job_id"]) for entry in submitted(run) if group in entry["groups"]]
-    if not known and group == "train":
-        known = [int(entry["job"]) for entry in read_provenance(run)["attempts"] if entry.get("job")]
+    """The oldest job of a group that is not over, else the newest of all, and its state; (None, unknown) where no job is known (submitted by hand, not started)."""
     found: tuple[int | None, str] = None, "unknown"
-    for job in known:
-        found = job, state(job)
-        if found[1] != "gone":  # where nobody answers, nobody is asked about the next
-            break
+    for entry in submitted(run):
+        if group in entry["groups"]:
+            found = int(entry["job_id"]), state(entry)
+            if found[1] != "gone":  # where nobody answers, nobody is asked about the next
+                break
     return found
 
 
-def state(job: int | None) -> str:
-    """running, queued, gone or unknown (no such job is known, or nobody answers at once: more than a job that runs waits for it)."""
-    if job is None:
-        return "unknown"
+def state(entry: Mapping[str, Any]) -> str:
+    """Of a job of job.json: running, queued, gone (or its id is another job's), or unknown (nobody answers at once: more than a job that runs waits for it)."""
     try:
-        found = {part.state for part in queue.parts(job, queue.QUICK_SECONDS)}
+        found = {part.state for part in parts_of(entry, queue.QUICK_SECONDS)}
     except UserError:
         return "unknown"
     if found & set(QUEUED):

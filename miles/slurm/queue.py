@@ -1,4 +1,4 @@
-"""What the controller knows of a job, from squeue with named fields: none of them is a user's text.
+"""What the controller knows of a job, from squeue with named fields; the one that is a user's text, the path of the batch log, comes last.
 
 A job's name, comment or folder may read like any field of `scontrol show job`, whichever of two is taken.
 """
@@ -6,6 +6,7 @@ A job's name, comment or folder may read like any field of `scontrol show job`, 
 from __future__ import annotations
 
 import datetime
+import re
 import subprocess
 from dataclasses import dataclass
 
@@ -13,15 +14,16 @@ from miles.config.exits import UserError
 from miles.slurm.command import complaint, slurm_command
 from miles.slurm.patience import patiently
 
-# The reason last: Slurm and its administrators write it, in words of any kind. Without ":|" a field is cut at 20 characters.
-FIELDS = "JobID:|,HetJobID:|,HetJobOffset:|,State:|,NodeList:|,RestartCnt:|,exit_code:|,StartTime:|,EndTime:|,Reason:|"
+# Slurm and its administrators write the reason, in words of any kind. Without a separator behind ":" a field is cut at 20 characters.
+WORD, JOB = "\x1f", "\x1e"  # end such a text, and all of a job
+FIELDS = f"JobID:|,HetJobID:|,HetJobOffset:|,State:|,NodeList:|,RestartCnt:|,exit_code:|,StartTime:|,EndTime:|,SubmitTime:|,Reason:{WORD},STDOUT:{JOB}"
 QUICK_SECONDS = 2.0  # where something else waits for the answer
 
 
 @dataclass(frozen=True)
 class Part:
     """A job, or one of a heterogeneous job's: leader is that job's id, group its place there. exit_code is `code:signal`; start and end (the time limit's,
-    while it runs) are None where Slurm names none."""
+    while it runs) are None where Slurm names none. submitted: as Slurm says it, a requeue's is later; output: the batch log."""
 
     job_id: str
     leader: str
@@ -32,7 +34,9 @@ class Part:
     exit_code: str
     start: datetime.datetime | None
     end: datetime.datetime | None
+    submitted: str
     reason: str
+    output: str
 
     @property
     def name(self) -> str:
@@ -55,11 +59,13 @@ def excluded(job: int | str) -> dict[str, str]:
 
 
 def parse(said: str) -> list[Part]:
-    """squeue's lines of FIELDS."""
+    """squeue's answer to FIELDS."""
     found = []
-    for line in said.splitlines():
-        job_id, leader, group, state, nodes, restarts, code, start, end, reason = ("" if word in ("N/A", "(null)") else word for word in line.removesuffix("|").split("|", 9))
-        found.append(Part(job_id, leader, int(group or 0), state, nodes, int(restarts or 0), _exit_code(code), _moment(start), _moment(end), reason))
+    for line in said.split(f"{JOB}\n")[:-1]:
+        named, output = line.split(WORD, 1)
+        job_id, leader, group, state, nodes, restarts, code, start, end, submitted, reason = ("" if word in ("N/A", "(null)") else word for word in named.split("|", 10))
+        when = _moment(start), _moment(end), submitted
+        found.append(Part(job_id, leader, int(group or 0), state, nodes, int(restarts or 0), _exit_code(code), *when, reason, _path(output, leader or job_id)))
     return sorted(found, key=lambda part: part.group)
 
 
@@ -71,6 +77,11 @@ def _squeue(job: int | str, seconds: float | None, *words: str) -> str:
     if "Invalid job id" in done.stderr:
         return ""
     raise UserError(f"squeue: {complaint(done)}")
+
+
+def _path(pattern: str, job: str) -> str:
+    """Of a batch log: sbatch's pattern, as squeue has it, for this job."""
+    return re.sub("%[%j]", lambda sign: "%" if sign[0] == "%%" else job, pattern)
 
 
 def _exit_code(text: str) -> str:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import os
 import re
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +18,8 @@ from miles.data.store.run_dir import RunDir
 
 if TYPE_CHECKING:
     from miles.config.schema import RunConfig
+
+KEYS = ("job_id", "name", "groups", "time", "cluster", "submitted", "output", "run_dir")  # of a submission
 
 
 def folder(run: RunDir) -> Path:
@@ -28,8 +33,47 @@ def _read(run: RunDir, name: str) -> dict[str, Any]:
 
 
 def submitted(run: RunDir) -> list[dict[str, Any]]:
-    """Every job of this run so far, oldest first: {"job_id", "name", "groups", "time"}. Damaged when the record is not readable."""
-    return list(_read(run, "job.json").get("submissions", []))
+    """Every job of this run so far, oldest first (docs/formats.md has an entry's keys). Damaged when the record is not readable.
+
+    A copied directory has none of the original's: they write into the other one.
+    """
+    return [entry for entry in _submissions(run) if run.is_at(entry["run_dir"])]
+
+
+def note(run: RunDir, entry: Mapping[str, Any]) -> None:
+    """Add a job, in place of an entry with its id. The command that submits and the job itself may do it at once."""
+    with _locked(run):
+        others = [each for each in _submissions(run) if each["job_id"] != entry["job_id"] or not run.is_at(each["run_dir"])]
+        seal_json(folder(run) / "job.json", {"submissions": [*others, entry]})
+    if entry["job_id"] in (known := cancelled(run)):  # an earlier job that had the id
+        seal_json(folder(run) / "cancelled.json", {"jobs": sorted(known - {entry["job_id"]})})
+
+
+def forget(run: RunDir, jobs: Iterable[int]) -> None:
+    """Take jobs out again that were cancelled before the command that submitted them was done."""
+    with _locked(run):
+        gone = set(jobs)
+        seal_json(folder(run) / "job.json", {"submissions": [each for each in _submissions(run) if each["job_id"] not in gone or not run.is_at(each["run_dir"])]})
+
+
+def _submissions(run: RunDir) -> list[dict[str, Any]]:
+    entries = list(_read(run, "job.json").get("submissions", []))
+    for number, entry in enumerate(entries, 1):
+        if missing := [key for key in KEYS if key not in entry]:
+            raise Damaged(f"{folder(run) / 'job.json'}: submission {number} has no {', '.join(missing)}")
+    return entries
+
+
+@contextlib.contextmanager
+def _locked(run: RunDir) -> Iterator[None]:
+    """A file that is open for writing: a network file system locks no other."""
+    folder(run).mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder(run) / "job.lock", os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def excluded(run: RunDir) -> list[str]:

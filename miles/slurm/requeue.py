@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Callable
+from functools import partial
+from itertools import dropwhile
 from typing import TYPE_CHECKING
 
 from miles.config.exits import AGAIN, UserError
 from miles.data.store.run_dir import RunDir
 from miles.slurm import queue
 from miles.slurm.job_here import JobHere
+from miles.slurm.own_jobs import parts_of
 from miles.slurm.patience import patiently
 from miles.slurm.records import excluded, submitted
 
@@ -50,8 +53,8 @@ def go_on(run: RunDir, config: RunConfig, job: JobHere, say: Say, more: tuple[st
         if how == "requeue":
             _requeue(run, job, say, more)
         elif how == "chain":
-            for following in sorted(entry["job_id"] for entry in submitted(run) if entry["job_id"] > job.id):
-                _without(run, JobHere(following, job.groups, 0), say)
+            for following in [*dropwhile(lambda entry: entry["job_id"] != job.id, submitted(run))][1:]:
+                _without(run, following["job_id"], partial(parts_of, following), say)
             say("ended; the next job of the chain goes on")
         else:
             say(f"ended (cluster.slurm.requeue: none); go on with: miles-submit resume {run.path}")
@@ -72,18 +75,18 @@ def _requeue(run: RunDir, job: JobHere, say: Say, more: tuple[str, ...]) -> None
         return
     patiently(["scontrol", "requeue", str(job.id)])
     say(f"job {job.id} is requeued")
-    _without(run, job, say, more)  # only a job that doesn't run can be changed: there is time until Slurm kills this process
+    _without(run, job.id, partial(queue.parts, job.id), say, more)  # only a job that doesn't run can be changed: there is time until Slurm kills this process
 
 
-def _without(run: RunDir, job: JobHere, say: Say, more: tuple[str, ...] = ()) -> None:
-    """Keep a waiting job off the nodes that failed, in addition to those that it was submitted without."""
+def _without(run: RunDir, job: int, ask: Callable[[], list[queue.Part]], say: Say, more: tuple[str, ...] = ()) -> None:
+    """Keep a waiting job off the nodes that failed, in addition to those that it was submitted without. ask: for its parts."""
     bad = excluded(run)
     if not bad and not more:
         return
     try:
-        parts, before = queue.parts(job.id), queue.excluded(job.id)
+        parts, before = ask(), queue.excluded(job)
     except UserError as error:
-        say(f"warning: job {job.id} could not be kept off {', '.join(bad) or 'nodes'}: {error}")
+        say(f"warning: job {job} could not be kept off {', '.join(bad) or 'nodes'}: {error}")
         return
     for part in parts:
         unwanted = ",".join(filter(None, [*bad, before.get(part.job_id)]))

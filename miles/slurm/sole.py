@@ -35,12 +35,14 @@ def refuse_if_running(run: RunDir) -> None:
     if (latest / "exit.json").exists():
         return
     try:
-        url = read_json(latest / "service.json")["url"]
+        service = read_json(latest / "service.json")
     except (FileNotFoundError, Damaged):  # the launcher was killed before it started anything
+        return
+    if not run.is_at(service["run_dir"]):  # a copy: the original goes on
         return
     headers = {"Authorization": f"Bearer {(latest / 'token').read_text()}"}
     try:
-        reply = httpx.get(url + "/status", headers=headers, timeout=2.0, trust_env=False)
+        reply = httpx.get(service["url"] + "/status", headers=headers, timeout=2.0, trust_env=False)
     except httpx.HTTPError:
         return
     if reply.status_code == 200 and reply.json().get("run") is not None:

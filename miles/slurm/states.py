@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from miles.config.exits import UserError
@@ -77,24 +78,43 @@ class JobState:
         return self.state not in ALIVE
 
 
-def job_state(job_id: str) -> JobState:
-    """The state of a job, asked now. A job that nobody remembers is FORGOTTEN. Raises UserError when Slurm can't be asked."""
+@dataclass(frozen=True)
+class Marks:
+    """What tells a job from another that has its id: a controller that lost its state counts from the start again.
+
+    writes: whether a batch log (StdOut, which a requeue leaves as it is) is the job's. name and since (time of its submission as Slurm
+    says it; a requeue's is later) tell it apart in the accounting, which has no logs. cluster: where it was submitted.
+    """
+
+    writes: Callable[[str], bool]
+    name: str = ""
+    since: str = ""
+    cluster: str = ""
+
+
+def job_state(job_id: str, marks: Marks | None = None) -> JobState:
+    """The state of a job, asked now. A job that nobody remembers is FORGOTTEN, and (marks) so is one whose id is another's now.
+
+    Raises UserError when Slurm can't be asked.
+    """
     try:
-        found = from_controller(job_id)
+        found = from_controller(job_id, marks)
     except UserError:
-        found = from_accounting(job_id)  # the controller may be down while the database answers
+        found = from_accounting(job_id, marks)  # the controller may be down while the database answers
         if found is None:
             raise
-    found = found or from_accounting(job_id)
+    found = found or from_accounting(job_id, marks)
     if found is not None:
         return found
-    reason = f"Slurm no longer knows job {job_id}: its controller forgets ended jobs, and there is no record of it in the accounting"
+    where = f" of cluster {marks.cluster}" if marks and marks.cluster else ""
+    reason = f"Slurm no longer knows job {job_id}{where}: its controller forgets ended jobs, and there is no record of it in the accounting"
     return JobState(job_id, FORGOTTEN, reason, (), "", 0, None)
 
 
-def from_controller(job_id: str) -> JobState | None:
+def from_controller(job_id: str, marks: Marks | None = None) -> JobState | None:
     """What the controller says; None when it doesn't know the job. Raises UserError when it doesn't answer."""
-    return of_parts(queue.parts(job_id, TIMEOUT_SECONDS))
+    parts = queue.parts(job_id, TIMEOUT_SECONDS)
+    return of_parts(parts) if not marks or not parts or marks.writes(parts[0].output) else None
 
 
 def of_parts(parts: list[queue.Part]) -> JobState | None:
@@ -105,26 +125,28 @@ def of_parts(parts: list[queue.Part]) -> JobState | None:
     return _whole(parts[0].leader or parts[0].job_id, components, max(part.restarts for part in parts))
 
 
-def from_accounting(job_id: str) -> JobState | None:
+def from_accounting(job_id: str, marks: Marks | None = None) -> JobState | None:
     """What the accounting has on record; None without accounting, or without a record."""
-    fields = "JobID,JobIDRaw,State,ExitCode,NodeList,Reason"
+    fields = "JobID,JobIDRaw,State,ExitCode,NodeList,Reason,Submit,JobName"
     # -D: every execution of a requeued job, in the order of time.
     done = slurm_command(["sacct", "-X", "-D", "-n", "-P", "-j", job_id, "-o", fields], check=False)
-    return None if done.returncode else parse_accounting(done.stdout)
+    return None if done.returncode else parse_accounting(done.stdout, marks)
 
 
-def parse_accounting(text: str) -> JobState | None:
+def parse_accounting(text: str, marks: Marks | None = None) -> JobState | None:
     """`sacct -X -D -n -P`: rows `J` or `J+k`, one for each execution."""
     latest: dict[int, list[str]] = {}
     executions = 0
-    for row in (line.split("|") for line in text.splitlines() if line):
+    for row in (line.split("|", 7) for line in text.splitlines() if line):
+        if marks and (row[6] < marks.since or marks.name not in ("", row[7])):
+            continue
         group = int(row[0].partition("+")[2] or 0)
         executions += group == 0
         latest[group] = row
     if not latest:
         return None
     components = []
-    for group, (_, raw, spelt, code, nodes, reason) in sorted(latest.items()):
+    for group, (_, raw, spelt, code, nodes, reason, *_) in sorted(latest.items()):
         state = spelt.split()[0]  # CANCELLED by 1000
         components.append(ComponentState(raw, group, state, words(reason, state), "" if nodes == "None assigned" else nodes, exit_code(code, state)))
     return _whole(latest[min(latest)][0].partition("+")[0], tuple(components), max(executions - 1, 0))

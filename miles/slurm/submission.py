@@ -5,23 +5,21 @@ from __future__ import annotations
 import hashlib
 import shlex
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from miles.config.exits import UserError
 from miles.config.placement import NodeGroup, node_groups
 from miles.config.schema import RunConfig
-from miles.data.store.files import seal_bytes, seal_json
+from miles.data.store.files import seal_bytes
 from miles.data.store.run_dir import RunDir
-from miles.slurm.command import slurm_command
-from miles.slurm.records import begin_chain, folder, left_out, submitted
+from miles.slurm.all_or_none import AllOrNone
+from miles.slurm.own_jobs import cluster_name, entry_of
+from miles.slurm.records import begin_chain, folder, forget, left_out, note
 from miles.slurm.script import script
 
 BATCH = "miles.slurm.batch"
-SUBMIT_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -74,27 +72,28 @@ def command(submission: Submission, path: Path) -> list[str]:
 
 
 def by_hand(run: RunDir, submissions: Sequence[Submission]) -> list[str]:
-    """Lines for a shell that do what submit does, but for job.json."""
+    """Lines for a shell that do what submit does; the jobs note themselves in job.json when they start."""
     return [shlex.join(command(each, folder(run) / each.file)) for each in submissions]
 
 
 def submit(run: RunDir, submissions: Sequence[Submission]) -> list[dict[str, Any]]:
     """Write the scripts and submit them, all or none; returns the new entries of job.json, which keeps the older ones.
 
-    An entry: {"job_id", "name", "groups", "time"}. UserError: what Slurm refuses.
+    Each is on record before the next is submitted. UserError: what Slurm refuses.
     """
     entries: list[dict[str, Any]] = []
     files = write(run, submissions)
     begin_chain(run)
+    jobs, cluster = AllOrNone(), cluster_name()
     try:
-        for each, path in zip(submissions, files, strict=True):
-            said = slurm_command(command(each, path), timeout=SUBMIT_SECONDS).stdout
-            entries.append({"job_id": int(said.split(";")[0]), "name": each.name, "groups": list(each.groups), "time": time.time()})
-    except UserError:
-        if entries:
-            slurm_command(["scancel", *(str(entry["job_id"]) for entry in entries)], timeout=SUBMIT_SECONDS)
+        with jobs:
+            for each, path in zip(submissions, files, strict=True):
+                entries.append(entry_of(run, jobs.sbatch(command(each, path)), each.name, each.groups, cluster))
+                note(run, entries[-1])
+    except BaseException:
+        if jobs.taken_back:
+            forget(run, jobs.jobs)
         raise
-    seal_json(folder(run) / "job.json", {"submissions": [*submitted(run), *entries]})
     return entries
 
 

@@ -16,10 +16,12 @@ from miles.config.schema import RunConfig
 from miles.data.store.files import read_json, seal_bytes, seal_json
 from miles.data.store.run_dir import RunDir
 from miles.slurm import records
+from miles.slurm.all_or_none import SUBMIT_SECONDS, AllOrNone
 from miles.slurm.command import slurm_command
+from miles.slurm.own_jobs import is_array
 from miles.slurm.records import left_out
 from miles.slurm.script import script
-from miles.slurm.submission import SUBMIT_SECONDS, Submission, batch_python, prepare, submit, without
+from miles.slurm.submission import Submission, batch_python, prepare, submit, without
 
 TASK = "miles.slurm.sweep_task"
 FILE = "sweep.json"
@@ -98,7 +100,7 @@ def one_array(configs: Sequence[RunConfig]) -> bool:
     return alike and len(node_groups(first)) == 1 and first.cluster.slurm.requeue != "chain"
 
 
-def submit_array(folder: Path, runs: Sequence[RunDir], configs: Sequence[RunConfig], most: int | None) -> int:
+def submit_array(jobs: AllOrNone, folder: Path, runs: Sequence[RunDir], configs: Sequence[RunConfig], most: int | None) -> int:
     """Submit one array of all runs; returns its job id. Task i writes into the directory of run i, its job.json, too. UserError: refused."""
     config, group = configs[0], node_groups(configs[0])[0]
     job = config.cluster.slurm.model_copy(update={"job_name": config.cluster.slurm.job_name or config.name})
@@ -114,21 +116,17 @@ def submit_array(folder: Path, runs: Sequence[RunDir], configs: Sequence[RunConf
     for run in runs:
         records.folder(run).mkdir(exist_ok=True)
         records.begin_chain(run)
-    return int(slurm_command(["sbatch", "--parsable", str(path)], timeout=SUBMIT_SECONDS).stdout.split(";")[0])
+    return jobs.sbatch(["sbatch", "--parsable", str(path)])
 
 
-def submit_each(runs: Sequence[RunDir], configs: Sequence[RunConfig], most: int | None) -> list[list[int]]:
-    """Submit every run's own jobs, all or none; returns their ids. At most `most` runs at a time: each waits for the end of the one so far before it."""
+def submit_each(jobs: AllOrNone, runs: Sequence[RunDir], configs: Sequence[RunConfig], most: int | None) -> list[list[int]]:
+    """Submit every run's own jobs; returns their ids. At most `most` runs at a time: each waits for the end of the one so far before it."""
     ids: list[list[int]] = []
-    try:
-        for number, (run, config) in enumerate(zip(runs, configs, strict=True)):
-            before = ids[number - most] if most and number >= most else []
-            ids.append(_submit_after(run, prepare(config, run), before))
-    except UserError:
-        made = [str(job) for jobs in ids for job in jobs]
-        if made:
-            slurm_command(["scancel", *made], timeout=SUBMIT_SECONDS, check=False)
-        raise
+    for number, (run, config) in enumerate(zip(runs, configs, strict=True)):
+        jobs.heed()
+        before = ids[number - most] if most and number >= most else []
+        ids.append(_submit_after(run, prepare(config, run), before))
+        jobs.jobs += ids[-1]
     return ids
 
 
@@ -145,8 +143,10 @@ def _submit_after(run: RunDir, submissions: list[Submission], before: list[int])
     return [entry["job_id"] for entry in submit(run, held)]
 
 
-def cancel_waiting(array: int, runs: int) -> int:
+def cancel_waiting(folder: Path, array: int, runs: int) -> int:
     """Cancel the tasks of an array that have not begun; returns how many runs that were (one task more is none, see submit_array)."""
+    if not is_array(folder, array):
+        return 0
     queued = slurm_command(["squeue", "--noheader", "--array", "--states=PENDING", f"--jobs={array}", "--format=%F_%K"], check=False).stdout.split()
     if queued:
         slurm_command(["scancel", *queued], timeout=SUBMIT_SECONDS)

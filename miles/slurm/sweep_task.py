@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from pathlib import Path
 
-from miles.data.store.files import read_json, seal_json
+from miles.data.store.files import read_json
 from miles.data.store.run_dir import RunDir
 from miles.slurm import records
+from miles.slurm.own_jobs import note_here
 from miles.slurm.submission import BATCH
 
 
@@ -21,10 +21,7 @@ def main(folder: Path) -> None:
         return  # see submit_array
     run = RunDir(Path(runs[task]["run_dir"]))
     records.folder(run).mkdir(exist_ok=True)
-    before = records.submitted(run)
-    if job not in [entry["job_id"] for entry in before]:  # a requeued task keeps its id
-        entry = {"job_id": job, "name": os.environ.get("SLURM_JOB_NAME", ""), "groups": ["all"], "time": time.time()}
-        seal_json(records.folder(run) / "job.json", {"submissions": [*before, entry]})
+    note_here(run, ["all"])
     sys.stdout.flush()
     log = os.open(records.folder(run) / f"{job}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     os.dup2(log, 1)

@@ -15,6 +15,7 @@ from miles.data.store.run_dir import RunDir, read_provenance
 from miles.slurm import nodes, records, requeue, stop_times
 from miles.slurm.attempt import SUPERVISE, Attempt, Component, Start, because_of_disk
 from miles.slurm.job_here import JobHere
+from miles.slurm.own_jobs import state_of
 from miles.slurm.partner import Waiting
 from miles.slurm.patience import patiently
 from miles.slurm.progress import ending, finished, fruitless
@@ -177,8 +178,9 @@ class TrainerJob:
 
     def let_partner_go(self) -> None:
         """A rollout job that still queues would start for nothing."""
-        if self.waiting is not None and (jobs := [str(entry["job_id"]) for entry in records.submitted(self.run) if "rollout" in entry["groups"]]):
-            with contextlib.suppress(UserError):  # Slurm doesn't answer: it starts, and ends at once
+        entries = [entry for entry in records.submitted(self.run) if "rollout" in entry["groups"]] if self.waiting is not None else []
+        with contextlib.suppress(UserError):  # Slurm doesn't answer: it starts, and ends at once
+            if jobs := [str(entry["job_id"]) for entry in entries if not state_of(entry).over]:
                 patiently(["scancel", "--state=PENDING", *jobs], check=False)
 
     # During an attempt.

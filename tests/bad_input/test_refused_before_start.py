@@ -134,7 +134,7 @@ CASES = [
     # the model
     Case("model folder missing", "run recipe model.hf_checkpoint=modle --run-dir here", ["modle: no such folder; did you mean", "model?"]),
     Case("no config.json", RUN, ["model.hf_checkpoint:", "has no config.json; give a Hugging Face folder"], without("model/config.json")),
-    Case("config.json damaged", RUN, ["config.json: not readable as JSON", "restore it from the checkpoint's origin"], cut("model/config.json", 0.5)),
+    Case("config.json damaged", RUN, ["config.json: not JSON", "restore it from the checkpoint's origin"], cut("model/config.json", 0.5)),
     Case("unknown family", RUN, ["model: family gemma3 is not there yet; take a model of llama, qwen2, qwen3, qwen3_moe"], config_json(model_type="gemma3")),
     Case("tokenizer missing", RUN, ["model: has neither tokenizer.json nor an older vocabulary", "copy the tokenizer's files there"], without("model/tokenizer.json")),
     Case("tokenizer cut off", RUN, ["tokenizer.json: not JSON (", "restore it from the checkpoint's origin"], cut("model/tokenizer.json", 0.7)),

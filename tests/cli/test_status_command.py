@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.server
 import json
 import os
+import shutil
 import sys
 import threading
 import time
@@ -18,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "report"))  # the demo run's 
 from demo_run import begin_attempt, demo_run, empty_run, end_attempt, record_step
 
 from miles.cli.inspect import inspect
-from miles.cli.status import state_of, status
+from miles.cli.status import call_service, state_of, status
 from miles.config.exits import UserError
 from miles.data.store.run_dir import RunDir
 from miles.report.build import render
@@ -53,7 +54,7 @@ def service() -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def make_reachable(run: RunDir, epoch: int, url: str, token: str = TOKEN) -> None:
-    (run.attempt(epoch) / "service.json").write_text(json.dumps({"url": url}))
+    (run.attempt(epoch) / "service.json").write_text(json.dumps({"url": url, "run_dir": str(run.path)}))
     (run.attempt(epoch) / "token").write_text(token)
 
 
@@ -172,6 +173,9 @@ def test_a_living_service_is_asked_with_the_token(tmp_path: Path, service: tuple
     assert found.seconds_left == pytest.approx((52 - 19) * 2.0), "step 20 is being made, 19 are done"
     answer.clear()
     assert state_of(run.path).alive, "an answer may lack every key"
+    shutil.copytree(run.path, tmp_path / "copy", symlinks=True)
+    assert not state_of(tmp_path / "copy").alive, "the service is the original's"
+    assert call_service(read_run(tmp_path / "copy"), "POST", "/stop") is None
 
 
 def test_a_wrong_token_or_a_dead_service_leaves_the_files(tmp_path: Path, service: tuple[str, dict[str, Any]]) -> None:

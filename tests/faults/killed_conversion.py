@@ -1,14 +1,19 @@
-"""A conversion that counts its steps on the disk, and may be killed before one of them: python killed_conversion.py WAY SOURCE TARGET [STEP]
+"""Conversions that may be killed: python killed_conversion.py, then a JSON list [way, source, target, kind, step, seconds] a line.
 
-A step is a write, a sync, a new name or a removal. Files are small, so that there are many. Prints the phase of each step.
+A step is a write, a sync, a new name or a removal. Each conversion is a process of its own, forked here so that libraries are loaded once. It
+kills itself before its step number `step` (0: never) of phase `kind` ("": of any), or is killed after `seconds` (0: never). Files are small, so
+that there are many. Answers with a JSON list [exit code, phases of the steps that it came to, seconds].
 """
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
+import tempfile
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -25,15 +30,14 @@ def phase(call: str, args: tuple[Any, ...]) -> str:
     """Where in a conversion a step is."""
     if call == "replace":
         name = os.path.basename(str(args[1]))
-        kind = "record" if name.endswith(".safetensors.json") or name.endswith(".distcp.json") else "data" if name.endswith((".distcp", ".safetensors")) else name
+        kind = "record" if name.endswith((".safetensors.json", ".distcp.json")) else "data" if name.endswith((".distcp", ".safetensors")) else name
         return f"naming {kind}"
     return {"pwrite": "writing", "fsync": "syncing", "unlink": "removing"}[call]
 
 
-def main(way: str, source: str, target: str, last: int) -> None:
-    plan.STRIP_BYTES, plan.CHUNK_BYTES, plan.FILE_BYTES = 4000, 16_000, 100_000
-    export.SHARD_BYTES = 100_000
-    lock, taken = threading.Lock(), 0
+def convert(way: str, source: str, target: str, kind: str, last: int, seen: int) -> None:
+    """One conversion; writes the phase of each step to the file `seen`, and is killed before step `last` of phase `kind`."""
+    lock, taken, say = threading.Lock(), 0, os.write
 
     def counted(call: str) -> Callable[..., Any]:
         plain = getattr(os, call)
@@ -41,9 +45,10 @@ def main(way: str, source: str, target: str, last: int) -> None:
         def step(*args: Any, **more: Any) -> Any:
             nonlocal taken
             with lock:
-                taken += 1
-                print(phase(call, args), flush=True)
-                if taken == last:
+                now = phase(call, args)
+                taken += kind in ("", now)
+                say(seen, f"{now}\n".encode())
+                if taken == last and kind in ("", now):
                     os.kill(os.getpid(), signal.SIGKILL)
             return plain(*args, **more)
 
@@ -54,5 +59,29 @@ def main(way: str, source: str, target: str, last: int) -> None:
     WAYS[way](source, target, me=Rank(workers=2))
 
 
+def one(way: str, source: str, target: str, kind: str, last: int, seconds: float) -> tuple[int, list[str], float]:
+    """(exit code, phases, seconds) of one conversion in a process of its own."""
+    with tempfile.TemporaryFile() as file:
+        began = time.monotonic()
+        child = os.fork()
+        if not child:
+            try:
+                convert(way, source, target, kind, last, file.fileno())
+            except BaseException:
+                sys.excepthook(*sys.exc_info())
+                os._exit(1)
+            os._exit(0)
+        if seconds:
+            time.sleep(seconds)
+            os.kill(child, signal.SIGKILL)  # also one that has ended: it is waited for below
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        took = time.monotonic() - began
+        file.seek(0)
+        return code, file.read().decode().splitlines(), took
+
+
 if __name__ == "__main__":
-    main(*sys.argv[1:4], int(sys.argv[4]) if len(sys.argv) > 4 else 0)
+    plan.STRIP_BYTES, plan.CHUNK_BYTES, plan.FILE_BYTES = 4000, 16_000, 40_000
+    export.SHARD_BYTES = 40_000
+    for line in sys.stdin:
+        print(json.dumps(one(*json.loads(line))), flush=True)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -18,54 +22,119 @@ from miles.convert.hf_to_torch_dist import hf_to_torch_dist
 from miles.convert.look import inspect
 from miles.convert.verify import verify
 
-KILLS = 20
+KILLS = 20  # at steps on the disk, and again as many by the clock
 LAST = {"hf_to_torch_dist": "naming latest_checkpointed_iteration.txt", "torch_dist_to_hf": "naming config.json"}
 TOOL = Path(__file__).parents[2] / "tools/convert/hf_to_torch_dist.py"
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a conversion ended: exit code, the phases of its steps on the disk, how long it took [s]."""
+
+    code: int
+    seen: list[str]
+    seconds: float
+
+
+class Conversions:
+    """Conversions of one source, each in a process of its own that may be killed. A killed one leaves nothing that looks whole and is not."""
+
+    def __init__(self, way: str, source: Path, folder: Path) -> None:
+        self.way, self.source, self.folder = way, source, folder
+        self.hit, self.whole, self.wanted = Counter[str](), False, dict[str, bytes]()
+        driver = Path(__file__).with_name("killed_conversion.py")
+        self.process = subprocess.Popen([sys.executable, str(driver)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def close(self) -> None:
+        assert self.process.stdin
+        self.process.stdin.close()
+        self.process.wait()
+
+    def run(self, target: Path, kind: str = "", step: int = 0, seconds: float = 0.0) -> Ended:
+        """One conversion, killed before its step number `step` of phase `kind` ("": of any), or after `seconds`."""
+        assert self.process.stdin
+        assert self.process.stdout
+        print(json.dumps([self.way, str(self.source), str(target), kind, step, seconds]), file=self.process.stdin, flush=True)
+        ended = Ended(*json.loads(self.process.stdout.readline()))
+        assert ended.code in (0, -9)
+        if ended.code:
+            self.hit[ended.seen[-1] if ended.seen else "before the first step"] += 1
+            self.look(target, ended.seen)
+        return ended
+
+    def look(self, target: Path, seen: list[str]) -> None:
+        """Whole from the last name on, no checkpoint before it; killed between that step's beginning and its end, either."""
+        last = LAST[self.way]
+        try:
+            inspect(target)
+        except UserError:
+            assert not self.whole
+            assert last not in seen[:-1]
+            return
+        assert self.whole or last in seen
+        self.whole = True
+        assert verify(self.source, target).equal
+
+    def life(self, rng: random.Random, kind: str = "", step: int = 0, seconds: float = 0.0) -> Ended:
+        """A conversion that is killed so, then at random steps, until one comes to its end, with the bits of the undisturbed one."""
+        target = self.folder / "target"
+        self.whole = False
+        first = ended = self.run(target, kind, step, seconds)
+        while ended.code:
+            ended = self.run(target, step=rng.choice([0, rng.randint(1, len(first.seen) + 1)]))
+        if not self.wanted:
+            self.wanted = content(target)
+        assert content(target) == self.wanted
+        shutil.rmtree(target)
+        return first
 
 
 def content(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def convert(way: str, source: Path, target: Path, step: int = 0) -> tuple[int, list[str]]:
-    """(exit code, phases of the steps that it came to)."""
-    driver = [sys.executable, str(Path(__file__).with_name("killed_conversion.py")), way, str(source), str(target), str(step)]
-    done = subprocess.run(driver, capture_output=True, text=True)
-    assert done.returncode in (0, -9), done.stderr
-    return done.returncode, done.stdout.splitlines()
-
-
-@pytest.mark.parametrize("way", LAST)
-def test_killed_at_random_moments_it_resumes_to_equal_bits(tmp_path: Path, seed: int, way: str) -> None:
+@pytest.fixture(params=LAST)
+def conversions(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Conversions]:
     source = write_model(tmp_path / "hf", "deepseek_v3")
-    if way == "torch_dist_to_hf":
+    if request.param == "torch_dist_to_hf":
         hf_to_torch_dist(source, tmp_path / "td")
         source = tmp_path / "td"
-    rng, hit, lives = random.Random(f"{seed} {way}"), Counter[str](), 0
-    code, calm = convert(way, source, tmp_path / "calm")
-    assert code == 0
-    wanted = content(tmp_path / "calm")
-    kinds = sorted(set(calm))
-    while sum(hit.values()) < KILLS or set(kinds) - set(hit):
+    made = Conversions(request.param, source, tmp_path)
+    yield made
+    made.close()
+
+
+def test_killed_at_steps_in_every_phase_it_resumes_to_equal_bits(conversions: Conversions, seed: int) -> None:
+    rng = random.Random(f"{seed} {conversions.way}")
+    calm = conversions.life(rng).seen
+    phases = Counter(calm)
+    for kind, count in phases.items():
+        assert conversions.life(rng, kind, rng.randint(1, count)).code
+    rest = max(10, KILLS - len(phases))
+    moments = [rng.randint(i * len(calm) // rest + 1, (i + 1) * len(calm) // rest) for i in range(rest)]
+    for moment in moments:
+        assert len(conversions.life(rng, step=moment).seen) == moment
+    assert set(conversions.hit) >= set(phases)
+    tell("steps", conversions, len(phases) + rest + 1, f"of {len(calm)} steps, seed {seed}")
+
+
+def test_killed_at_moments_spread_over_the_run_it_resumes_to_equal_bits(conversions: Conversions, seed: int) -> None:
+    rng = random.Random(f"{seed} {conversions.way} seconds")
+    calm = min(conversions.life(rng).seconds for _ in range(4))
+    reached, lives = [], 4
+    while len(reached) < KILLS:
         lives += 1
-        target = tmp_path / f"killed-{lives}"
-        code, whole = -9, False
-        while code:
-            # The first kill of a life in a phase that no kill has hit, the others anywhere.
-            missing = [kind for kind in kinds if kind not in hit]
-            steps = [i for i, kind in enumerate(calm, 1) if not missing or kind == missing[0]]
-            step = rng.choice(steps) if missing or sum(hit.values()) < KILLS else 0
-            code, seen = convert(way, source, target, step)
-            if code:
-                hit[seen[-1]] += 1
-                whole |= LAST[way] in seen[:-1]
-                if whole:
-                    assert verify(source, target).equal
-                else:
-                    with pytest.raises(UserError):
-                        inspect(target)
-        assert content(target) == wanted
-    say(f"\n{way}: {sum(hit.values())} kills in {lives} conversions (seed {seed}): " + ", ".join(f"{kind} {count}" for kind, count in sorted(hit.items())))
+        assert lives <= 5 * KILLS, "most moments lie within the run"
+        ended = conversions.life(rng, seconds=rng.uniform(0, calm))
+        if ended.code:
+            reached.append(len(ended.seen))
+    assert len(set(reached)) >= 5
+    tell("moments", conversions, lives, f"after {min(reached)} to {max(reached)} steps, within {calm:.2f} s, seed {seed}")
+
+
+def tell(what: str, conversions: Conversions, lives: int, more: str) -> None:
+    where = ", ".join(f"{kind} {count}" for kind, count in sorted(conversions.hit.items()))
+    say(f"\n{conversions.way} killed at random {what}: {sum(conversions.hit.values())} kills in {lives} conversions ({more}): {where}")
 
 
 def in_mount(script: str, *args: object) -> subprocess.CompletedProcess[str]:

@@ -19,11 +19,11 @@ EVEN = [name for name in SPARSE if name != "uneven"]
 JOBS = {
     1: [{"layout": {}, "cases": DENSE + SPARSE}],
     2: [
-        {"layout": {"tensor": 2, "expert_tensor": 2}, "cases": DENSE + EVEN}, {"layout": {"tensor": 2, "expert": 2}, "cases": EVEN},
+        {"layout": {"tensor": 2}, "cases": DENSE + EVEN}, {"layout": {"tensor": 2, "expert": 2, "expert_tensor": 1}, "cases": EVEN},
         {"layout": {"expert": 2}, "cases": EVEN}, {"layout": {"pipeline": 2}, "cases": DENSE + SPARSE},
     ],
     4: [
-        {"layout": {"tensor": 2, "expert": 2, "pipeline": 2}, "cases": SPARSE}, {"layout": {"tensor": 2, "expert_tensor": 2, "pipeline": 2}, "cases": DENSE},
+        {"layout": {"tensor": 2, "expert": 2, "expert_tensor": 1, "pipeline": 2}, "cases": SPARSE}, {"layout": {"tensor": 2, "pipeline": 2}, "cases": DENSE},
     ],
 }  # fmt: skip
 

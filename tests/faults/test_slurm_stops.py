@@ -18,7 +18,7 @@ from jobs import HET, Job
 from miles.slurm.minicluster import Cluster, Settings
 
 LEAD, GRACE = 60, 20  # s
-PACE = 8  # seconds that a sample takes in a job, so that an attempt comes to a few steps
+PACE = 8  # s: twice what a sample takes in a job, so that an attempt comes to a few steps
 
 
 def words(steps: int) -> list[str]:
@@ -53,9 +53,9 @@ def check(job: Job, calm: Path, stops: int, bound: float) -> None:
 def test_time_limits(cluster: Cluster, tmp_path: Path, count: int) -> None:
     """--time=2 with a lead of a minute, a fifth of COUNT times."""
     stops = max(1, count // 5)
-    steps = 3 * stops  # two to three an attempt
+    steps = 4 * stops  # three to four an attempt: the generation of a step takes three samples' time
     calm = calm_run(tmp_path / "calm", *words(steps))
-    job = Job(cluster, tmp_path / "run", *HET, "cluster.groups.all.time=2", f"cluster.slurm.lead_seconds={LEAD}", steps=words(steps), pace=PACE)
+    job = Job(cluster, tmp_path / "run", *HET, "cluster.groups.all.time=2", f"cluster.slurm.lead_seconds={LEAD}", steps=words(steps), pace=PACE / 2)
     job.finished(patience=240.0 * (stops + 2))
     check(job, calm, stops, LEAD)
 

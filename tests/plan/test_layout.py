@@ -34,7 +34,7 @@ MISFIT = [  # nodes, per node, tensor, pipeline, context, expert, expert_tensor,
 
 def layout(nodes: int, per_node: int, *sizes: int | None) -> Layout:
     names = ("tensor", "pipeline", "context", "expert", "expert_tensor")
-    return Layout.of(nodes, per_node, Parallel(**dict(zip(names, sizes, strict=True))))
+    return Layout(nodes, per_node, Parallel(**dict(zip(names, sizes, strict=True))))
 
 
 @pytest.mark.parametrize("row", FIT)
@@ -65,4 +65,4 @@ def test_the_mend_mends(row: tuple) -> None:
                     nodes = int(value)
                 else:
                     sizes[key.removeprefix("train.parallel.")] = int(value)
-            assert misfits(Layout.of(nodes, row[1], Parallel(**sizes)), row[7]) == [], alternative
+            assert misfits(Layout(nodes, row[1], Parallel(**sizes)), row[7]) == [], alternative

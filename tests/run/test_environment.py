@@ -9,9 +9,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from miles.config.placement import Process, processes
+from miles.config.placement import processes
+from miles.config.process import Process
 from miles.config.schema import RunConfig
 from miles.run.environment import Node, accelerators, environment, interface
+from miles.slurm.attempt import start_list
 
 NODE = Node(1, "train1", "train.1.ab")
 
@@ -47,22 +49,22 @@ def test_fewer_accelerators_than_the_plan_has_are_named() -> None:
 def test_ranks_of_the_second_node(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
     config = RunConfig.model_validate({"train": {"num_nodes": 2, "num_gpus_per_node": 2}, "cluster": {"device": "cuda"}})
-    found = [environment(config, run_dir, 7, process, NODE) for process in processes(config, "train", 1)]
+    found = [environment(start_list(config), run_dir, 7, process, NODE) for process in processes(config, "train", 1)]
     names = ("MILES_RANK", "MILES_WORLD_SIZE", "MILES_NODE", "MILES_NODE_NAME", "CUDA_VISIBLE_DEVICES", "MILES_TOKEN", "MILES_SERVICE")
     assert [[each[name] for name in names] for each in found] == [
         ["2", "4", "1", "train1", "4", "secret", "http://10.0.0.1:80"],
         ["3", "4", "1", "train1", "5", "secret", "http://10.0.0.1:80"],
     ]
     cpu = config.model_copy(update={"cluster": config.cluster.model_copy(update={"device": "cpu"})})
-    assert environment(cpu, run_dir, 7, processes(cpu, "train", 1)[0], NODE)["CUDA_VISIBLE_DEVICES"] == ""
+    assert environment(start_list(cpu), run_dir, 7, processes(cpu, "train", 1)[0], NODE)["CUDA_VISIBLE_DEVICES"] == ""
 
 
 def test_what_is_on_loopback_stays_there(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth9")
     process = Process("trainer", 0, 1, (0,))
-    assert environment(RunConfig(), run_dir, 7, process, NODE)["GLOO_SOCKET_IFNAME"] == "lo"
+    assert environment(start_list(RunConfig()), run_dir, 7, process, NODE)["GLOO_SOCKET_IFNAME"] == "lo"
     monkeypatch.setenv("MILES_HOST", "192.0.2.1")
-    assert environment(RunConfig(), run_dir, 7, process, NODE)["GLOO_SOCKET_IFNAME"] == "eth9", "a user's own word counts"
+    assert environment(start_list(RunConfig()), run_dir, 7, process, NODE)["GLOO_SOCKET_IFNAME"] == "eth9", "a user's own word counts"
 
 
 def test_the_interface_that_has_the_nodes_address() -> None:

@@ -101,12 +101,12 @@ def test_a_free_port_that_is_lost_is_no_mistake_of_the_users() -> None:
             listen("127.0.0.1", port, chosen=False)
 
 
-@pytest.mark.parametrize("left", [{}, {"token": "secret"}, {"token": "secret", "service.json": ""}, {"token": "secret", "service.json": '{"url": "http://127.0.0.1:9"}'}])
+@pytest.mark.parametrize("left", [{}, {"token": "secret"}, {"token": "secret", "service.json": ""}, {"token": "secret", "service.json": '{"url": "http://127.0.0.1:9", "run_dir": "RUN"}'}])
 def test_a_launcher_killed_while_it_made_an_attempt_holds_nobody_up(tmp_path: Path, left: dict[str, str]) -> None:
     run = RunDir(tmp_path)
     epoch = new_epoch(run)
     for name, content in left.items():
-        (run.attempt(epoch) / name).write_text(content)
+        (run.attempt(epoch) / name).write_text(content.replace("RUN", str(tmp_path)))
     refuse_if_running(run)
 
 

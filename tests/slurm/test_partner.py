@@ -14,7 +14,9 @@ import pytest
 from miles.config.compose import load_config
 from miles.data.store.run_dir import RunDir
 from miles.slurm.minicluster import Cluster
-from miles.slurm.partner import CALM_SECONDS, LOOK_SECONDS, Waiting, find, state
+from miles.slurm.own_jobs import entry_of
+from miles.slurm.partner import CALM_SECONDS, LOOK_SECONDS, Waiting, find, job_of, state
+from miles.slurm.records import note
 
 WORDS = ["cluster.executor=slurm", "cluster.placement=jobs", "cluster.slurm.partner_seconds=60", "cluster.slurm.queue_seconds=100"]
 
@@ -25,8 +27,7 @@ def other(slurm: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     for name, value in slurm.env().items():
         monkeypatch.setenv(name, value)
     job = int(slurm.run(["sbatch", "--parsable", "--hold", "--output=/dev/null", "--partition=cpu", "--wrap=sleep 60"]).stdout)
-    (tmp_path / "slurm").mkdir()
-    (tmp_path / "slurm" / "job.json").write_text(json.dumps({"submissions": [{"job_id": job, "name": "x", "groups": ["rollout"], "time": 0.0}]}))
+    note(RunDir(tmp_path), entry := entry_of(RunDir(tmp_path), job, "x", ["rollout"], "mini"))
     clock = [0.0]
     waiting = Waiting(RunDir(tmp_path), load_config(["recipes/tiny"], WORDS), "rollout", clock=lambda: clock[0])
 
@@ -37,23 +38,25 @@ def other(slurm: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
             found = found or waiting.look()
         return found
 
-    yield slurm, job, waiting, later
+    yield slurm, entry, waiting, later
     slurm.run(["scancel", str(job)], check=False)
 
 
 def test_queueing_has_a_bound_of_its_own_and_time_counts_only_while_both_run(other) -> None:
-    slurm, job, waiting, later = other
+    slurm, entry, waiting, later = other
+    job = entry["job_id"]
     assert later(100) is None
     assert later(10) == "released"
     assert f"group rollout ({job}) has queued for" in waiting.words("released")
     waiting.met()
     slurm.run(["scontrol", "release", str(job)])
-    while state(job) != "running":
+    while state(entry) != "running":
         pass
     assert later(60) is None
     assert later(60) == "missed"
+    assert state({**entry, "output": "/another"}) == "gone"
     slurm.run(["scancel", str(job)])
-    while state(job) != "gone":
+    while state(entry) != "gone":
         pass
     assert later(CALM_SECONDS) == "gone"
 
@@ -107,5 +110,5 @@ def test_nobody_is_found_where_no_service_answers(tmp_path: Path) -> None:
     assert find(run) is None
 
 
-def test_a_job_that_nobody_knows_of_is_waited_for() -> None:
-    assert state(None) == "unknown"
+def test_a_job_that_nobody_knows_of_is_waited_for(tmp_path: Path) -> None:
+    assert job_of(RunDir(tmp_path), "train") == (None, "unknown")

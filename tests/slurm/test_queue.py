@@ -12,7 +12,6 @@ from miles.slurm import requeue
 from miles.slurm.job_here import JobHere
 from miles.slurm.minicluster import Cluster
 from miles.slurm.nodes import in_words
-from miles.slurm.partner import state
 from miles.slurm.queue import excluded, parts
 from miles.slurm.states import job_state
 
@@ -25,30 +24,32 @@ def test_a_name_or_comment_is_taken_for_no_field(version: str, request: pytest.F
     cluster: Cluster = request.getfixturevalue(version)
     for name, value in cluster.env().items():
         monkeypatch.setenv(name, value)
-    folder = tmp_path / "JobState=FAILED EndTime=x"
-    folder.mkdir()
+    folder = tmp_path / "JobState=FAILED EndTime=x|y 5%\n7|N/A|N/A|COMPLETED"
+    folder.mkdir(parents=True)
+    output = str(folder).replace("%", "%%") + "/%j.log"
 
     def submit(*words: str) -> int:
-        options = ["--partition=cpu", "--output=/dev/null", f"--job-name={NAME}", f"--comment={COMMENT}", f"--chdir={folder}", "--time=5"]
+        options = ["--partition=cpu", f"--output={output}", f"--job-name={NAME}", f"--comment={COMMENT}", f"--chdir={folder}", "--time=5"]
         return int(cluster.run(["sbatch", "--parsable", *options, *words]).stdout)
 
     runs, held = submit("--wrap=sleep 100"), submit("--wrap=true", "--hold", "--exclude=cpu0")
     try:
-        while state(runs) == "queued":
+        while parts(runs)[0].state != "RUNNING":
             pass
         (part,), (waits,) = parts(runs), parts(held)
         assert (part.job_id, part.leader, part.state, part.restarts, part.exit_code, part.name) == (str(runs), "", "RUNNING", 0, "0:0", str(runs))
+        assert (part.output, waits.output) == (f"{folder}/{runs}.log", f"{folder}/{held}.log")
         assert part.end is not None
         assert part.start is not None
         assert part.end - part.start == datetime.timedelta(minutes=5)
         assert 200 < (requeue.seconds_left(JobHere(runs, (("cpu0",),), 0)) or 0) <= 300
-        assert (state(runs), state(held), waits.end, excluded(runs)[str(runs)], excluded(held)[str(held)]) == ("running", "queued", None, "", "cpu0")
+        assert (waits.state, waits.end, excluded(runs)[str(runs)], excluded(held)[str(held)]) == ("PENDING", None, "", "cpu0")
         assert (job_state(str(runs)).state, job_state(str(runs)).nodes) == ("RUNNING", part.nodes)
         assert (job_state(str(held)).state, job_state(str(held)).reason) == ("PENDING", "held by its user; release it with scontrol release")
         assert parts(424242) == []
     finally:
         cluster.run(["scancel", str(runs), str(held)])
-    assert state(held) == "gone"
+    assert parts(held)[0].state == "CANCELLED"
     monkeypatch.setenv("PATH", "")
     with pytest.raises(UserError, match=r"^squeue: command not found"):
         parts(runs, 2.0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from pathlib import Path
@@ -14,14 +13,17 @@ from miles.config.exits import UserError
 from miles.data.store.run_dir import RunDir
 from miles.report.summary import Summary
 from miles.slurm.minicluster import Cluster
+from miles.slurm.own_jobs import entry_of
 from miles.slurm.queue import parse
+from miles.slurm.records import note
 from miles.slurm.script import directive
 from miles.slurm.states import FORGOTTEN, JobState, from_accounting, from_controller, job_state, of_parts, parse_accounting, words
 
 # squeue's lines of a job's parts: of Slurm 22.05, which prints what wait() says, and of 24.11.
-CONTROLLER = """15|14|1|CANCELLED|cpu0|2|15|2026-11-22T08:54:24|2026-11-22T08:54:30|None|
-14|14|0|RUNNING|train[0-1]|2|0:0|2026-11-22T08:54:24|NONE|None|
-"""
+CONTROLLER = (
+    "15|14|1|CANCELLED|cpu0|2|15|2026-11-22T08:54:24|2026-11-22T08:54:30|2026-11-22T08:54:20|None\x1f/runs/100%%j/%j.log\x1e\n"
+    "14|14|0|RUNNING|train[0-1]|2|0:0|2026-11-22T08:54:24|NONE|2026-11-22T08:54:20|None\x1f/runs/100%%j/%j.log\x1e\n"
+)
 ACCOUNTING = """17+0|17|PREEMPTED|0:0|train[0-1]|None
 17+1|18|PREEMPTED|0:0|infer0|None
 17+0|17|FAILED|9:0|train[2-3]|NonZeroExitCode
@@ -31,6 +33,7 @@ ACCOUNTING = """17+0|17|PREEMPTED|0:0|train[0-1]|None
 
 def test_components_of_a_job_in_the_controller() -> None:
     state = of_parts(parse(CONTROLLER))
+    assert {(part.output, part.submitted) for part in parse(CONTROLLER)} == {("/runs/100%j/14.log", "2026-11-22T08:54:20")}
     assert state is not None
     assert (state.job_id, state.state, state.reason, state.nodes, state.restarts, state.exit_code, state.over) == (
         "14", "RUNNING", "component 1 is cancelled", "train[0-1],cpu0", 2, None, False,
@@ -69,7 +72,7 @@ def test_reasons_in_words(reason: str, said: str) -> None:
 
 def test_a_job_that_completed_has_no_reason() -> None:
     """What stands there is of the execution before the requeue."""
-    state = of_parts(parse("10|N/A|N/A|COMPLETED|train0|1|0|N/A|N/A|NonZeroExitCode|"))
+    state = of_parts(parse("10|N/A|N/A|COMPLETED|train0|1|0|N/A|N/A|N/A|NonZeroExitCode\x1f\x1e\n"))
     assert state is not None
     assert (state.reason, job_words(state)) == ("", "10 completed, requeued 1 time, exit code 0")
 
@@ -84,7 +87,7 @@ def test_a_job_that_completed_has_no_reason() -> None:
     ],
 )
 def test_exit_codes_of_a_run_in_words(code: int, said: str) -> None:
-    state = of_parts(parse(f"52|N/A|N/A|FAILED|train0|0|{code}:0|N/A|N/A|NonZeroExitCode|"))
+    state = of_parts(parse(f"52|N/A|N/A|FAILED|train0|0|{code}:0|N/A|N/A|N/A|NonZeroExitCode\x1f\x1e\n"))
     assert state is not None
     assert job_words(state) == said
 
@@ -93,8 +96,7 @@ def test_that_slurm_has_forgotten_matters_where_the_files_say_nothing(slurm: Clu
     for name, value in slurm.env().items():
         monkeypatch.setenv(name, value)
     run = RunDir(tmp_path)
-    (tmp_path / "slurm").mkdir()
-    (tmp_path / "slurm" / "job.json").write_text(json.dumps({"submissions": [{"job_id": 424242, "name": "run", "groups": ["all"], "time": 0.0}]}))
+    note(run, entry_of(run, 424242, "run", ["all"], "mini"))
     for state in ("finished", "stopped", "failed"):
         assert job_rows(run, [], Summary("run", str(tmp_path), state)) == [("job", "424242 ended")]
     ((_, text),) = job_rows(run, [], Summary("run", str(tmp_path), "lost"))

@@ -61,7 +61,7 @@ def test_render_writes_what_run_submits(here: Cluster, tmp_path: Path, monkeypat
     assert {path.name for path in rendered} >= {"run.yaml", "plan.json"}
     assert command(monkeypatch, "run", *words, "--run-dir", str(folder)) == OK
     assert {path: (folder / path).read_bytes() for path in rendered} == rendered
-    assert {path.relative_to(folder).name for path in folder.rglob("*") if path.is_file()} - {path.name for path in rendered} == {"job.json", "chain.json"}
+    assert {path.relative_to(folder).name for path in folder.rglob("*") if path.is_file()} - {path.name for path in rendered} == {"job.json", "job.lock", "chain.json"}
     entries = json.loads((folder / "slurm" / "job.json").read_text())["submissions"]
     assert [entry["groups"] for entry in entries] == ([["train"], ["rollout"]] if "cluster.placement=jobs" in overrides else [["train", "rollout"]] if GROUPS[0] in overrides else [["all"]])
     for entry, line in zip(entries, lines, strict=True):

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from miles.config.exits import UserError
+from miles.config.schema import Parallel
 from miles.models.maps.find import known_folder
 from miles.training.distributed import Ranks
 
@@ -21,19 +22,19 @@ def compare(ranks: Ranks, jobs: list[dict[str, Any]], cases: dict[str, dict[str,
     cases: {"hf", "checkpoint": folders, "reference": file of tokens and logits for each data-parallel index, "mtp": MTP layers}. Ranks
     before the last pipeline stage find nothing: {}.
     """
-    from miles.training.megatron.layout import Layout, start_groups, stop_groups
+    from miles.training.megatron.layout import start_groups, stop_groups
 
     results = []
     for job in jobs:
-        layout, found = Layout(**job["layout"]), {}
-        start_groups(layout)
+        parallel, found = Parallel(**job["layout"]), {}
+        start_groups(parallel)
         from miles.training.megatron.checkpoint import load
         from miles.training.megatron.model import build
 
         for name in job["cases"]:
             case = cases[name]
             known = known_folder(case["hf"])
-            model = build(known, layout, mtp_layers=case["mtp"], sequence_length=64).eval()
+            model = build(known, parallel, mtp_layers=case["mtp"], sequence_length=64).eval()
             load(model, known, Path(case["checkpoint"]))
             if name in job.get("not", {}):
                 with pytest.raises(UserError) as caught:
@@ -41,7 +42,7 @@ def compare(ranks: Ranks, jobs: list[dict[str, Any]], cases: dict[str, dict[str,
                 found[f"{name} refused"] = str(caught.value)
             reference, vocabulary = load_file(case["reference"]), known.config.number("vocab_size")
             found[name] = differences(model, reference, vocabulary)
-            if layout == Layout() and not model.config.experimental_attention_variant:  # an indexer's equal scores fall otherwise in longer rows
+            if parallel == Parallel() and not model.config.experimental_attention_variant:  # an indexer's equal scores fall otherwise in longer rows
                 found[name]["packed"] = packed(model, reference, vocabulary)
         results.append(found)
     stop_groups()

@@ -12,7 +12,7 @@ import run_ranks
 from miles.config.exits import UserError
 from miles.config.schema import Parallel
 from miles.models.maps.find import MAPS, known
-from miles.training.megatron.layout import Layout, check_layout, stages
+from miles.training.megatron.layout import check_layout, stages
 from miles.training.megatron.options import ABSENT, KNOWN, longest, transformer
 from miles.training.megatron.rope import rope
 
@@ -28,8 +28,8 @@ LATENT = COMMON | EXPERTS | {
 }  # fmt: skip
 LLAMA4 = COMMON | {"model_type": "llama4_text", "intermediate_size_mlp": 96, "num_local_experts": 4, "num_experts_per_tok": 1}
 JOBS = [
-    {"layout": {"tensor": 2, "expert": 2}, "cases": ["deepseek_v3", "qwen3_moe"]}, {"layout": {"pipeline": 2}, "cases": ["qwen2", "deepseek_v3"]},
-    {"layout": {"tensor": 2, "expert_tensor": 2}, "cases": ["llama", "qwen3"], "not": {"llama": "qwen3", "qwen3": "llama"}},
+    {"layout": {"tensor": 2, "expert": 2, "expert_tensor": 1}, "cases": ["deepseek_v3", "qwen3_moe"]}, {"layout": {"pipeline": 2}, "cases": ["qwen2", "deepseek_v3"]},
+    {"layout": {"tensor": 2}, "cases": ["llama", "qwen3"], "not": {"llama": "qwen3", "qwen3": "llama"}},
 ]  # fmt: skip
 
 
@@ -99,18 +99,13 @@ def test_llama4_is_computed_up_to_its_first_chunk():
 @pytest.mark.parametrize(
     ("layout", "said"),
     [
-        (Layout(tensor=8), "attention heads"), (Layout(tensor=4), "key-value heads"), (Layout(expert=3), "4 experts"), (Layout(pipeline=3), "2 layers"),
-        (Layout(context=2), "context"),
+        (Parallel(tensor=8), "attention heads"), (Parallel(tensor=4), "key-value heads"), (Parallel(expert=3), "4 experts"), (Parallel(pipeline=3), "2 layers"),
+        (Parallel(context=2), "context"),
     ],
 )  # fmt: skip
 def test_a_layout_that_cannot_split_the_model_is_refused(layout, said):
     with pytest.raises(UserError, match=said):
         check_layout(known(QWEN, "config.json"), layout)
-
-
-def test_layout_of_a_run():
-    assert Layout.of(Parallel(tensor=4, pipeline=2, expert=8)) == Layout(4, 2, 1, 8, 4), "experts are split as the rest unless expert_tensor says otherwise"
-    assert Layout.of(Parallel(tensor=4, expert_tensor=1)).expert_tensor == 1
 
 
 def test_layers_that_do_not_divide():

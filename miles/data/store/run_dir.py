@@ -42,6 +42,13 @@ class RunDir:
     def __post_init__(self) -> None:
         object.__setattr__(self, "path", Path(self.path))
 
+    def is_at(self, path: str | Path) -> bool:
+        """Whether a path that was noted leads here (symbolic links do): of a copy it leads to the original."""
+        try:
+            return os.path.samefile(path, self.path)
+        except (FileNotFoundError, NotADirectoryError, PermissionError):
+            return False
+
     @property
     def run_yaml(self) -> Path:
         return self.path / "run.yaml"

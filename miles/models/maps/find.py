@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from miles.config.exits import UserError
+from miles.config.json_file import read_object
 from miles.models.maps.deepseek import DEEPSEEK_V3, DEEPSEEK_V32, GLM4_MOE_LITE
 from miles.models.maps.entry import Config
 from miles.models.maps.family import Map, check
@@ -69,15 +69,4 @@ def known(fields: Mapping[str, Any], where: str) -> Known:
 def known_folder(folder: str | Path) -> Known:
     """The family of a Hugging Face folder."""
     path = Path(folder) / "config.json"
-    return known(read_json(path), str(path))
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """An object from a file. UserError where there is none."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not readable as JSON ({' '.join(str(error).split())[:120]}); give the folder of a checkpoint, or restore it from its origin") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: an object is expected; restore it from the checkpoint's origin")
-    return found
+    return known(read_object(path), str(path))

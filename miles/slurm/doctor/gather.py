@@ -17,9 +17,9 @@ from miles.config.schema import RunConfig
 from miles.data.store.epoch import newest_epoch
 from miles.data.store.files import Damaged, read_json
 from miles.data.store.run_dir import RunDir, newest_complete_checkpoint, read_provenance
-from miles.slurm import nodes, records
+from miles.slurm import nodes, own_jobs, records
 from miles.slurm.doctor.evidence import Ended, Evidence, Line
-from miles.slurm.states import JobState, job_state
+from miles.slurm.states import JobState
 
 ASK_SECONDS = 2.0
 TAIL_BYTES = 1 << 20  # of a log: a run's end is at its end
@@ -74,8 +74,11 @@ def _lives(run: RunDir, attempts: tuple[Ended, ...], jobs: tuple[JobState, ...])
         os.close(handle)
     folder = run.attempt(attempts[-1].epoch)
     try:
+        service = read_json(folder / "service.json")
+        if not run.is_at(service["run_dir"]):  # a copy: the original lives
+            return False
         headers = {"Authorization": f"Bearer {(folder / 'token').read_text().strip()}"}
-        request = urllib.request.Request(f"{read_json(folder / 'service.json')['url']}/status", headers=headers)
+        request = urllib.request.Request(f"{service['url']}/status", headers=headers)
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         with opener.open(request, timeout=ASK_SECONDS) as reply:
             return bool(reply.status == 200)
@@ -123,7 +126,7 @@ def _json(path: Path) -> dict[str, Any] | None:
 def _jobs(run: RunDir) -> tuple[tuple[JobState, ...], str]:
     """(the run's jobs, why Slurm could not be asked)."""
     try:
-        return tuple(job_state(str(entry["job_id"])) for entry in records.submitted(run)), ""
+        return tuple(own_jobs.states(run)), ""
     except UserError as error:
         return (), str(error)
 

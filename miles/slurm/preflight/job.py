@@ -16,6 +16,7 @@ from miles.config.schema import RunConfig
 from miles.data.store.files import read_json, seal_bytes
 from miles.data.store.run_dir import RunDir
 from miles.slurm import records
+from miles.slurm.all_or_none import AllOrNone
 from miles.slurm.command import slurm_command
 from miles.slurm.preflight.files import LOGIN, canary_write
 from miles.slurm.script import script
@@ -73,16 +74,12 @@ def submit(config: RunConfig, folder: Path, submissions: list[Submission]) -> li
     """Submit all or none; returns the job ids. UserError: what Slurm refuses."""
     seal_bytes(folder / "run.yaml", dump_config(config).encode())
     canary_write(folder, LOGIN)
-    jobs: list[int] = []
-    try:
+    with AllOrNone() as jobs:
         for each in submissions:
             path = folder / each.file
             seal_bytes(path, each.script.encode())
-            jobs.append(int(slurm_command(["sbatch", "--parsable", str(path)]).stdout.split(";")[0]))
-    except UserError:
-        cancel(jobs)
-        raise
-    return jobs
+            jobs.sbatch(["sbatch", "--parsable", str(path)])
+    return jobs.jobs
 
 
 def cancel(jobs: list[int]) -> None:

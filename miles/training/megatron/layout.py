@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -14,25 +13,8 @@ from miles.models.maps.find import Known
 from miles.training.megatron import cpu
 
 
-@dataclass(frozen=True)
-class Layout:
-    """Ranks of tensor, pipeline, context and expert parallelism, and of tensor parallelism inside an expert."""
-
-    tensor: int = 1
-    pipeline: int = 1
-    context: int = 1
-    expert: int = 1
-    expert_tensor: int = 1
-
-    @classmethod
-    def of(cls, parallel: Parallel) -> Layout:
-        """The layout that a run's train.parallel asks for."""
-        experts = parallel.tensor if parallel.expert_tensor is None else parallel.expert_tensor
-        return cls(parallel.tensor, parallel.pipeline, parallel.context, parallel.expert, experts)
-
-
-def start_groups(layout: Layout) -> None:
-    """Make megatron-core's process groups for this layout, in place of any that are there. Collective; torch.distributed has started.
+def start_groups(parallel: Parallel) -> None:
+    """Make megatron-core's process groups for these sizes, in place of any that are there. Collective; torch.distributed has started.
 
     Consecutive ranks are a tensor-parallel group, and pipeline stages lie furthest apart. UserError where the ranks don't divide.
     """
@@ -40,16 +22,15 @@ def start_groups(layout: Layout) -> None:
     from megatron.core import parallel_state
 
     world = dist.get_world_size()
-    whole = ("tensor × pipeline × context", layout.tensor * layout.pipeline * layout.context)
-    for name, size in (whole, ("expert × expert_tensor × pipeline", layout.expert * layout.expert_tensor * layout.pipeline)):
+    for name, size in (("tensor × pipeline × context", parallel.model_ranks), ("expert × expert_tensor × pipeline", parallel.expert_ranks)):
         if world % size:
             raise UserError(f"train.parallel: {name} is {size}, which doesn't divide the {world} trainer ranks; change the layout or the ranks")
-    if layout.expert > 1 and layout.expert_tensor > 1 and not torch.cuda.is_available():
+    if parallel.expert > 1 and parallel.inside_expert > 1 and not torch.cuda.is_available():
         raise UserError("train.parallel: expert and expert_tensor above 1 together need NCCL (gloo gathers no parts of different sizes); set expert_tensor to 1")
     stop_groups()
     parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=layout.tensor, pipeline_model_parallel_size=layout.pipeline, context_parallel_size=layout.context,
-        expert_model_parallel_size=layout.expert, expert_tensor_parallel_size=layout.expert_tensor,
+        tensor_model_parallel_size=parallel.tensor, pipeline_model_parallel_size=parallel.pipeline, context_parallel_size=parallel.context,
+        expert_model_parallel_size=parallel.expert, expert_tensor_parallel_size=parallel.inside_expert,
     )  # fmt: skip
 
 
@@ -61,29 +42,29 @@ def stop_groups() -> None:
         parallel_state.destroy_model_parallel()
 
 
-def check_layout(known: Known, layout: Layout) -> None:
+def check_layout(known: Known, parallel: Parallel) -> None:
     """UserError where the model's dimensions can't be split so."""
     config, where = known.config, known.config.where
-    if layout.context > 1:
+    if parallel.context > 1:
         raise UserError("train.parallel.context: models are not built for context parallelism; set it to 1")
-    for what, count, name, size in _divided(known, layout):
+    for what, count, name, size in _divided(known, parallel):
         if count % size:
             raise UserError(f"{where}: {count} {what} can't be divided over train.parallel.{name}={size}; choose a divisor of {count}")
-    if layout.pipeline > config.layers:
-        raise UserError(f"{where}: {config.layers} layers can't fill train.parallel.pipeline={layout.pipeline} stages; choose at most {config.layers}")
-    if layout.expert > 1 and not config.experts:
+    if parallel.pipeline > config.layers:
+        raise UserError(f"{where}: {config.layers} layers can't fill train.parallel.pipeline={parallel.pipeline} stages; choose at most {config.layers}")
+    if parallel.expert > 1 and not config.experts:
         raise UserError(f"{where}: the model has no experts; set train.parallel.expert to 1")
 
 
-def _divided(known: Known, layout: Layout) -> Iterator[tuple[str, int, str, int]]:
+def _divided(known: Known, parallel: Parallel) -> Iterator[tuple[str, int, str, int]]:
     config = known.config
-    yield "attention heads", config.heads, "tensor", layout.tensor
+    yield "attention heads", config.heads, "tensor", parallel.tensor
     if config.get("kv_lora_rank") is None:
-        yield "key-value heads", config.groups, "tensor", layout.tensor
+        yield "key-value heads", config.groups, "tensor", parallel.tensor
     else:
-        yield "rows of the key-value projection", config.number("kv_lora_rank") + config.number("qk_rope_head_dim"), "tensor", layout.tensor
+        yield "rows of the key-value projection", config.number("kv_lora_rank") + config.number("qk_rope_head_dim"), "tensor", parallel.tensor
     if config.experts:
-        yield "experts", config.experts, "expert", layout.expert
+        yield "experts", config.experts, "expert", parallel.expert
 
 
 def stages(layers: int, mtp_layers: int, count: int) -> list[list[str]] | None:
