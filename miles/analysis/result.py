@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from miles.analysis import measure
 from miles.analysis.context import worst_tokens
 from miles.analysis.state import State
+from miles.analysis.tables import print_table, printable, word
 from miles.analysis.verdict import Verdict
 
 SCHEMA = "miles.mismatch/1"
@@ -57,14 +56,14 @@ def show(found: dict[str, Any], pieces: Any, out: Console) -> None:
         out.print(Text(f"{tokens['not_comparable']} tokens under the loss mask can't be compared" + (f": {kinds}" if kinds else ""), style="yellow"))
     spans = found.get("intervals", {})
     rows = [[words, tokens[name], _span(spans.get(name))] for name, words in WORDS.items() if name in tokens]
-    _table(out, "all tokens; d = train − rollout, nats", ["", "value", "95 % by sequence"], rows)
+    print_table(out, "all tokens; d = train − rollout, nats", ["", "value", "95 % by sequence"], rows)
     if "sequences" not in found:
         return
     if found["verdict"] == "bitwise":
         out.print(Text("\nslices and sequences are left out: no token differs (--json has them)"))
         return
-    _table(out, "sequences", ["", "value"], [[name.replace("_", " "), value] for name, value in found["sequences"].items()])
-    _table(
+    print_table(out, "sequences", ["", "value"], [[name.replace("_", " "), value] for name, value in found["sequences"].items()])
+    print_table(
         out, "first divergence", ["|d| above", "never", "first at (position: sequences)"],
         [[row["threshold"], row["never"], ", ".join(f"{place}: {count}" for place, count in list(row["positions"].items())[:8])] for row in found["first_divergence"]],
     )  # fmt: skip
@@ -73,12 +72,12 @@ def show(found: dict[str, Any], pieces: Any, out: Console) -> None:
         if rows is not None and len(rows) > 1:
             chosen = sorted(sorted(rows, key=lambda row: -row["abs_diff"])[:MOST_ROWS], key=rows.index)
             more = f" ({len(chosen)} of {len(rows)}, greatest mean |d|)" if len(rows) > len(chosen) else ""
-            _table(out, f"by {name.replace('_', ' ')}{more}", ["", *COLUMNS.values()], [[row["value"], *(row[column] for column in COLUMNS)] for row in chosen])
+            print_table(out, f"by {name.replace('_', ' ')}{more}", ["", *COLUMNS.values()], [[row["value"], *(row[column] for column in COLUMNS)] for row in chosen])
     if missing:
         out.print(Text(f"\nnot recorded by this run: {', '.join(missing)}"))
     if found["token_ids"] and found["token_ids"][0]["abs_diff"]:
         rows = [[row["token_id"], pieces([row["token_id"]])[0], row["tokens"], row["mean_diff"], row["abs_diff"], row["kl_k3"]] for row in found["token_ids"][:10]]
-        _table(out, "token ids, mean |d| drawn towards that of all", ["id", "text", "tokens", "mean d", "mean |d|", "k3"], rows)
+        print_table(out, "token ids, mean |d| drawn towards that of all", ["id", "text", "tokens", "mean d", "mean |d|", "k3"], rows)
     rows = []
     for each in found["worst_tokens"][:10]:
         texts = pieces(each["token_ids"])
@@ -86,32 +85,8 @@ def show(found: dict[str, Any], pieces: Any, out: Console) -> None:
         around = f"{''.join(texts[max(0, at - 6) : at])}[{texts[at]}]{''.join(texts[at + 1 : at + 4])}"
         rows.append([each["abs_diff"], each["rollout_logprob"], each["train_logprob"], f"{each['step']}/{each['shard']}/{each['row']}", each["position"], printable(around)])
     if rows:
-        _table(out, "worst tokens", ["|d|", "rollout", "train", "step/shard/row", "place", "text"], rows)
-
-
-def printable(text: str) -> str:
-    """Text in one line that does nothing to a terminal."""
-    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape", "backslashreplace").decode() for letter in text)
+        print_table(out, "worst tokens", ["|d|", "rollout", "train", "step/shard/row", "place", "text"], rows)
 
 
 def _span(span: Sequence[float] | None) -> str:
-    return "" if span is None else f"{_word(span[0])} to {_word(span[1])}"
-
-
-def _word(value: Any) -> str:
-    if value is None:
-        return "–"
-    if isinstance(value, float):
-        return f"{value:.4g}" if math.isfinite(value) and abs(value - 1) > 1e-3 else f"{value:.7g}"
-    return printable(str(value))
-
-
-def _table(out: Console, title: str, columns: list[str], rows: list[list[Any]]) -> None:
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0), header_style="dim")
-    for at, name in enumerate(columns):
-        numbers = all(isinstance(row[at], int | float | None) for row in rows)
-        table.add_column(name, justify="right" if numbers else "left", no_wrap=numbers, overflow="fold")
-    for row in rows:
-        table.add_row(*(Text(_word(cell)) for cell in row))
-    out.print()
-    out.print(table)
+    return "" if span is None else f"{word(span[0])} to {word(span[1])}"

@@ -1,0 +1,135 @@
+"""timeline: seconds by phase and process of made events, and the same of a fine grid of moments; the trace as Chrome reads it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from miles.analysis.timeline import Interval, chrome_trace, length, read_timeline, timeline, tracks, union, write_trace
+from miles.config.exits import UserError
+from miles.report.gantt import coarse
+
+ROOT = Path(__file__).resolve().parents[2]
+EVENTS = {
+    "trainer.0.1": [("wait", 1, 100, 104), ("train", 1, 104, 107), ("sync", 1, 107, 108), ("step", 1, 100, 108), ("wait", 2, 108, 110), ("train", 2, 110, 111)],
+    "worker.0.1": [("generate", 1, 100, 103), ("seal", 1, 103, 103.5), ("generate", 2, 103.5, 109), ("seal", 2, 109, 109.5)],
+    "engine.0.1": [("update_weights", 1, 107.25, 107.75)],
+    "trainer.0.2": [("wait", 2, 131, 135), ("train", 2, 135, 139)],
+    "worker.0.2": [("generate", 2, 130, 134)],
+}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("timeline") / "run"
+    (folder / "events").mkdir(parents=True)
+    for name, phases in EVENTS.items():
+        lines = [json.dumps({"phase": phase, "step": step, "start": start, "end": end, "tokens": 5}) for phase, step, start, end in phases]
+        (folder / "events" / f"{name}.jsonl").write_text("\n".join(lines) + '\n{"phase": "tra')  # torn by a kill
+    return folder
+
+
+def grid(attempt: int, *, of: str | None = None, waiting: bool = False) -> np.ndarray:
+    """Processes that work (or have any phase) at each moment of an attempt, in steps of 1/64 s: the times here are multiples of it."""
+    chosen = {name: phases for name, phases in EVENTS.items() if name.endswith(f".{attempt}")}
+    everything = [phase for phases in chosen.values() for phase in phases if phase[0] != "step"]
+    first, last = min(phase[2] for phase in everything), max(phase[3] for phase in everything)
+    moments = np.arange(first * 64, last * 64) / 64
+    found = np.zeros(len(moments), int)
+    for name, phases in chosen.items():
+        if of is None or name.startswith(of):
+            inside = np.zeros(len(moments), bool)
+            for phase, _, start, end in phases:
+                if phase != "step" and (waiting or phase != "wait"):
+                    inside |= (moments >= start) & (moments < end)
+            found += inside
+    return found
+
+
+def test_seconds_are_those_of_a_fine_grid(run: Path) -> None:
+    found = timeline(run, read_timeline(run))
+    assert [row["attempt"] for row in found["attempts"]] == [1, 2]
+    assert found["between_attempts"] == [130 - 111]
+    for row in found["attempts"]:
+        work = grid(row["attempt"])
+        assert row["seconds"] == len(work) / 64
+        assert row["nobody"] == (work == 0).sum() / 64
+        assert row["overlap"] == (work > 1).sum() / 64
+        for process in row["processes"]:
+            mine, present = (grid(row["attempt"], of=process["process"].replace(" ", "."), waiting=waiting) for waiting in (False, True))
+            assert process["working"] == mine.sum() / 64
+            assert process["waiting"] == (present - mine).sum() / 64
+            assert process["idle"] == (mine == 0).sum() / 64
+            assert process["idle_share"] == pytest.approx((mine == 0).mean())
+    trainer = found["attempts"][0]["processes"][0]
+    assert trainer["process"] == "trainer 0"
+    assert trainer["phases"]["train"] == {"count": 2, "seconds": 4, "longest": 3, "longest_step": 1, "errors": 0}
+    assert "step" not in trainer["phases"]
+    only = timeline(run, read_timeline(run, 1, 1))["attempts"]
+    assert [(row["attempt"], row["start"], row["end"]) for row in only] == [(1, 100, 108)]
+
+
+@settings(max_examples=50)
+@given(st.lists(st.tuples(st.integers(0, 40), st.integers(0, 10)), max_size=12))
+def test_union_is_the_set_of_moments(pairs: list[tuple[int, int]]) -> None:
+    intervals: list[Interval] = [(start, start + size) for start, size in pairs]
+    found = union(intervals)
+    assert length(found) == len({moment for start, end in intervals for moment in range(int(start), int(end))})
+    assert all(before[1] < after[0] for before, after in pairwise(found))
+
+
+def test_the_trace_has_every_phase_once_and_nothing_overlaps_in_a_track(run: Path) -> None:
+    trace = chrome_trace(read_timeline(run))
+    spans = [event for event in trace["traceEvents"] if event["ph"] == "X"]
+    assert len(spans) == sum(phase[0] != "step" for phases in EVENTS.values() for phase in phases)
+    names = {event["pid"]: event["args"]["name"] for event in trace["traceEvents"] if event["name"] == "process_name"}
+    assert sorted(names.values()) == sorted(f"{name.split('.')[0]} 0, attempt {name[-1]}" for name in EVENTS)
+    (update,) = (event for event in spans if event["name"] == "update_weights")
+    assert (update["ts"], update["dur"], update["args"]) == (7.25e6, 0.5e6, {"step": 1, "tokens": 5})
+    for pid in names:
+        for tid in {event["tid"] for event in spans if event["pid"] == pid}:
+            mine = sorted((event["ts"], event["ts"] + event["dur"]) for event in spans if (event["pid"], event["tid"]) == (pid, tid))
+            assert all(before[1] <= after[0] for before, after in pairwise(mine))
+    nested = [{"start": 0, "end": 4}, {"start": 1, "end": 2}, {"start": 2, "end": 5}, {"start": 4, "end": 6}]
+    assert tracks(nested) == [[nested[0], nested[3]], [nested[1], nested[2]]]
+
+
+def test_a_trace_replaces_none_but_its_own_kind(run: Path, tmp_path: Path) -> None:
+    attempts, target = read_timeline(run), tmp_path / "trace.json"
+    for _ in range(2):
+        write_trace(attempts, target)
+    assert json.loads(target.read_text()) == chrome_trace(attempts)
+    target.write_text('{"mine": 1}')
+    with pytest.raises(UserError, match="is there already, and is no trace that miles made"):
+        write_trace(attempts, target)
+    assert target.read_text() == '{"mine": 1}'
+
+
+def test_a_long_run_is_a_picture_of_bounded_size() -> None:
+    bars = [(i / 100, (i + 0.9) / 100, "generate" if i % 3 else "seal", str(i)) for i in range(100_000)] + [(1000.0, 1100.0, "train", "long")]
+    found = coarse(bars, 2.0)
+    assert len(found) == 501
+    assert found[-1] == bars[-1]
+    assert {bar[2] for bar in found[:-1]} == {"generate"}  # two of three
+
+
+def test_the_tool_tells_draws_and_refuses(run: Path, tmp_path: Path) -> None:
+    tool = [sys.executable, ROOT / "tools/analyze/timeline.py"]
+    told = subprocess.run([*tool, run, "--html", tmp_path / "page.html", "--chrome", tmp_path / "trace.json"], capture_output=True, text=True, check=True)
+    assert "2 attempts" in told.stdout
+    assert "Between attempts" in told.stdout
+    assert (tmp_path / "page.html").read_text().count("<rect") > 10
+    assert json.loads((tmp_path / "trace.json").read_text())["displayTimeUnit"] == "ms"
+    shown = subprocess.run([*tool, run, "--json"], capture_output=True, text=True, check=True)
+    assert json.loads(shown.stdout) == timeline(run, read_timeline(run))
+    empty = subprocess.run([*tool, tmp_path], capture_output=True, text=True, check=False)
+    assert (empty.returncode, empty.stdout) == (78, "")
+    assert "nothing to analyse: events/ holds no phase" in empty.stderr
