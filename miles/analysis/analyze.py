@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from miles.analysis import simulate
 from miles.analysis.chunk_pass import ChunkPass, add_core
 from miles.analysis.load import loaded
 from miles.analysis.ranks import Alone, Many
@@ -45,6 +46,7 @@ def _add_all(state: State, path: Path, ranks: Alone | Many, first: int | None, l
             add_core(state, each)
         else:
             whole.add(state, each)
+            simulate.add(state, each)
 
 
 def _chunks(state: State, path: Path, steps: list[int], ranks: Alone | Many, renamed: bool, size: int) -> Iterator[Chunk]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import msgpack
@@ -10,6 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from miles.analysis import exact
+from miles.analysis.labelled import Labelled
+from miles.analysis.simulation import Simulation
 from miles.analysis.slices import POSITIONS
 from miles.analysis.terms import BINS, COUNTS, REPLICATES, SEQUENCE_HISTOGRAMS, SEQUENCE_SUMS, SUMS, TAUS, TOKEN_VALUES, VALUES, WORST
 
@@ -24,7 +25,7 @@ class State:
 
     Integers: counts, odd, histogram [BINS], sequence_histogram [3, BINS], divergence [len(TAUS), 1 + POSITIONS] (0: never), seen
     (steps, sequences, tokens with those that don't count, batches not trained on, batches of another kind, bytes read).
-    Besides: the greatest |d|, the worst tokens, weight versions by token id.
+    Besides: the greatest |d|, the worst tokens, sums by token id, and what corrections are judged by.
     """
 
     def __init__(self) -> None:
@@ -41,6 +42,7 @@ class State:
         self.worst = np.zeros(0, WORST_FIELDS)
         self.slices = Labelled(len(VALUES))
         self.tokens = ByToken()
+        self.simulation = Simulation()
         self.recorded: set[str] = set()
         self.notes: set[str] = set()
 
@@ -52,6 +54,7 @@ class State:
         self.greatest = max(self.greatest, other.greatest)
         self.add_worst(other.worst)
         self.slices.merge(other.slices)
+        self.simulation.merge(other.simulation)
         self.tokens.merge(other.tokens.ids, other.tokens.digits[: len(other.tokens.ids)])
         self.recorded |= other.recorded
         self.notes |= other.notes
@@ -68,54 +71,22 @@ class State:
         rest = [self.greatest, self.worst.tobytes(), sorted(self.recorded), sorted(self.notes)]
         labels, slices = list(self.slices.rows), self.slices.digits[: len(self.slices.rows)].tobytes()
         tokens = [self.tokens.ids.tobytes(), self.tokens.digits[: len(self.tokens.ids)].tobytes()]
-        return bytes(msgpack.packb([arrays, rest, labels, slices, tokens]))
+        return bytes(msgpack.packb([arrays, rest, labels, slices, tokens, self.simulation.pack()]))
 
     @classmethod
     def unpack(cls, content: bytes) -> State:
         """What pack() gave."""
         state = cls()
-        arrays, (greatest, worst, recorded, notes), labels, digits, (ids, sums) = msgpack.unpackb(content, use_list=False)
+        arrays, (greatest, worst, recorded, notes), labels, digits, (ids, sums), simulation = msgpack.unpackb(content, use_list=False)
         for name in ADDED:
             mine = getattr(state, name)
             mine += np.frombuffer(arrays[name], mine.dtype).reshape(mine.shape)
         state.greatest, state.worst = greatest, np.frombuffer(worst, WORST_FIELDS)
         state.recorded, state.notes = set(recorded), set(notes)
-        state.slices.rows = {tuple(each): row for row, each in enumerate(labels)}
-        state.slices.digits = np.frombuffer(digits, np.int64).reshape(len(labels), len(VALUES), exact.DIGITS).copy()
+        state.slices.fill(labels, digits)
+        state.simulation = Simulation.unpack(simulation)
         state.tokens.merge(np.frombuffer(ids, np.int64), np.frombuffer(sums, np.int64).reshape(-1, len(TOKEN_VALUES), exact.DIGITS))
         return state
-
-
-class Labelled:
-    """Exact sums [width] under labels (slice, value)."""
-
-    def __init__(self, width: int) -> None:
-        self.rows: dict[tuple[str, Any], int] = {}
-        self.digits = exact.zeros(0, width)
-
-    def places(self, labels: Iterable[tuple[str, Any]]) -> NDArray[np.int64]:
-        """Rows of labels, made where they are new."""
-        found = np.array([self.rows.setdefault(label, len(self.rows)) for label in labels], np.int64)
-        if len(self.rows) > len(self.digits):
-            grown = exact.zeros(max(len(self.rows), 2 * len(self.digits)), self.digits.shape[1])
-            grown[: len(self.digits)] = self.digits
-            self.digits = grown
-        return found
-
-    def add(self, labels: list[tuple[str, Any]], values: NDArray[np.float64]) -> None:
-        """values f64 [len(labels), width] are added, in the order given."""
-        if labels:
-            places = self.places(labels)  # before the sums are looked at: it may put others in their place
-            exact.add_rows(self.digits, places, values)
-
-    def merge(self, other: Labelled) -> None:
-        places = self.places(other.rows)
-        np.add.at(self.digits, places, other.digits[: len(other.rows)])
-
-    def values(self, name: str) -> dict[Any, NDArray[np.float64]]:
-        """label -> f64 [width] of one slice, by label: numbers by size, then texts."""
-        found = {label: self.digits[row] for (each, label), row in self.rows.items() if each == name}
-        return {label: exact.value(found[label]) for label in sorted(found, key=lambda label: (isinstance(label, str), label))}
 
 
 class ByToken:

@@ -44,6 +44,8 @@ def as_numbers(state: State) -> dict:
     slices = sorted((label, state.slices.digits[row].tobytes()) for label, row in state.slices.rows.items())
     tokens = sorted((int(name), state.tokens.digits[row].tobytes()) for row, name in enumerate(state.tokens.ids))
     simple = [getattr(state, name).tobytes() for name in ("sums", "bootstrap", "sequence_sums", "counts", "odd", "histogram", "sequence_histogram", "divergence", "seen")]
+    simple += [getattr(state.simulation, name).tobytes() for name in ("classes", "weights", "density")]
+    simple += [repr(sorted((repr(label), state.simulation.places.digits[row].tobytes()) for label, row in state.simulation.places.rows.items()))]
     return {"slices": repr(slices), "tokens": repr(tokens), "simple": simple, "worst": state.worst.tobytes(), "greatest": state.greatest, "recorded": state.recorded}
 
 
