@@ -7,6 +7,7 @@ from pathlib import Path
 
 from miles.analysis import simulate
 from miles.analysis.chunk_pass import ChunkPass, add_core
+from miles.analysis.evidence_pass import EvidencePass
 from miles.analysis.load import loaded
 from miles.analysis.ranks import Alone, Many
 from miles.analysis.source import CHUNK, Chunk, chunks_of, find_steps, open_step
@@ -40,13 +41,14 @@ def _add_all(state: State, path: Path, ranks: Alone | Many, first: int | None, l
     trained, untrained = find_steps(path, first, last)
     if ranks.rank == 0:
         state.seen[SEEN.index("not_trained_on")] += len(untrained)
-    whole = ChunkPass()
+    whole, evidence = ChunkPass(), EvidencePass(trained)
     for each in loaded(_chunks(state, path, trained, ranks, renamed, size), core):
         if core:
             add_core(state, each)
         else:
             whole.add(state, each)
             simulate.add(state, each)
+            evidence.add(state.evidence, each)
 
 
 def _chunks(state: State, path: Path, steps: list[int], ranks: Alone | Many, renamed: bool, size: int) -> Iterator[Chunk]:

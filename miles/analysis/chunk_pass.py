@@ -50,7 +50,7 @@ class ChunkPass:
         if vocabulary > len(self._tokens):
             self._tokens = np.zeros((vocabulary + vocabulary // 4, len(TOKEN_VALUES)))
             self._touched = np.zeros(len(self._tokens), np.uint8)
-        reward = _numbers(loaded, "reward", np.float64)
+        reward = numbers_of(loaded, "reward", np.float64)
         sign = np.select([reward < 0, reward == 0, reward > 0], [0, 1, 2], 3)
         sums, counts, odd, histogram = np.zeros(len(SUMS)), np.zeros(len(COUNTS), np.int64), np.zeros(len(ODD), np.int64), np.zeros(BINS, np.int64)
         table, by_sequence = np.zeros((VERSIONS + len(versions), len(VALUES))), np.zeros((len(labels), len(VALUES)))
@@ -62,7 +62,7 @@ class ChunkPass:
         top = fused.scan(
             columns["rollout_logprob"], columns["loss_mask"], columns["flags"], token, columns["train_logprob"], columns["entropy"],
             columns["advantage"], columns["used"], columns["route_miss"], loaded.shard_start, loaded.train_start, loaded.length,
-            _numbers(loaded, "prompt_length", np.int64), sign, _identity(loaded), order, run_first, run_start, run_slot, slots,
+            numbers_of(loaded, "prompt_length", np.int64), sign, _identity(loaded), order, run_first, run_start, run_slot, slots,
             sums, counts, odd, histogram, table, by_sequence, self._tokens, self._touched, sequence_sums, sequence_histogram, divergence, bootstrap,
             worst, worst_at,
         )  # fmt: skip
@@ -100,7 +100,7 @@ def _seen(state: State, loaded: Loaded) -> None:
         state.seen[SEEN.index(name)] += count
 
 
-def _numbers(loaded: Loaded, name: str, dtype: type) -> NDArray[Any]:
+def numbers_of(loaded: Loaded, name: str, dtype: type) -> NDArray[Any]:
     """A number of each sequence, out of its shard."""
     found: NDArray[Any] = np.zeros(len(loaded.row), dtype)
     for index, part in enumerate(loaded.parts):
@@ -111,16 +111,22 @@ def _numbers(loaded: Loaded, name: str, dtype: type) -> NDArray[Any]:
 
 def _runs(loaded: Loaded) -> tuple[list[int], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
     """Weight versions in the chunk; of each sequence first and past-last run; of each run start and place among the versions."""
-    first, start, version = np.zeros(len(loaded.row) + 1, np.int64), [], []
-    for i in range(len(loaded.row)):
+    first, start, version = version_runs(loaded, np.arange(len(loaded.row)))
+    versions, slot = np.unique(version, return_inverse=True)
+    return versions.tolist(), first, start, slot.astype(np.int64)
+
+
+def version_runs(loaded: Loaded, sequences: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Of these sequences: the first run of each and past the last, [S + 1]; and of each run its start (tokens) and weight version."""
+    first, start, version = np.zeros(len(sequences) + 1, np.int64), [], []
+    for place, i in enumerate(sequences.tolist()):
         part, row = loaded.parts[loaded.part_of[i]], loaded.row[i]
         low, high = np.searchsorted(part.run_sequence, (row, row + 1))
         start.append(part.run_start[low:high])
         version.append(part.run_version[low:high])
-        first[i + 1] = first[i] + high - low
+        first[place + 1] = first[place] + high - low
     none = np.zeros(0, np.int64)
-    versions, slot = np.unique(np.concatenate([none, *version]), return_inverse=True)
-    return versions.tolist(), first, np.concatenate([none, *start]), slot.astype(np.int64)
+    return first, np.concatenate([none, *start]), np.concatenate([none, *version])
 
 
 def _sequence_slots(loaded: Loaded) -> tuple[NDArray[np.int64], list[tuple[str, int | str]]]:
@@ -130,11 +136,11 @@ def _sequence_slots(loaded: Loaded) -> tuple[NDArray[np.int64], list[tuple[str, 
         "step": [chunk.step.step] * count,
         "node": [chunk.record.node] * count,
         "train_rank": chunk.record.rank[chunk.first : chunk.last].tolist(),
-        "prefix_cache": ["hit" if cached else "no hit" for cached in _numbers(loaded, "cached_tokens", np.int64)],
-        "status": [Status(value).name.lower() if value < len(Status) else str(value) for value in _numbers(loaded, "status", np.int64).tolist()],
+        "prefix_cache": ["hit" if cached else "no hit" for cached in numbers_of(loaded, "cached_tokens", np.int64)],
+        "status": [Status(value).name.lower() if value < len(Status) else str(value) for value in numbers_of(loaded, "status", np.int64).tolist()],
     }
     for name, which in (("engine", "engines"), ("source", "sources")):
-        index = _numbers(loaded, name, np.int64)
+        index = numbers_of(loaded, name, np.int64)
         lists = [getattr(part, which) for part in loaded.parts]
         values[name] = [lists[part][i] if i < len(lists[part]) else "unknown" for part, i in zip(loaded.part_of, index, strict=True)]
     labels: dict[tuple[str, int | str], int] = {}
@@ -144,9 +150,14 @@ def _sequence_slots(loaded: Loaded) -> tuple[NDArray[np.int64], list[tuple[str, 
 
 def _identity(loaded: Loaded) -> NDArray[np.uint64]:
     """A hash of (step, draw, sample): the bootstrap draws by it, so that its bits depend on the data alone."""
-    draw, sample = (_numbers(loaded, name, np.uint64) for name in ("draw", "sample"))
+    draw, sample = (numbers_of(loaded, name, np.uint64) for name in ("draw", "sample"))
     with np.errstate(over="ignore"):
-        value = (np.uint64(loaded.chunk.step.step) * GOLDEN + draw) * GOLDEN + sample
+        return mixed((np.uint64(loaded.chunk.step.step) * GOLDEN + draw) * GOLDEN + sample)
+
+
+def mixed(value: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """A hash of 64 bits (splitmix64)."""
+    with np.errstate(over="ignore"):
         for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
             value = (value ^ (value >> np.uint64(shift))) * np.uint64(factor)
     return value ^ (value >> np.uint64(31))

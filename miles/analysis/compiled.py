@@ -10,7 +10,9 @@ from numba import config, njit
 
 from miles.precision.kernel_cache import cache_folder
 
-SOURCES = ("compiled.py", "corrections.py", "exact.py", "fused.py", "lane_sum.py", "lanes.py", "slices.py", "terms.py", "weights_pass.py")
+SOURCES = (
+    "compiled.py", "corrections.py", "exact.py", "fused.py", "lane_sum.py", "lanes.py", "sequence_kernels.py", "slices.py", "terms.py", "weights_pass.py",
+)  # fmt: skip
 _FOLDER = cache_folder(*(Path(__file__).parent / name for name in SOURCES))
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from miles.analysis.source import SHARD_COLUMNS, TRAIN_COLUMNS, Chunk, Part
+from miles.analysis.source import OPTIONAL_COLUMNS, SHARD_COLUMNS, TRAIN_COLUMNS, Chunk, Part
 from miles.data.store.files import Damaged
 from miles.data.store.manifest import NAME
 
@@ -92,6 +92,15 @@ def load(chunk: Chunk, buffers: Buffers, core: bool = False) -> Loaded:
         columns[name] = buffers.take(name, dtype, place if here else 0)
         for part, start, at, size in ranges if here else ():
             part.sheet.read(f"tokens/{name}", start, columns[name][at : at + size])
+    for name, dtype in OPTIONAL_COLUMNS.items():
+        here = not core and any(part.sheet.has(f"tokens/{name}") for part in parts)
+        columns[name] = buffers.take(name, dtype, place if here else 0)
+        for part, start, at, size in ranges if here else ():
+            values = columns[name][at : at + size]
+            if part.sheet.has(f"tokens/{name}"):
+                part.sheet.read(f"tokens/{name}", start, values)
+            else:
+                values.fill(np.nan)
     train_start = record.offset[chunk.first : chunk.last] - begin
     return Loaded(chunk, columns, shard_start, train_start, length, parts, part_of, row, sum(column.nbytes for column in columns.values()))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from miles.analysis import measure
+from miles.analysis.causes import Cause
 from miles.analysis.context import worst_tokens
 from miles.analysis.state import State
 from miles.analysis.tables import print_table, printable, word
@@ -26,13 +28,14 @@ WORDS = {
 COLUMNS = {"tokens": "tokens", "mean_diff": "mean d", "abs_diff": "mean |d|", "kl_k3": "k3", "ratio_mean": "mean ratio", "ess": "ESS", "equal_share": "same bits"}
 
 
-def result(path: Path, state: State, tokens: dict[str, Any], verdict: Verdict, core: bool) -> dict[str, Any]:
+def result(path: Path, state: State, tokens: dict[str, Any], verdict: Verdict, core: bool, causes: Sequence[Cause] = ()) -> dict[str, Any]:
     """Everything that was found. core: the totals alone."""
     found = {"schema": SCHEMA, "run": str(path), "verdict": verdict.word, "why": verdict.why, "advice": verdict.advice, "tokens": tokens}
     if core:
         return {**found, "read": measure.counts_of(state)}
     return {
         **found,
+        "causes": [asdict(each) for each in causes],
         "intervals": measure.intervals(state),
         "sequences": measure.sequence_metrics(state),
         "first_divergence": measure.first_divergence(state),
@@ -62,6 +65,10 @@ def show(found: dict[str, Any], pieces: Any, out: Console) -> None:
     if found["verdict"] == "bitwise":
         out.print(Text("\nslices and sequences are left out: no token differs (--json has them)"))
         return
+    if found["causes"]:
+        rows = [[each["name"], f"{100 * each['share']:.3g} %", "; ".join(each["evidence"])] for each in found["causes"]]
+        print_table(out, "causes, by their share of the sum of d²", ["", "share", "evidence"], rows)
+        out.print(Text(f"to confirm: {found['causes'][0]['confirm']}"))
     print_table(out, "sequences", ["", "value"], [[name.replace("_", " "), value] for name, value in found["sequences"].items()])
     print_table(
         out, "first divergence", ["|d| above", "never", "first at (position: sequences)"],

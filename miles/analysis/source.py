@@ -23,6 +23,7 @@ from miles.data.store.run_dir import RunDir, steps_in
 
 CHUNK = 1 << 20  # tokens: a chunk ends with the sequence that reaches it
 SHARD_COLUMNS = {"rollout_logprob": np.float32, "loss_mask": np.uint8, "flags": np.uint8, "token_id": np.int32}
+OPTIONAL_COLUMNS = {"kept_mass": np.float16}  # of shards
 TRAIN_COLUMNS = {"train_logprob": np.float32, "entropy": np.float32, "advantage": np.float32, "used": np.uint8, "route_miss": np.uint8}
 NEEDED = ("rollout_logprob", "loss_mask", "train_logprob")
 NUMBERS = ("prompt_length", "draw", "sample", "reward", "status", "engine", "source", "cached_tokens")
@@ -122,7 +123,7 @@ class Step:
         if (found := path.stat().st_size) != entry.bytes:
             raise Damaged(f"{path}: {entry.bytes} bytes expected by {NAME}, {found} found")
         sheet = self._sheet(path, shard_store.SCHEMA)
-        columns = [f"tokens/{name}" for name in SHARD_COLUMNS]
+        columns = [f"tokens/{name}" for name in SHARD_COLUMNS] + [f"tokens/{name}" for name in OPTIONAL_COLUMNS if sheet.has(f"tokens/{name}")]
         offset = check_offsets(sheet, "sequences/offset", columns)
         if (len(offset) - 1, offset[-1]) != (entry.sequences, entry.tokens):
             raise Damaged(f"{path}: {len(offset) - 1} sequences of {offset[-1]} tokens, and {NAME} says {entry.sequences} of {entry.tokens}; files of two runs are mixed")

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from miles.analysis import exact
+from miles.analysis.evidence import Evidence
 from miles.analysis.labelled import Labelled
 from miles.analysis.simulation import Simulation
 from miles.analysis.slices import POSITIONS
@@ -25,7 +26,7 @@ class State:
 
     Integers: counts, odd, histogram [BINS], sequence_histogram [3, BINS], divergence [len(TAUS), 1 + POSITIONS] (0: never), seen
     (steps, sequences, tokens with those that don't count, batches not trained on, batches of another kind, bytes read).
-    Besides: the greatest |d|, the worst tokens, sums by token id, and what corrections are judged by.
+    Besides: the greatest |d|, the worst tokens, sums by token id, what corrections are judged by, and the evidence for causes.
     """
 
     def __init__(self) -> None:
@@ -43,6 +44,7 @@ class State:
         self.slices = Labelled(len(VALUES))
         self.tokens = ByToken()
         self.simulation = Simulation()
+        self.evidence = Evidence()
         self.recorded: set[str] = set()
         self.notes: set[str] = set()
 
@@ -55,6 +57,7 @@ class State:
         self.add_worst(other.worst)
         self.slices.merge(other.slices)
         self.simulation.merge(other.simulation)
+        self.evidence.merge(other.evidence)
         self.tokens.merge(other.tokens.ids, other.tokens.digits[: len(other.tokens.ids)])
         self.recorded |= other.recorded
         self.notes |= other.notes
@@ -71,13 +74,13 @@ class State:
         rest = [self.greatest, self.worst.tobytes(), sorted(self.recorded), sorted(self.notes)]
         labels, slices = list(self.slices.rows), self.slices.digits[: len(self.slices.rows)].tobytes()
         tokens = [self.tokens.ids.tobytes(), self.tokens.digits[: len(self.tokens.ids)].tobytes()]
-        return bytes(msgpack.packb([arrays, rest, labels, slices, tokens, self.simulation.pack()]))
+        return bytes(msgpack.packb([arrays, rest, labels, slices, tokens, self.simulation.pack(), self.evidence.pack()]))
 
     @classmethod
     def unpack(cls, content: bytes) -> State:
         """What pack() gave."""
         state = cls()
-        arrays, (greatest, worst, recorded, notes), labels, digits, (ids, sums), simulation = msgpack.unpackb(content, use_list=False)
+        arrays, (greatest, worst, recorded, notes), labels, digits, (ids, sums), simulation, evidence = msgpack.unpackb(content, use_list=False)
         for name in ADDED:
             mine = getattr(state, name)
             mine += np.frombuffer(arrays[name], mine.dtype).reshape(mine.shape)
@@ -85,6 +88,7 @@ class State:
         state.recorded, state.notes = set(recorded), set(notes)
         state.slices.fill(labels, digits)
         state.simulation = Simulation.unpack(simulation)
+        state.evidence = Evidence.unpack(evidence)
         state.tokens.merge(np.frombuffer(ids, np.int64), np.frombuffer(sums, np.int64).reshape(-1, len(TOKEN_VALUES), exact.DIGITS))
         return state
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from miles.analysis.causes import FAULTS, NOISE, Cause
 from miles.config.exits import UserError
 
 ORDER = ("bitwise", "noise", "biased", "broken")  # from the best to the worst
 BROKEN_K3, BROKEN_RATIO, BROKEN_ESS, BROKEN_ODD = 0.1, 0.1, 0.3, 0.01
 BIASED_SLOPE = 0.01
+FAULTY = 0.05  # of Σ d²: a fault that explains less doesn't change the word
 
 
 @dataclass(frozen=True)
@@ -21,8 +24,8 @@ class Verdict:
     advice: str
 
 
-def judge(tokens: dict[str, Any], intervals: dict[str, list[float]]) -> Verdict:
-    """From token metrics and their intervals. UserError where nothing can be judged: that is never a pass."""
+def judge(tokens: dict[str, Any], intervals: dict[str, list[float]], causes: Sequence[Cause] = ()) -> Verdict:
+    """From token metrics, their intervals and the causes that were found, the leading one first. UserError where nothing can be judged: that is never a pass."""
     if not tokens["tokens"]:
         what = "no token is under the loss mask" if not tokens["masked"] else f"none of {tokens['masked']} tokens under the loss mask has both log-probs"
         raise UserError(f"nothing to compare: {what}")
@@ -38,8 +41,10 @@ def judge(tokens: dict[str, Any], intervals: dict[str, list[float]]) -> Verdict:
         broken.append(f"the effective sample size is {tokens['ess']:.3g} of 1, below {BROKEN_ESS}")
     if odd > BROKEN_ODD:
         broken.append(f"{100 * odd:.3g} % of the tokens under the loss mask have no finite log-prob on one side")
+    leading = causes[0] if causes and causes[0].name != NOISE else None
+    words = [f"leading cause: {leading.name}, {100 * leading.share:.3g} % of the variance"] if leading else []
     if broken:
-        return Verdict("broken", broken, "stop and look for a bug: no correction mends this")
+        return Verdict("broken", broken + words, f"stop: no correction mends this; {leading.advice if leading else 'look for a bug'}")
     biased = []
     low, high = intervals.get("ratio_mean", [1.0, 1.0])
     if not low <= 1 <= high and abs(ratio - 1) > k3:
@@ -47,9 +52,11 @@ def judge(tokens: dict[str, Any], intervals: dict[str, list[float]]) -> Verdict:
     slope = tokens.get("slope")
     if slope is not None and abs(slope - 1) > BIASED_SLOPE:
         biased.append(f"the slope of the trainer's log-probs on the rollout's is {slope:.4g}, not 1: another temperature?")
+    if leading and leading.name in FAULTS and leading.share > FAULTY and not biased:
+        biased.append(f"k3 is {k3:.3g}, and not all of it is noise")
     if biased:
-        return Verdict("biased", biased, "look for a cause (sampling settings, weights, token ids) before correcting")
-    return Verdict("noise", [f"k3 is {k3:.3g}, the mean ratio {ratio:.6g}"], _advice(k3))
+        return Verdict("biased", biased + words, leading.advice if leading else "look for a cause (sampling settings, weights, token ids) before correcting")
+    return Verdict("noise", [f"k3 is {k3:.3g}, the mean ratio {ratio:.6g}", *words], _advice(k3))
 
 
 def _advice(k3: float) -> str:

@@ -12,6 +12,7 @@ import pytest
 from made_runs import random_run
 
 from miles.analysis.analyze import analyze
+from miles.analysis.evidence import ARRAYS
 from miles.analysis.ranks import Alone, launched
 from miles.analysis.state import State
 from miles.config.exits import UserError
@@ -46,6 +47,9 @@ def as_numbers(state: State) -> dict:
     simple = [getattr(state, name).tobytes() for name in ("sums", "bootstrap", "sequence_sums", "counts", "odd", "histogram", "sequence_histogram", "divergence", "seen")]
     simple += [getattr(state.simulation, name).tobytes() for name in ("classes", "weights", "density")]
     simple += [repr(sorted((repr(label), state.simulation.places.digits[row].tobytes()) for label, row in state.simulation.places.rows.items()))]
+    evidence = state.evidence
+    cells = sorted((repr(label), evidence.cells.digits[row].tobytes()) for label, row in evidence.cells.rows.items())
+    simple += [cells, evidence.openings.tobytes(), *(getattr(evidence, name).tobytes() for name in ARRAYS)]
     return {"slices": repr(slices), "tokens": repr(tokens), "simple": simple, "worst": state.worst.tobytes(), "greatest": state.greatest, "recorded": state.recorded}
 
 

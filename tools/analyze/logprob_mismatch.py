@@ -62,6 +62,7 @@ def report(given, ranks) -> int:
 
     from miles.analysis import measure
     from miles.analysis.analyze import analyze
+    from miles.analysis.causes import attribute
     from miles.analysis.result import result, show
     from miles.analysis.verdict import ORDER, exceeded, judge
 
@@ -71,11 +72,12 @@ def report(given, ranks) -> int:
     tokens = measure.token_metrics(state, given.core)
     if not measure.counts_of(state)["sequences"]:
         raise UserError(f"{given.run_dir}: nothing to compare: no step that was trained on{' lies between those bounds' if given.first or given.last else ''}")
-    verdict = judge(tokens, {} if given.core else measure.intervals(state))
+    causes = [] if given.core else attribute(state.evidence)
+    verdict = judge(tokens, {} if given.core else measure.intervals(state), causes)
     failures = exceeded(tokens, {} if given.core else measure.sequence_metrics(state), dict(given.above), dict(given.below))
     if ORDER.index(verdict.word) > ORDER.index(given.at_worst):
         failures.insert(0, f"the verdict is {verdict.word}, and at worst {given.at_worst} passes")
-    found = {**result(given.run_dir, state, tokens, verdict, given.core), "failures": failures}
+    found = {**result(given.run_dir, state, tokens, verdict, given.core, causes), "failures": failures}
     if given.json:
         print(json.dumps(found, indent=1, allow_nan=False))
     else:
