@@ -25,6 +25,7 @@ PYTHON = "cluster.slurm.python=/shared/miles/bin/python"
 RECIPES = [f"{model}_{place}" for model in ("qwen3_30b_a3b", "deepseek_v3") for place in ("h200_colocate", "h200_het", "gb300_colocate", "gb300_het")]
 TEMPLATES = configs_dir().parent / "sbatch"
 NAMES = ("colocated", "split", "heterogeneous")
+BY_HAND = {"analyze": ["runs/theirs", "--core"], "convert": ["models/theirs", "ckpt/theirs", "--strict"]}  # templates without a YAML file, and words to submit one with
 CASES = sorted(path.stem for path in (HERE / "cases").glob("*.yaml"))
 
 
@@ -86,12 +87,25 @@ def template(name: str) -> str:
     return only.script
 
 
+def by_hand_template(name: str, folder: Path) -> str:
+    """What a template without a YAML file asks of sbatch, and what it tells srun, which stands in here and prints its words."""
+    (folder / "srun").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    (folder / "srun").chmod(0o755)
+    script = TEMPLATES / f"{name}.sbatch"
+    environment = {"PATH": f"{folder}:{os.environ['PATH']}", "SLURM_CPUS_PER_TASK": "16"}
+    done = subprocess.run(["bash", script, *BY_HAND[name]], cwd=folder, env=environment, capture_output=True, text=True, check=True)
+    asked = [line for line in script.read_text().splitlines() if line.startswith("#SBATCH")]
+    return "\n".join([*asked, "", shlex.join(["srun", *done.stdout.splitlines()])]) + "\n"
+
+
 def everything(folder: Path) -> Iterator[tuple[Path, str]]:
     """(file, text) of every golden text."""
     for case in CASES:
         yield HERE / "submissions" / f"{case}.txt", submission(case)
     for name in NAMES:
         yield TEMPLATES / f"{name}.sbatch", template(name)
+    for name in BY_HAND:
+        yield HERE / "templates" / f"{name}.txt", by_hand_template(name, folder)
     for recipe in RECIPES:
         yield HERE / "recipes" / f"{recipe}.sbatch.txt", recipe_submission(recipe)
         yield HERE / "recipes" / f"{recipe}.plan.txt", recipe_plan(recipe, folder)

@@ -1,4 +1,4 @@
-"""The analysis under srun: over two nodes the output of one process; a launch whose processes can't meet is refused."""
+"""The analysis under srun and by its batch script: over two nodes the output of one process; a launch whose processes can't meet is refused."""
 
 from __future__ import annotations
 
@@ -25,3 +25,17 @@ def test_srun_gives_what_one_process_gives_and_refuses_processes_that_are_alone(
     assert alone.returncode == 78
     assert alone.stdout == ""
     assert "3 processes were started (SLURM_STEP_NUM_TASKS), and MPI sees 1" in alone.stderr
+
+
+def test_the_batch_script_runs_by_hand(slurm: Cluster, tmp_path: Path) -> None:
+    """Two tasks on two nodes: the output of one process, and the exit code of the limits."""
+    run = tmp_path / "run"
+    random_run(run, longest=50)
+    here = slurm.run([sys.executable, ROOT / "tools/analyze/logprob_mismatch.py", run, "--json"], check=False, timeout=120)
+    assert here.stdout
+    wanted = [*(f"--output={tmp_path}/job.txt", "-p", "h200", "-N2", "--ntasks-per-node=1", "--mem=0", "--wait", "--parsable"), ROOT / "sbatch/analyze.sbatch", run, "--json"]
+    done = slurm.run(["sbatch", *wanted], check=False, timeout=180, cwd=ROOT, env={**slurm.env(), "PYTHON": sys.executable})
+    assert (tmp_path / "job.txt").exists(), done.stderr
+    said = (tmp_path / "job.txt").read_text()
+    assert said.startswith(here.stdout.rstrip())
+    assert done.returncode == here.returncode
