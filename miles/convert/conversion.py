@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from miles.config.exits import UserError
+from miles.convert.contradictions import mtp_contradiction
 from miles.convert.durable import copy_durable, write_durable
 from miles.convert.hf_source import HfSource
 from miles.convert.model_files import check_quantised, config_files, examine
+from miles.convert.nan import NanWatch, nan_warnings
 from miles.convert.options import MtpLayers, Options
 from miles.convert.output import Output
 from miles.convert.safetensors_file import NAMES, size_of
@@ -53,6 +55,11 @@ class Conversion:
         found = examine(known, hf, [piece for piece in self.pieces if not self.mtp.is_made(piece)], options.mtp_layers)
         self.copies = found.copies
         self.warnings: list[str] = []
+        contradiction = mtp_contradiction(known, hf.stored, found.mtp_layers)
+        if contradiction:
+            if options.strict:
+                raise UserError(f"{contradiction}; correct config.json, or leave --strict out")
+            self.warnings.append(contradiction)
         if found.mtp_layers > options.mtp_layers:
             self.warnings.append(f"{found.mtp_layers - options.mtp_layers} MTP layers of the source are left out; --mtp-num-layers {found.mtp_layers} includes them")
         others = [name for name in found.left_out if ".layers." not in name]
@@ -74,17 +81,14 @@ class Conversion:
         return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
 
     def write(self, i: int, file: Output) -> dict[str, Any]:
-        """One file; returns where its chunks lie, and the tensors with NaN in them."""
-        chunks, nan = [], set()
+        """One file; returns where its chunks lie, and the source's tensors with NaN in them."""
+        chunks, nan = [], NanWatch(self.hf.folder, self.options.strict)
         for part in self.files[i]:
             piece, dtype = part.piece, self.dtypes[part.piece.key]
             sizes = (*(1 for _ in piece.lead), part.last - part.first, *piece.shape[1:])
             begin, tail = begin_tensor(file, dtype, sizes)
-            for strip in self._strips(part, file):
-                if strip.numel() and strip.is_floating_point() and bool(torch.isnan(strip.max())):
-                    nan.add(piece.key)
-                    if self.options.strict:
-                        raise UserError(f"{self.hf.folder}: NaN in {piece.blocks[0].name} ({piece.key}); restore the source, or leave --strict out")
+            for strip, name in self._strips(part, file):
+                nan.look(strip, name)
             file.write(tail)
             chunks.append([piece.key, (*piece.lead, part.first, *(0 for _ in piece.shape[1:])), sizes, self.names[i], begin, file.tell() - begin])
         objects = []
@@ -93,14 +97,12 @@ class Conversion:
             objects = [[name, self.names[0], begin, length] for piece in self.pieces for name in piece.objects]
             begin, length = write_object(file, COMMON_STATE)
             objects.append([COMMON, self.names[0], begin, length])
-        return {"chunks": chunks, "objects": objects, "nan": sorted(nan)}
+        return {"chunks": chunks, "objects": objects, "nan": sorted(nan.names)}
 
     def finish(self, root: Path, records: list[dict[str, Any]]) -> None:
         """Metadata, what is needed for the way back, and the tracker file last."""
         folder = root / FOLDER
-        nan = sorted({key for record in records for key in record["nan"]})
-        if nan:
-            self.warnings.append(f"NaN in {nan[0]} ({len(nan)} such tensors)")
+        self.warnings += nan_warnings(records)
         (folder / "hf").mkdir(exist_ok=True)
         for file in config_files(self.hf.folder):
             copy_durable(file, folder / "hf" / file.name)
@@ -109,8 +111,8 @@ class Conversion:
         write_metadata(folder, self.shapes, self.dtypes, chunks, [item for record in records for item in record["objects"]])
         write_tracker(root)
 
-    def _strips(self, part: Part, file: Output) -> Iterator[Tensor]:
-        """A chunk's rows in order, each strip in its place in the file."""
+    def _strips(self, part: Part, file: Output) -> Iterator[tuple[Tensor, str]]:
+        """A chunk's rows in order, each strip in its place in the file, and the name of the tensor that it comes from."""
         piece, dtype = part.piece, self.dtypes[part.piece.key]
         step = strip_rows(dtype, piece.shape)
         for block, first, last in _runs(part):
@@ -123,7 +125,7 @@ class Conversion:
                     strip.zero_()
                 else:
                     self._fill(strip, block, block.start + a - block.at, block.start + b - block.at)
-                yield strip
+                yield strip, block.name if block else piece.key
 
     def _fill(self, strip: Tensor, block: Block, first: int, last: int) -> None:
         name = self.mtp.source_of(block.name)

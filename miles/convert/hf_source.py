@@ -14,6 +14,8 @@ from miles.convert.mapped import ReadFile
 from miles.convert.safetensors_file import INDEX, Stored, read_header
 from miles.precision.fp8_blocks import SCALE, dequantize_rows, scales_shape
 
+WEIGHTS, FP8 = (torch.bfloat16, torch.float16, torch.float32), torch.float8_e4m3fn
+
 
 class HfSource:
     """Named tensors of a folder. UserError, one line, for whatever makes the folder no whole checkpoint."""
@@ -32,7 +34,11 @@ class HfSource:
         if not files or missing:
             raise UserError(f"{self.folder}: no complete safetensors weights (missing: {', '.join(missing) or 'model.safetensors'}); restore them from their origin")
         for file in files:
-            self.stored |= read_header(file)
+            for name, stored in read_header(file).items():
+                if name in self.stored and name not in listed:
+                    raise UserError(f"{self.folder}: {name} is both in {self.stored[name].file.name} and in {file.name}; remove the one that is not the model's")
+                if listed.get(name, file.name) == file.name:
+                    self.stored[name] = stored
         absent = sorted(set(listed) - set(self.stored))
         if absent:
             raise UserError(f"{index}: names {absent[0]}, which {listed[absent[0]]} does not hold ({len(absent)} such); restore the folder from its origin")
@@ -56,6 +62,10 @@ class HfSource:
 
     def __contains__(self, name: str) -> bool:
         return name in self.stored
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: stored.shape for name, stored in self.stored.items()}
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self.stored[name].shape
@@ -88,7 +98,7 @@ class HfSource:
     def values(self, name: str, first: int, last: int) -> Tensor:
         """Rows of a tensor, dequantised where they are FP8 with block scales."""
         found = self.rows(name, first, last)
-        if found.dtype != torch.float8_e4m3fn:
+        if found.dtype != FP8:
             return found
         out = torch.empty(found.shape, dtype=torch.bfloat16)
         dequantize_rows(found, self.scales(name), first, out)
@@ -96,15 +106,24 @@ class HfSource:
 
     def quantised(self, name: str) -> bool:
         """Whether a tensor is FP8, so that it has scales."""
-        return self.stored[name].dtype == torch.float8_e4m3fn
+        return self.stored[name].dtype == FP8
+
+    def check(self, name: str) -> None:
+        """UserError where a tensor holds no floating-point numbers, or is FP8 without the scales of its blocks."""
+        if self.quantised(name):
+            self.scales(name)
+        elif self.stored[name].dtype not in WEIGHTS:
+            raise UserError(f"{self.folder}: {name} is {_word(self.stored[name].dtype)}, which holds no weights that are known; known: {', '.join(map(_word, (*WEIGHTS, FP8)))}")
 
     def scales(self, name: str) -> Tensor:
-        """Of an FP8 matrix, one for each block. UserError where they are missing or not as many."""
+        """Of an FP8 matrix, one for each block. UserError where they are missing, not as many, or no floating-point numbers."""
         scales, wanted = f"{name}{SCALE}", scales_shape(self.shape(name))
         if scales not in self.stored:
             raise UserError(f"{self.folder}: {name} is FP8, its scales {scales} are missing; restore the folder from its origin")
         if len(wanted) != 2 or self.shape(scales) != wanted:
             raise UserError(f"{self.folder}: {scales} has the shape {list(self.shape(scales))}, the blocks of {name} need {list(wanted)}; restore the folder from its origin")
+        if self.stored[scales].dtype not in (*WEIGHTS, torch.float8_e8m0fnu):
+            raise UserError(f"{self.folder}: {scales} is {_word(self.stored[scales].dtype)}, scales are float32, bfloat16 or float8_e8m0fnu; restore the folder from its origin")
         return self.rows(scales, 0, self.shape(scales)[0])
 
     def _open(self, file: Path) -> ReadFile:
@@ -112,6 +131,10 @@ class HfSource:
             if file not in self._files:
                 self._files[file] = ReadFile(file)
             return self._files[file]
+
+
+def _word(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _width(stored: Stored) -> int:

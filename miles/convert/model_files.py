@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from miles.config.exits import UserError
+from miles.convert.contradictions import culprits, deciding
 from miles.convert.hf_source import HfSource
 from miles.models.hf_folder import tokenizer_files
 from miles.models.maps.find import Known
@@ -48,17 +50,18 @@ def check_quantised(known: Known, source: HfSource) -> None:
 
 
 def examine(known: Known, source: HfSource, wanted: list[Piece], mtp_layers: int) -> Found:
-    """UserError for a tensor that is missing, has another shape than config.json says, or is known to nobody."""
+    """UserError for a tensor that is missing, has another shape than config.json says, holds no floating-point numbers, or is known to nobody."""
     shapes = {block.name: block.shape for piece in wanted for block in piece.blocks}
     for name, shape in shapes.items():
         if name not in source:
-            raise UserError(f"{source.folder}: {name} is missing; config.json and the tensors contradict each other: restore the folder from its origin")
+            raise _refusal(known, source, name, f"{source.folder}: {name} is missing; restore the folder from its origin")
         if source.shape(name) != shape:
-            raise UserError(
-                f"{source.folder}: {name} has the shape {list(source.shape(name))}, config.json says {list(shape)}; restore the folder from its origin"
-            )
-        if source.quantised(name):
-            source.scales(name)
+            axes = range(len(shape)) if len(shape) == len(source.shape(name)) else ()
+            stored = source.shapes
+            fields = sorted({field for axis in axes if shape[axis] != source.shape(name)[axis] for field in deciding(known, stored, name, axis)})
+            told = f"config.json says {list(shape)}" + (f" ({', '.join(fields)})" if fields else "")
+            raise _refusal(known, source, name, f"{source.folder}: {name} has the shape {list(source.shape(name))}, {told}; restore the folder from its origin")
+        source.check(name)
     found = Found(mtp_layers=source_mtp_layers(known, source.stored))
     copies = mtp_copies(known, found.mtp_layers)
     after = tuple(known.full(f"model.layers.{known.config.layers + i}.") for i in range(found.mtp_layers))
@@ -76,11 +79,23 @@ def examine(known: Known, source: HfSource, wanted: list[Piece], mtp_layers: int
         else:
             unknown.append(name)
     if unknown:
-        raise UserError(f"{source.folder}: {unknown[0]} is no tensor of a {known.config.get('model_type')!r} model of this config.json ({len(unknown)} such); correct config.json")
+        plain = f"{source.folder}: {unknown[0]} is no tensor of a {known.config.get('model_type')!r} model of this config.json ({len(unknown)} such); correct config.json"
+        raise _refusal(known, source, unknown[0], plain)
     for name, of in found.copies.items():
         if not _equal(source, name, of):
-            raise UserError(f"{source.folder}: {name} differs from {of}, of which Megatron keeps one; they can't be converted together")
+            tied = f" ({known.config.where}: tie_word_embeddings = {str(known.tied).lower()})" if name == known.full("lm_head.weight") else ""
+            raise UserError(f"{source.folder}: {name} differs from {of}, of which Megatron keeps one{tied}; they can't be converted together")
     return found
+
+
+def _refusal(known: Known, source: HfSource, name: str, plain: str) -> UserError:
+    """By the field of config.json that contradicts the tensors, where one alone does; else what is plain."""
+    fields = culprits(known, source.shapes, name)
+    if not fields:
+        return UserError(plain)
+    told = " or ".join(f"{field} = {json.dumps(value)} ({json.dumps(other)} would fit)" for field, value, other in fields)
+    how = f"has the shape {list(source.shape(name))}" if name in source else "is missing"
+    return UserError(f"{known.config.where}: {told} contradicts the tensors: {name} {how}; correct config.json, or restore the folder from its origin")
 
 
 def _equal(source: HfSource, one: str, other: str) -> bool:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from miles.config.exits import UserError
+from miles.convert.contradictions import mtp_contradiction
 from miles.convert.hf_source import HfSource
 from miles.convert.model_files import source_mtp_layers
 from miles.models.maps.find import Known
@@ -48,7 +49,8 @@ class MtpLayers:
             return None
         if there or options.init_mtp is None:
             mend = f"ask for {there}" if there else "leave --mtp-num-layers out, or make them up with --init-mtp copy-last or random"
-            raise UserError(f"{hf.folder}: {options.mtp_layers} MTP layers asked for, the source has {there}; {mend}")
+            why = mtp_contradiction(self.known, hf.stored, there)
+            raise UserError(f"{hf.folder}: {options.mtp_layers} MTP layers asked for, the source has {there}{f' ({why})' if why else ''}; {mend}")
         return options.init_mtp
 
     def is_made(self, piece: Piece) -> bool:

@@ -18,6 +18,7 @@ from miles.convert.conversion import strip_rows
 from miles.convert.durable import copy_durable, write_durable
 from miles.convert.hf_source import HfSource
 from miles.convert.model_files import config_files
+from miles.convert.nan import NanWatch, nan_warnings
 from miles.convert.output import Output
 from miles.convert.progress import Progress
 from miles.convert.report import Report
@@ -26,39 +27,46 @@ from miles.convert.units import Rank, Units
 from miles.precision import fp8_blocks, int4_groups
 
 METHODS = ("fp8", "int4", "bf16")
-KEPT = ("embed_tokens", "lm_head", "norm", ".gate.", "router", "eh_proj", "indexer.weights_proj", "shared_expert_gate")
+# As the families' published FP8 checkpoints choose: the experts' routers and small projections are kept, and so is all that is not language.
+LINEAR = ("_proj.weight", "_proj_with_mqa.weight", ".w1.weight", ".w2.weight", ".w3.weight", ".wq_b.weight", ".wk.weight")
+KEPT = ("embed_tokens", "lm_head", "norm", ".gate.", "router", "eh_proj", "indexer.weights_proj", "shared_expert_gate", "vision_", "audio_", "multi_modal_")
 
 
 @dataclass(frozen=True)
 class Target:
-    """method: fp8, int4 or bf16. group: numbers that share a scale (int4). power_of_two: scales (fp8)."""
+    """method: fp8, int4 or bf16. group: numbers that share a scale (int4). power_of_two: scales (fp8). strict: refuse NaN also where it is kept."""
 
     method: str
     power_of_two: bool = False
     group: int = 32
+    strict: bool = False
 
 
 def quantize(source: str | Path, output: str | Path, target: Target, me: Rank | None = None, quiet: bool = True) -> Report:
     """Write a folder with the linear layers' weights in the target's form; embeddings, heads, norms and routers stay as they are.
 
-    One file for each of the source's, a strip of a matrix at a time in memory. UserError, one line, for what can't be.
+    One file for each of the source's, a strip of a matrix at a time in memory. UserError, one line, for what can't be: also for NaN and infinity
+    in a weight to be quantised, whose whole block or group would be lost.
     """
     me, hf = me or Rank(), HfSource(source)
     config = read_object(Path(source) / "config.json")
     if target.method not in METHODS:
         raise UserError(f"method {target.method!r} is not known; known: {', '.join(METHODS)}")
-    quantised = "quantization_config" in config or "compression_config" in config
+    described = "quantization_config" in config or "compression_config" in config
+    quantised = described or any(map(hf.quantised, hf.stored))
     if quantised != (target.method == "bf16"):
         mend = "choose --method fp8 or int4" if target.method == "bf16" else "convert it to bf16 first"
         raise UserError(f"{Path(source) / 'config.json'}: the model is {'already' if quantised else 'not'} quantised; {mend}")
-    if quantised:
+    if described:
         _check_readable(config, Path(source) / "config.json")
     work = _Work(Path(source), hf, target, config)
     units = Units(Path(output), work.fingerprint, work.names, work.write, lambda records: work.finish(Path(output), records))
     progress = Progress(hf.bytes, quiet or me.rank != 0)
-    resumed = units.run(me, progress)
-    progress.end()
-    return Report(str(output), len(hf.stored), hf.bytes, len(work.names), resumed)
+    try:
+        resumed = units.run(me, progress)
+    finally:
+        progress.end()
+    return Report(str(output), len(hf.stored), hf.bytes, len(work.names), resumed, work.warnings)
 
 
 class _Work:
@@ -66,6 +74,7 @@ class _Work:
 
     def __init__(self, source: Path, hf: HfSource, target: Target, config: dict[str, Any]) -> None:
         self.source, self.hf, self.target, self.config = source, hf, target, config
+        self.warnings: list[str] = []
         self.names = sorted({stored.file.name for stored in hf.stored.values()})
         self.made = {name: self._plan(name) for name in hf.stored}
         self.members = [[name for name in widest_first(self._first()) if hf.stored[name].file.name == file] for file in self.names]
@@ -77,19 +86,21 @@ class _Work:
 
     def write(self, i: int, file: Output) -> dict[str, Any]:
         """The header, from shapes alone, then strips of values."""
+        nan = NanWatch(self.source, self.target.strict)
         made = {given: tensor for name in self.members[i] for given, tensor in self.made[name].items()}
         file.write(header(made))
         for name in self.members[i]:
             if self.target.method == "bf16":
-                self._write_back(name, file)
+                self._write_back(name, file, nan)
             elif self._quantises(name):
                 self._write_codes(name, file)
             else:
-                self._write_same(name, file)
-        return {"tensors": list(made), "size": sum(size_of(tensor) for tensor in made.values())}
+                self._write_same(name, file, nan)
+        return {"tensors": list(made), "size": sum(size_of(tensor) for tensor in made.values()), "nan": sorted(nan.names)}
 
     def finish(self, output: Path, records: list[dict[str, Any]]) -> None:
         """Tokenizer, index, and the config last: without it the folder is no model."""
+        self.warnings += nan_warnings(records)
         for file in config_files(self.source):
             if file.name != "config.json":
                 copy_durable(file, output / file.name)
@@ -102,11 +113,11 @@ class _Work:
         write_durable(output / "config.json", json.dumps(config, indent=2).encode() + b"\n")
 
     def _described(self) -> dict[str, Any]:
+        kept = sorted(name.removesuffix(".weight") for name in self.hf.stored if name.endswith(".weight") and not self._quantises(name) and len(self.hf.shape(name)) == 2)
         if self.target.method == "fp8":
             found: dict[str, Any] = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [fp8_blocks.BLOCK] * 2}
-            return found | ({"scale_fmt": "ue8m0"} if self.target.power_of_two else {})
+            return found | ({"scale_fmt": "ue8m0"} if self.target.power_of_two else {}) | {"modules_to_not_convert": kept}
         weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": self.target.group, "dynamic": False, "actorder": None}
-        kept = sorted(name.removesuffix(".weight") for name in self.hf.stored if name.endswith(".weight") and not self._quantises(name) and len(self.hf.shape(name)) == 2)
         return {
             "quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed", "ignore": kept,
             "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}},
@@ -114,11 +125,9 @@ class _Work:
 
     def _quantises(self, name: str) -> bool:
         """Whether a tensor is the weight of a linear layer that is quantised."""
-        if not name.endswith("_proj.weight") and not name.endswith((".w1.weight", ".w2.weight", ".w3.weight", ".wq_b.weight", ".wk.weight")):
-            return False
         shape = self.hf.shape(name)
         fits = self.target.method != "int4" or shape[-1] % self.target.group == 0
-        return len(shape) == 2 and fits and not any(word in name for word in KEPT)
+        return name.endswith(LINEAR) and len(shape) == 2 and fits and not any(word in name for word in KEPT)
 
     def _first(self) -> dict[str, Wanted]:
         """The source's tensors, each with the first of those that it becomes; those that belong to another are left out."""
@@ -129,6 +138,8 @@ class _Work:
         shape, dtype = self.hf.shape(name), self.hf.stored[name].dtype
         if not shape:
             raise UserError(f"{self.source}: {name} is a single number, which no model of a known family has; remove it")
+        if self.hf.quantised(name) or self._quantises(name):
+            self.hf.check(name)
         if self.target.method == "bf16":
             if name.endswith("weight_packed"):
                 return {name.removesuffix("_packed"): (torch.bfloat16, self._unpacked(name))}
@@ -152,10 +163,12 @@ class _Work:
             raise UserError(f"{self.source}: {name} holds {list(shape)} numbers, {base}shape says {told} and {base}scale has {list(scales)}; restore the folder from its origin")
         return shape
 
-    def _write_same(self, name: str, file: Output) -> None:
+    def _write_same(self, name: str, file: Output, nan: NanWatch) -> None:
         ((dtype, shape),) = self.made[name].values()
         for first, last in _strips(shape[0], strip_rows(dtype, shape)):
-            self.hf.read(name, first, last, file.space(dtype, last - first, *shape[1:]))
+            strip = file.space(dtype, last - first, *shape[1:])
+            self.hf.read(name, first, last, strip)
+            nan.look(strip, name)
 
     def _write_codes(self, name: str, file: Output) -> None:
         shape, scales = self.hf.shape(name), []
@@ -163,21 +176,25 @@ class _Work:
             file.write(_bytes(torch.tensor(shape)))
         for first, last in _strips(shape[0], max(fp8_blocks.BLOCK, strip_rows(torch.float32, shape))):
             rows = self.hf.rows(name, first, last)
+            if not bool(rows.float().abs().max().isfinite()):
+                raise UserError(f"{self.source}: NaN or infinity in {name}, which a quantised block can't hold beside its neighbours; restore the source")
             fp8 = self.target.method == "fp8"
             codes, scale = fp8_blocks.quantize(rows, self.target.power_of_two) if fp8 else int4_groups.quantize(rows, self.target.group)
             file.write(_bytes(codes))
             scales.append(scale)
         file.write(_bytes(torch.cat(scales)))
 
-    def _write_back(self, name: str, file: Output) -> None:
+    def _write_back(self, name: str, file: Output, nan: NanWatch) -> None:
         if not name.endswith("weight_packed"):
-            self._write_same(name, file)
+            self._write_same(name, file, nan)
             return
         ((dtype, shape),) = self.made[name].values()
         scales = f"{name.removesuffix('packed')}scale"
         for first, last in _strips(shape[0], strip_rows(torch.float32, shape)):
             values = int4_groups.dequantize(self.hf.rows(name, first, last), self.hf.rows(scales, first, last))
-            file.space(dtype, last - first, shape[1]).copy_(values)
+            strip = file.space(dtype, last - first, shape[1])
+            strip.copy_(values)
+            nan.look(strip, name)
 
     def _is_scale(self, name: str) -> bool:
         return name.endswith(fp8_blocks.SCALE) or name.endswith(("weight_scale", "weight_shape"))

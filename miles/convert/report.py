@@ -15,3 +15,8 @@ class Report:
     files: int
     resumed_files: int = 0
     warnings: list[str] = field(default_factory=list)
+
+    @property
+    def warning_lines(self) -> list[str]:
+        """As a script prints them."""
+        return [f"warning: {line}" for line in self.warnings]

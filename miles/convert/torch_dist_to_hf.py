@@ -14,6 +14,7 @@ from miles.config.json_file import read_object
 from miles.convert.conversion import SOURCE, strip_rows
 from miles.convert.durable import copy_durable, write_durable
 from miles.convert.model_files import config_files
+from miles.convert.nan import NanWatch, nan_warnings
 from miles.convert.output import Output
 from miles.convert.progress import Progress
 from miles.convert.report import Report
@@ -29,29 +30,34 @@ FILES, SMALLEST_SHARD = 16, 1 << 30  # of a small model so many files, that all 
 Place = tuple[str, tuple[int, ...]]  # tensor of the checkpoint, index on its leading axes
 
 
-def torch_dist_to_hf(source: str | Path, output: str | Path, hf: str | Path | None = None, me: Rank | None = None, quiet: bool = True) -> Report:
+def torch_dist_to_hf(
+    source: str | Path, output: str | Path, hf: str | Path | None = None, me: Rank | None = None, quiet: bool = True, strict: bool = False
+) -> Report:
     """Write a Hugging Face folder. hf: a folder with the model's config.json and tokenizer (None: the one kept in the checkpoint).
 
-    MTP layers are written where the checkpoint has them. UserError, one line, where tensors are missing or of another shape.
+    strict: refuse NaN instead of warning. MTP layers are written where the checkpoint has them. UserError, one line, where tensors are missing or of another shape.
     """
     me, dist = me or Rank(), TorchDistSource(source)
     folder = Path(hf) if hf is not None else dist.folder / "hf"
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: config.json is missing; give the model's Hugging Face folder with --hf")
-    work = Export(known_folder(folder), dist, folder)
+    work = Export(known_folder(folder), dist, folder, strict)
     out = Path(output)
-    units = Units(out, work.fingerprint, work.names, work.write, lambda records: work.finish(out))
+    units = Units(out, work.fingerprint, work.names, work.write, lambda records: work.finish(out, records))
     progress = Progress(work.bytes, quiet or me.rank != 0)
-    resumed = units.run(me, progress)
-    progress.end()
-    return Report(str(out), len(work.tensors), work.bytes, len(work.names), resumed)
+    try:
+        resumed = units.run(me, progress)
+    finally:
+        progress.end()
+    return Report(str(out), len(work.tensors), work.bytes, len(work.names), resumed, work.warnings)
 
 
 class Export:
     """The plan: which files hold which tensors, and which pieces of the checkpoint a tensor comes from."""
 
-    def __init__(self, known: Known, dist: TorchDistSource, folder: Path) -> None:
-        self.known, self.dist, self.folder = known, dist, folder
+    def __init__(self, known: Known, dist: TorchDistSource, folder: Path, strict: bool = False) -> None:
+        self.known, self.dist, self.folder, self.strict = known, dist, folder, strict
+        self.warnings: list[str] = []
         self.origin = read_object(dist.folder / SOURCE) if (dist.folder / SOURCE).is_file() else {}
         mtp = 0
         while f"mtp.layers.{mtp}.eh_proj.weight" in dist:
@@ -76,19 +82,21 @@ class Export:
     def fingerprint(self) -> str:
         """Of all that decides the files' content."""
         stat = (self.dist.folder / ".metadata").stat()
-        told = [self.known.config.fields, str(self.dist.folder), stat.st_size, stat.st_mtime_ns, self.origin, self.names]
+        told = [self.known.config.fields, str(self.dist.folder), stat.st_size, stat.st_mtime_ns, self.origin, self.names, self.strict]
         return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
 
     def write(self, i: int, file: Output) -> dict[str, Any]:
-        """One safetensors file, in strips."""
+        """One safetensors file, in strips; returns the tensors with NaN in them."""
+        nan = NanWatch(self.dist.folder, self.strict)
         members = {name: self.tensors[name] for name in self.files[i]}
         file.write(header({name: members[name] for name in widest_first(members)}))
         for name in widest_first(members):
-            self._write_tensor(name, file)
-        return {}
+            self._write_tensor(name, file, nan)
+        return {"nan": sorted(nan.names)}
 
-    def finish(self, out: Path) -> None:
+    def finish(self, out: Path, records: list[dict[str, Any]]) -> None:
         """Tokenizer, index, and the config last: without it the folder is no model."""
+        self.warnings += nan_warnings(records)
         for file in config_files(self.folder):
             if file.name != "config.json":
                 copy_durable(file, out / file.name)
@@ -124,7 +132,7 @@ class Export:
             size += size_of(tensor)
         return files
 
-    def _write_tensor(self, name: str, file: Output) -> None:
+    def _write_tensor(self, name: str, file: Output, nan: NanWatch) -> None:
         dtype, shape = self.tensors[name]
         turned = self._turned(name)
         inner = shape[1:] if turned else shape  # a matrix for each expert, or the tensor itself
@@ -132,7 +140,9 @@ class Export:
         for expert in range(shape[0]) if turned else (None,):
             for first in range(0, inner[0], step):
                 last = min(inner[0], first + step)
-                self._part(name, expert, first, last, file.space(dtype, last - first, *inner[1:]))
+                strip = file.space(dtype, last - first, *inner[1:])
+                self._part(name, expert, first, last, strip)
+                nan.look(strip, name)
 
     def rows(self, name: str, first: int, last: int) -> torch.Tensor:
         """Rows of a Hugging Face tensor, put together from the checkpoint."""

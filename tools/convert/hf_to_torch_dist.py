@@ -52,7 +52,7 @@ def main() -> int:
     report = hf_to_torch_dist(given.hf, given.output, chosen, here(given.workers), quiet=False)
     resumed = f" ({report.resumed_files} were there already)" if report.resumed_files else ""
     done = f"{report.output}: {report.tensors} tensors, {size(report.bytes)} in {report.files} files{resumed}"
-    say(vars(report), [*(f"warning: {line}" for line in report.warnings), done], given.json)
+    say(vars(report), [*report.warning_lines, done], given.json)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Quantise a Hugging Face folder, or turn a quantised one back into bf16. No GPU, one matrix in memory at a time.
+"""Quantise a Hugging Face folder, or turn a quantised one back into bf16. No GPU, a strip of a matrix in memory at a time.
 
 examples:
   python tools/convert/quantize.py models/Qwen3-30B-A3B models/Qwen3-30B-A3B-FP8 --method fp8
@@ -22,13 +22,14 @@ def main() -> int:
     options.add_argument("--method", required=True, choices=["fp8", "int4", "bf16"], help="what to write")
     options.add_argument("--power-of-two", action="store_true", help="FP8 scales rounded up to powers of two (ue8m0)")
     options.add_argument("--group-size", type=int, default=32, metavar="N", help="numbers of a row that share an INT4 scale (default 32)")
+    options.add_argument("--strict", action="store_true", help="refuse NaN also in what stays as it is, and in bf16, instead of warning")
     options.add_argument("--workers", type=int, default=4, metavar="N", help="threads of this process (default 4)")
     given = options.parse_args()
     from miles.convert.quantize import Target, quantize
     from miles.convert.units import here
 
-    report = quantize(given.source, given.output, Target(given.method, given.power_of_two, given.group_size), here(given.workers), quiet=False)
-    say(vars(report), [f"{report.output}: {report.tensors} tensors read, {report.files} files written"], given.json)
+    report = quantize(given.source, given.output, Target(given.method, given.power_of_two, given.group_size, given.strict), here(given.workers), quiet=False)
+    say(vars(report), [*report.warning_lines, f"{report.output}: {report.tensors} tensors read, {report.files} files written"], given.json)
     return 0
 
 

@@ -19,13 +19,14 @@ def main() -> int:
     options.add_argument("--torch-dist", required=True, metavar="FOLDER", help="the checkpoint, or the folder with its tracker file")
     options.add_argument("--output", required=True, metavar="FOLDER", help="new folder, or one with an unfinished conversion of the same source")
     options.add_argument("--hf", metavar="FOLDER", help="folder with the model's config.json and tokenizer (default: those kept in the checkpoint)")
+    options.add_argument("--strict", action="store_true", help="refuse NaN instead of warning")
     options.add_argument("--workers", type=int, default=4, metavar="N", help="threads of this process (default 4)")
     given = options.parse_args()
     from miles.convert.torch_dist_to_hf import torch_dist_to_hf
     from miles.convert.units import here
 
-    report = torch_dist_to_hf(given.torch_dist, given.output, given.hf, here(given.workers), quiet=False)
-    say(vars(report), [f"{report.output}: {report.tensors} tensors, {size(report.bytes)} in {report.files} files"], given.json)
+    report = torch_dist_to_hf(given.torch_dist, given.output, given.hf, here(given.workers), quiet=False, strict=given.strict)
+    say(vars(report), [*report.warning_lines, f"{report.output}: {report.tensors} tensors, {size(report.bytes)} in {report.files} files"], given.json)
     return 0
 
 

@@ -54,22 +54,32 @@ def padded_vocabulary(vocabulary: int, divisible_by: int, tensor_parallel: int) 
 
 def pieces(known: Known, *, mtp_layers: int = 0, rows: int | None = None) -> Iterator[Piece]:
     """All pieces, embedding first. rows: of the embedding and the output layer with their padding (None: the vocabulary)."""
-    config, family, vocabulary = known.config, known.family, known.config.number("vocab_size")
-    rows = rows or vocabulary
+    config, family = known.config, known.family
     uniform = family.uniform(config)
-    yield _padded(known, EMBEDDING, "model.embed_tokens.weight", rows)
+    embedding, *others = whole_tensors(known, rows)
+    yield embedding
     for i in range(config.layers):
         for entry in family.layer(config, i):
             yield _of_layer(known, entry, i, uniform)
-    for entry in family.top(config):
-        yield Piece(entry.name, (), (), entry.shape, tuple(replace(block, name=known.full(block.name)) for block in entry.blocks), entry.dtype)
+    output = others.pop() if not known.tied else None
+    yield from others
     for i in range(mtp_layers):
         for entry in mtp_layer(known, i):
             lead, axes = ((entry.expert or 0,), (entry.experts,)) if entry.experts else ((), ())
             blocks = _named(entry.blocks, known.full(f"model.layers.{config.layers + i}."))
             yield Piece(f"mtp.layers.{i}.{entry.name}", lead, axes, entry.shape, blocks, entry.dtype)
-    if not known.tied:
-        yield _padded(known, OUTPUT, "lm_head.weight", rows)
+    if output is not None:
+        yield output
+
+
+def whole_tensors(known: Known, rows: int | None = None) -> list[Piece]:
+    """Tensors that belong to no layer: embedding, norm and the like, and last the output layer where there is one. rows: as for pieces."""
+    config = known.config
+    rows = rows or config.number("vocab_size")
+    found = [_padded(known, EMBEDDING, "model.embed_tokens.weight", rows)]
+    for entry in known.family.top(config):
+        found.append(Piece(entry.name, (), (), entry.shape, tuple(replace(block, name=known.full(block.name)) for block in entry.blocks), entry.dtype))
+    return found if known.tied else [*found, _padded(known, OUTPUT, "lm_head.weight", rows)]
 
 
 def mtp_layer(known: Known, i: int) -> list[Entry]:
