@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import socket
 import struct
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import inputs
@@ -14,7 +13,7 @@ from inputs import MODEL, ROWS, Case, replace
 
 from miles.config.compose import dump_config, load_config
 
-AT_ONCE = 3
+AT_ONCE = 2
 RUN = "run recipe --run-dir here"
 
 
@@ -184,20 +183,17 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def done(request: pytest.FixtureRequest, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory):
-    """Every chosen case, a few at a time: what the command said, and the folder before and after."""
+    """Every chosen case, two at a time: what the command said, and the folder before and after."""
     top = tmp_path_factory.mktemp("refused")
     chosen = [item.callspec.params["case"] for item in request.session.items if getattr(item, "callspec", None) and "case" in item.callspec.params and item.path == request.path]
 
-    def run(number: int, case: Case):
-        folder = top / f"{number:03d}"
+    folders, before = [top / f"{number:03d}" for number in range(len(chosen))], []
+    for folder, case in zip(folders, chosen, strict=True):
         inputs.prepare(folder, tiny_model)
         case.make(folder)
-        before = inputs.tree(folder)
-        result = inputs.submit(folder, case.words)
-        return result, before, inputs.tree(folder)
-
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        return dict(zip((case.name for case in chosen), pool.map(run, range(len(chosen)), chosen), strict=True))
+        before.append(inputs.tree(folder))
+    results = inputs.submit_all([(folder, case.command) for folder, case in zip(folders, chosen, strict=True)], AT_ONCE)
+    return {case.name: (result, known, inputs.tree(folder)) for case, result, known, folder in zip(chosen, results, before, folders, strict=True)}
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])

@@ -1,4 +1,7 @@
-"""Faults that only the processes of a run can see: every process ends, the launcher says one line, exit code 78."""
+"""Faults that only the processes of a run can see: every process ends, the launcher says one line, exit code 78.
+
+A case of each way: what a worker, an engine or a trainer finds. What else a worker can find is in tests/rollout/test_faults.py.
+"""
 
 from __future__ import annotations
 
@@ -49,11 +52,6 @@ def no_tokenizer(folder: Path) -> None:
 
 CASES = [
     Case("reward raises", f"{OWN}raises", ["reward own_functions.raises, draw ", ": KeyError: 'no such\\nanswer'"]),
-    Case("reward returns too few", f"{OWN}one_too_few", ["reward own_functions.one_too_few, draw ", "returned 3 entries for a group of 4 samples; return one reward a sample"]),
-    Case("reward is not a number", f"{OWN}nan", ["reward own_functions.nan, draw ", "returned nan for sample 0; a reward is a finite number"]),
-    Case("filter answers a number", "rollout.filter_path=own_functions.answers_a_number", ["rollout.filter_path own_functions.answers_a_number, draw ", "TypeError: a filter answers True, False or a reason, not int"]),
-    Case("generate function raises", "rollout.generate_path=own_functions.generate", ["generate own_functions.generate, draw ", "ZeroDivisionError: division by zero"]),
-    Case("prompt too long", "rollout.sampling.max_prompt_len=12", ["data, draw 2: the prompt has ", "more than rollout.sampling.max_prompt_len 12; raise it, or remove the row ('12345678901234567890"], row(3, "1234567890" * 5)),
     Case("prompt longer than the engine takes", "", ["draw 2: the engine refuses the request: ", "lower max_response_len of its sampling section, or shorten the prompt"], row(3, "1234567890" * 60)),
     Case("model.build raises", "model.build=own_functions.build model.hf_checkpoint=null", ["model.build: own_functions.build raised OSError: the mirror is down"]),
     Case("tokenizer is none", "", ["tokenizer.json: not a tokenizer ("], no_tokenizer),

@@ -14,6 +14,7 @@ from jobs import REPOSITORY, SHORT, miles, with_path
 from miles.data.store.files import read_json
 from miles.data.store.run_dir import RunDir
 from miles.slurm.minicluster import Cluster
+from miles.slurm.records import submitted
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +25,7 @@ def slurm() -> Iterator[Cluster]:
 
 @pytest.mark.parametrize("name", ["colocated", "split", "heterogeneous"])
 def test_a_template_runs_by_hand(slurm: Cluster, tmp_path: Path, name: str) -> None:
-    """`render`, then `sbatch sbatch/NAME.sbatch` from the folder above: without miles-submit from there on, and without job.json."""
+    """`render`, then `sbatch sbatch/NAME.sbatch` from the folder above: without miles-submit from there on. The job is the run's all the same."""
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
     (tmp_path / ".venv" / "bin" / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
     (tmp_path / ".venv" / "bin" / "python").chmod(0o755)
@@ -36,4 +37,7 @@ def test_a_template_runs_by_hand(slurm: Cluster, tmp_path: Path, name: str) -> N
         assert time.monotonic() < deadline, (run.path / "slurm" / f"{job}.log").read_text()
         time.sleep(0.5)
     assert read_json(run.latest / "exit.json")["code"] == 0, (run.path / "slurm" / f"{job}.log").read_text()
-    assert not (run.path / "slurm" / "job.json").exists()
+    (entry,) = submitted(run)
+    groups = ["train", "rollout"] if name == "heterogeneous" else ["all"]
+    assert (entry["job_id"], entry["groups"], entry["output"], entry["run_dir"]) == (int(job), groups, f"{run.path}/slurm/{job}.log", str(run.path))
+    assert f"job: {job} completed" in miles(slurm, "status", str(run.path), cwd=tmp_path).stdout

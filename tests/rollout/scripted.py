@@ -55,6 +55,10 @@ def keep_none(group: list[Sample]) -> bool:
     return False
 
 
+def keep_by_number(group: list[Sample]) -> int:
+    return 1
+
+
 def keep_wrongly(group: list[Sample]) -> bool:
     raise LookupError("filter broke")
 
@@ -75,6 +79,10 @@ def reward_raises(samples: list[Sample], context: RewardContext) -> list[float]:
 
 def reward_short(samples: list[Sample], context: RewardContext) -> list[float]:
     return [1.0]
+
+
+def reward_nan(samples: list[Sample], context: RewardContext) -> list[float]:
+    return [float("nan")] * len(samples)
 
 
 def reward_slow(samples: list[Sample], context: RewardContext) -> list[float]:
