@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 from typing import Any
 
-from miles.config.exits import AGAIN, WRONG, UserError, full, no_room
+from miles.config.exits import UserError, full, no_room
 from miles.data.store.run_dir import RunDir
 from miles.report.summary import Summary, duration
 from miles.slurm import queue, records
@@ -14,11 +14,6 @@ from miles.slurm.own_jobs import state_of
 from miles.slurm.states import FORGOTTEN, ComponentState, JobState
 
 SAID = ("finished", "stopped", "failed")  # by exit.json of the newest attempt
-ENDINGS = {  # of a run's job, by its exit code
-    AGAIN: "the run goes on in another job, or its attempts brought nothing new",
-    WRONG: "the configuration or the input is wrong",
-    130: "stopped by miles-submit cancel",
-}
 
 
 def with_jobs(run: RunDir, summary: Summary, jobs: list[JobState]) -> Summary:
@@ -61,9 +56,8 @@ def _group(each: ComponentState) -> str:
 
 def job_words(state: JobState) -> str:
     """One job in words: its state, where, why not yet or how it ended, how often requeued, and how long it has or has to wait."""
-    meant = ENDINGS.get(state.exit_code or 0) if state.state == "FAILED" else None  # Slurm calls every exit code but 0 a failure
-    reason = meant or state.reason
-    text = f"{state.job_id} {'ended' if meant else state.state.lower().replace('_', ' ')}"
+    reason = state.meant or state.reason
+    text = f"{state.job_id} {'ended' if state.meant else state.state.lower().replace('_', ' ')}"
     text += f" on {state.nodes}" if state.nodes and not state.over else ""
     text += f" ({reason})" if reason else ""
     text += f", requeued {state.restarts} time{'s' if state.restarts > 1 else ''}" if state.restarts else ""

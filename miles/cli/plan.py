@@ -68,7 +68,7 @@ def _ask(config: RunConfig, run: RunDir, submissions: list[Submission]) -> tuple
         if each.script not in starts and not any(finding.level == "error" for finding in found):
             starts[each.script], taken = start.estimate(each)
             if not taken:
-                found.append(Finding("error", "sbatch --test-only", starts[each.script], "mend cluster.groups, or ask the cluster's operators"))
+                found.append(start.refusal(each, config, starts[each.script]))
     return found, [starts.get(each.script, NOT_CHECKED) for each in submissions]
 
 

@@ -57,8 +57,8 @@ def refuse_in_use(run: RunDir) -> None:
 
 def opinion(config: RunConfig, run: RunDir) -> list[Finding]:
     """An error for each batch script that sbatch itself would not take."""
-    said = [start.estimate(each) for each in {each.script: each for each in prepare(config, run)}.values()]
-    return [Finding("error", "sbatch --test-only", words, "mend cluster.groups, or ask the cluster's operators") for words, taken in said if not taken]
+    said = [(each, *start.estimate(each)) for each in {each.script: each for each in prepare(config, run)}.values()]
+    return [start.refusal(each, config, words) for each, words, taken in said if not taken]
 
 
 def submit_run(run: RunDir, config: RunConfig, console: Console) -> Callable[[], int]:

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from miles.config.raw_options import SBATCH, SRUN, check_options, check_setup, check_variables
+from miles.config.raw_options import SBATCH, SRUN, check_mounts, check_options, check_setup, check_variables
 from miles.config.section import Section
 from miles.config.units import minutes_of
 
@@ -63,6 +63,12 @@ class Group(Section):
     @classmethod
     def _setup(cls, value: list[str]) -> list[str]:
         check_setup(value)
+        return value
+
+    @field_validator("container_mounts")
+    @classmethod
+    def _mounts(cls, value: list[str]) -> list[str]:
+        check_mounts(value)
         return value
 
     @field_validator("sbatch")

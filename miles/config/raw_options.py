@@ -9,6 +9,7 @@ from pydantic_core import PydanticCustomError
 
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 OPTION = re.compile(r"[A-Za-z][A-Za-z0-9-]*")
+MOUNT = re.compile(r"[^:,]+:[^:,]+(:[a-z]+(\+[a-z]+)*)?")
 TASKS = "there is one task a node, the supervisor of its processes (cluster.groups.*.cpus_per_task is what it gets)"
 LOG = "miles finds a job's output where it put it, RUN/slurm"
 REQUEUE = "set cluster.slurm.requeue"
@@ -85,6 +86,13 @@ def check_setup(lines: Iterable[str]) -> None:
     for number, line in enumerate(lines, 1):
         if "\0" in line:
             raise refuse(f"line {number} holds a NUL; remove it")
+
+
+def check_mounts(mounts: Iterable[str]) -> None:
+    """Raises for what pyxis, which is given all mounts in one word, would divide otherwise than it was written."""
+    for mount in mounts:
+        if MOUNT.fullmatch(mount) is None:
+            raise refuse(f"{mount!r} is not FROM:TO or FROM:TO:FLAGS; no path may hold a comma or a colon: give a mount an entry of its own, and a folder with such a name another one, or a link")
 
 
 def check_name(name: str) -> None:

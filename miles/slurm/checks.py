@@ -50,6 +50,8 @@ def files(config: RunConfig, run: RunDir) -> Iterator[Finding]:
         image = group.ask.container_image
         if image and (image.startswith(("/", ".")) or image.endswith(IMAGE_FILES)) and not Path(image).exists():
             yield Finding("error", f"cluster.groups.{group.name}.container_image", f"{image}: no such file", "import it first (docs/slurm.md), or name an image of a registry")
+        if image and (sign := next((sign for sign in str(run.path) if sign in ":,"), None)) is not None:
+            yield Finding("error", "--run-dir", f"{run.path} holds {sign!r}, which divides container mounts (group {group.name} has an image)", "choose another --run-dir")
 
 
 def in_use(run: RunDir) -> Iterator[Finding]:

@@ -6,11 +6,16 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from miles.config.exits import UserError
+from miles.config.exits import AGAIN, WRONG, UserError
 from miles.slurm import queue
 from miles.slurm.command import TIMEOUT_SECONDS, slurm_command
 
 FORGOTTEN = "FORGOTTEN"
+ENDINGS = {  # of a run's job, by its exit code
+    AGAIN: "the run goes on in another job, or its attempts brought nothing new",
+    WRONG: "the configuration or the input is wrong",
+    130: "stopped by miles-submit cancel",
+}
 ALIVE = ("PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "STOPPED", "COMPLETING", "STAGE_OUT", "SIGNALING", "RESIZING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD", "REVOKED")
 WORDS = {
     "Resources": "waits for enough free nodes",
@@ -76,6 +81,11 @@ class JobState:
     def over(self) -> bool:
         """Whether nothing more will come of it."""
         return self.state not in ALIVE
+
+    @property
+    def meant(self) -> str:
+        """What a run's own exit code says, since Slurm calls every code but 0 a failure; empty where it says nothing more than Slurm does."""
+        return ENDINGS.get(self.exit_code or 0, "") if self.state == "FAILED" else ""
 
 
 @dataclass(frozen=True)

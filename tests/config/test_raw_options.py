@@ -36,6 +36,11 @@ def test_a_value_that_no_environment_holds(tmp_path: Path) -> None:
     assert said(tmp_path, f"{GROUP}.setup", ["true", "x\0y"]) == "line 2 holds a NUL; remove it"
 
 
+def test_mounts_are_paths_that_pyxis_does_not_divide(tmp_path: Path) -> None:
+    for mount in ("/a,b:/c", "/a:b:/c", "/a", "/a:", "/a:/b:RO", "/a:/b,/c:/d"):
+        assert said(tmp_path, f"{GROUP}.container_mounts", ["/data:/data:ro+rprivate", mount]).startswith(f"'{mount}' is not FROM:TO or FROM:TO:FLAGS; no path may hold a comma or a colon: ")
+
+
 @pytest.mark.parametrize(
     ("kind", "option", "mend"),
     [

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import shared
 import whole_runs as runs
+from clusters import cluster_or_skip
 from jobs import HET, Job, command
 
 from miles.data.store.journal import read_journal
@@ -40,6 +41,19 @@ HALTED = {"generate": ["worker.0"], "train": ["trainer.0", "trainer.1"], "sync":
 VICTIMS = ("trainer", "orchestrator", "service", "engine", "train-node", "rollout-node", "job")
 GONE = ("orchestrator", "job")  # nothing is left that could go on: a person resumes the run
 CELLS = {f"{victim}:{phase}": (victim, phase) for victim in VICTIMS for phase in UNDER_WAY}
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    """Two nodes of each kind, of which a run takes one."""
+    with cluster_or_skip(nodes=NODES) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that all cells must equal."""
+    return calm_run(tmp_path_factory.mktemp("calm") / "run")
 
 
 def chosen(patterns: str = "", share: str = "") -> list[str]:

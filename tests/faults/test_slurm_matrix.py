@@ -9,36 +9,23 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import matrix
 import pytest
 import shared
-from clusters import cluster_or_skip
 
 from miles.slurm.minicluster import Cluster
 
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
-    """Two nodes of each kind, of which a run takes one."""
-    with cluster_or_skip(nodes=matrix.NODES) as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def undisturbed_here(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run that all must equal."""
-    return matrix.calm_run(tmp_path_factory.mktemp("calm") / "run")
+cluster, calm = matrix.cluster, matrix.calm  # fixtures
 
 
 @pytest.mark.parametrize("name", matrix.chosen(os.environ.get("CELLS", ""), os.environ.get("SHARD", "")))
-def test_cell(cluster: Cluster, undisturbed_here: Path, tmp_path: Path, name: str) -> None:
+def test_cell(cluster: Cluster, calm: Path, tmp_path: Path, name: str) -> None:
     """The run finishes with the bits of the undisturbed one, makes and trains on every sample once, and leaves no process and no node behind."""
     began, found = time.monotonic(), {}
     try:
-        found = matrix.cell(cluster, undisturbed_here, tmp_path, *matrix.CELLS[name])
+        found = matrix.cell(cluster, calm, tmp_path, *matrix.CELLS[name])
     finally:
         told = {"cell": name, "verdict": "passed" if found else "FAILED", "seconds": round(time.monotonic() - began, 1), **found}
         shared.say(f"cell {name}: {told['verdict']} after {told['seconds']:.0f} s" + (f", {found['after_kill']:.0f} s after the kill, {found['attempts']} attempts" if found else ""))

@@ -105,7 +105,7 @@ def node_work(case: str) -> dict[str, Any]:
     """Body of a component as miles.slurm.srun starts it: an outcome of this node."""
     component, node = os.environ["MILES_COMPONENT"], int(os.environ["MILES_NODE"])
     outcome = {"code": 0, "role": component, "rank": node, "reason": "finished", "host": os.environ["MILES_HOST"], "gpus": os.environ.get("CUDA_VISIBLE_DEVICES")}
-    if component != "train" or case in ("ends", "architecture"):
+    if component != "train" or case in ("ends", "architecture", "setup"):
         return outcome
     if case == "fails" and node == 1:
         return {**outcome, "code": 1, "reason": "the trainer broke"}

@@ -63,6 +63,28 @@ def test_refused_by_name(here: Cluster, tmp_path: Path, monkeypatch: pytest.Monk
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("cluster.groups.rollout.mem=9000G", "cluster.groups.rollout.mem: sbatch --test-only: Requested node configuration is not available; mend it, or ask the cluster's operators"),
+        ("cluster.groups.train.cpus_per_task=999", "cluster.groups.train.cpus_per_task: sbatch --test-only: Requested node configuration is not available; mend it, or ask the cluster's operators"),
+        ("cluster.groups.train.reservation=nothing", "cluster.groups.train.reservation: sbatch --test-only: Requested reservation is invalid; mend it, or ask the cluster's operators"),
+        ("cluster.groups.rollout.sbatch.nonsense=1", "cluster.groups.rollout.sbatch.nonsense: sbatch --test-only: unrecognized option '--nonsense=1'; mend it, or ask the cluster's operators"),
+    ],
+)  # fmt: skip
+def test_what_slurm_alone_refuses_has_its_key(here: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], override: str, line: str) -> None:
+    assert command(monkeypatch, ["miles-submit", "run", "recipes/tiny", *HET, override, "--run-dir", str(tmp_path / "run")]) == WRONG
+    assert capsys.readouterr().err == f"miles-submit: {line}\n"
+    assert not (tmp_path / "run").exists()
+
+
+def test_paths_that_pyxis_would_read_otherwise(here: Cluster, tmp_path: Path) -> None:
+    run = config("cluster.groups.train.container_image=registry#image")
+    (line,) = errors(run, tmp_path / "a,b")
+    assert line == f"--run-dir: {tmp_path}/a,b holds ',', which divides container mounts (group train has an image); choose another --run-dir"
+    assert errors(run, tmp_path / "ab") == []
+
+
 def test_nothing_is_wrong(here: Cluster, tmp_path: Path) -> None:
     run = config("train.num_nodes=4", "rollout.num_gpus=32")
     assert errors(run, tmp_path / "run") == []

@@ -100,6 +100,13 @@ def test_states_of_the_job(state: str, cause: str) -> None:
     assert diagnose(seen)[0].cause == cause
 
 
+def test_exit_codes_of_a_run_are_in_words() -> None:
+    """As `status` has them: Slurm calls a run that was cancelled failed."""
+    seen = replace(DEAD, attempts=(), jobs=(job("FAILED", code=130),), cancelled=frozenset({7}))
+    told = [line.text for found in diagnose(seen) for line in found.evidence if line.where == "Slurm, job 7"]
+    assert told[:1] == ["ended (exit code 130): stopped by miles-submit cancel"]
+
+
 def test_slurms_line_names_the_node_that_failed() -> None:
     """As a node left it that came back at once: its state says nothing any longer."""
     line = Line("attempts/000001/submitit/rollout/7_srun.err:2", "srun: error: Node failure on infer0")

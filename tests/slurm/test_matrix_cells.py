@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from clusters import cluster_or_skip
 
 from miles.slurm.minicluster import Cluster
 
@@ -16,18 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "faults"))
 
 import matrix
 
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
-    """Two nodes of each kind, of which a run takes one."""
-    with cluster_or_skip(nodes=matrix.NODES) as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def calm(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run that both must equal."""
-    return matrix.calm_run(tmp_path_factory.mktemp("calm") / "run")
+cluster, calm = matrix.cluster, matrix.calm  # fixtures
 
 
 @pytest.mark.parametrize("name", ["trainer:sync", "orchestrator:sync"])

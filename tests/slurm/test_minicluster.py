@@ -243,7 +243,7 @@ def test_blocks_with_what_is_left_over() -> None:
 def test_tasks_of_24_11_have_this_python(slurm24: Cluster) -> None:
     """Its daemons use libraries of their own, down to the C library; a task must not see them."""
     code = "import sys, torch; print(sys.executable, torch.ones(2).sum().item(), 'slurm-24' in open('/proc/self/maps').read())"
-    assert slurm24.run(["srun", "-p", "cpu", sys.executable, "-c", code]).stdout.split() == [sys.executable, "2.0", "False"]
+    assert slurm24.run(["srun", "-p", "cpu", sys.executable, "-c", code], timeout=300).stdout.split() == [sys.executable, "2.0", "False"]
 
 
 def test_folder_of_somebody_else_is_left_alone(tmp_path: Path) -> None:

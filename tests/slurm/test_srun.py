@@ -25,7 +25,7 @@ from miles.slurm.srun import SrunRunner, Step
 case, folder = sys.argv[1], Path(sys.argv[2])
 runner = SrunRunner(folder / "submitit")
 train = runner.submit("train", "payloads.node_work", case, step=Step(0, 0, 2, options={"gres": "gpu:gb300:1"}, python=PYTHON))
-rollout = runner.submit("rollout", "payloads.node_work", case, step=Step(1, 1, 1, architecture=ARCHITECTURE.get(case)))
+rollout = runner.submit("rollout", "payloads.node_work", case, step=Step(1, 1, 1, architecture=ARCHITECTURE.get(case), setup=SETUP.get(case, ())))
 loaded = sorted({"submitit", "pydantic", "numpy", "torch"} & set(sys.modules))
 began = time.monotonic()
 while case in ("terminated", "silent") and "Job completed" not in (rollout.log(0).read_text() if rollout.log(0).exists() else ""):
@@ -48,7 +48,7 @@ SCRIPT = """#!/bin/bash
 #SBATCH --partition=h200 --nodes=2 --ntasks-per-node=1
 exec {python} {folder}/batch.py {case} {folder}
 """
-CASES = ("ends", "fails", "echoes", "killed", "exits", "terminated", "silent", "architecture", "python")
+CASES = ("ends", "fails", "echoes", "killed", "exits", "terminated", "silent", "architecture", "python", "setup")
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def told(slurm: Cluster, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     for case in CASES:
         folder = folders[case] = tmp_path_factory.mktemp(case)
         python = f"({sys.executable!r},)" if case != "python" else "('/no/such/python',)"
-        (folder / "batch.py").write_text(BATCH.replace("PYTHON", python).replace("ARCHITECTURE", repr({"architecture": "sparc"})))
+        (folder / "batch.py").write_text(BATCH.replace("PYTHON", python).replace("ARCHITECTURE", repr({"architecture": "sparc"})).replace("SETUP", repr({"setup": ("true", "no-such-module load cuda")})))
         env = slurm.env() | {"PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), str(HERE), os.environ.get("PYTHONPATH", "")])}
         jobs[case] = slurm.run(["sbatch", "--parsable"], input=SCRIPT.format(folder=folder, case=case, python=sys.executable), env=env).stdout.strip()
     deadline = time.monotonic() + 180
@@ -136,6 +136,13 @@ def test_an_interpreter_that_is_not_there(told: dict[str, Any]) -> None:
     assert seen["code"] == 78
     assert "/no/such/python" in seen["reason"]
     assert "look at the group's python and container_image" in seen["reason"]
+
+
+def test_a_setup_line_that_fails(told: dict[str, Any]) -> None:
+    seen = told["setup"]["rollout"]
+    assert (seen["code"], seen["role"], seen["rank"]) == (78, "rollout", 0)
+    line = "line 2 of the group's setup ended with exit code 127: no-such-module load cuda"
+    assert seen["reason"] == f"component rollout didn't start on {seen['node']}: {line}; mend that line of its group's setup"
 
 
 class _Hostile:

@@ -27,7 +27,8 @@ def _slurm(seen: Evidence, about: str = "") -> Line:
     job = seen.job
     assert job is not None
     code = f" (exit code {job.exit_code})" if job.exit_code else ""
-    return Line(f"Slurm, job {job.job_id}", about or f"{job.state.lower().replace('_', ' ')}{code}{': ' + job.reason if job.reason else ''}")
+    state, reason = ("ended" if job.meant else job.state.lower().replace("_", " ")), job.meant or job.reason
+    return Line(f"Slurm, job {job.job_id}", about or f"{state}{code}{': ' + reason if reason else ''}")
 
 
 def _node(seen: Evidence) -> str | None:

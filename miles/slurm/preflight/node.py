@@ -6,7 +6,7 @@ import os
 import platform
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -118,26 +118,30 @@ def tcp(told: Plan, hub: Guest, name: str) -> Verdict:
     if len(told.nodes) == 1:
         return not_checked("there is no other node")
     rates: dict[str, float | None] = {}
-    me, why = told.nodes.index(name), ""
-    for number, pairs in enumerate(rounds(len(told.nodes), told.rounds)):
-        other = partner(pairs, me)
-        if other is not None and me < other:
-            peer = told.nodes[other]
-            rate: float | None = None
-            address = hub.word(f"sink/{peer}", time.monotonic() + 1.0)
-            if address is None:
-                continue  # it never came this far: its own report, or the lack of one, says why
-            host, port = str(address[0]), int(address[1])
-            try:
-                rate = network.send(host, port, told.megabytes)
-            except OSError as error:
-                why = f"{peer} at {host}: {error.strerror or error}"
-            rates[peer] = rate
-        hub.together(f"round{number}", name, len(told.nodes), time.monotonic() + told.seconds)
+    why = ""
+    for _, me, other in meetings(hub, told.nodes, name, "round", told.rounds, told.seconds):
+        peer = told.nodes[other]
+        if me > other or (address := hub.word(f"sink/{peer}", time.monotonic() + 1.0)) is None:
+            continue  # the latter never came this far: its own report, or the lack of one, says why
+        host, port = str(address[0]), int(address[1])
+        rates[peer] = None
+        try:
+            rates[peer] = network.send(host, port, told.megabytes)
+        except OSError as error:
+            why = f"{peer} at {host}: {error.strerror or error}"
     if why:
         return {**ok(f"not reached: {why}"), "rates": rates}
     known = [rate for rate in rates.values() if rate is not None]
     return {**ok(f"{_span(known, '.0f')} MiB/s over TCP, {len(known)} node{'' if len(known) == 1 else 's'} reached" if known else "reached by others"), "rates": rates}
+
+
+def meetings(hub: Guest, nodes: list[str], name: str, word: str, most: int, seconds: float) -> Iterator[tuple[int, int, int]]:
+    """(round, own number among the nodes, the partner's) for every round that this node is paired in; after each round it waits for all others to end theirs."""
+    me = nodes.index(name)
+    for number, pairs in enumerate(rounds(len(nodes), most)):
+        if (other := partner(pairs, me)) is not None:
+            yield number, me, other
+        hub.together(f"{word}{number}", name, len(nodes), time.monotonic() + seconds)
 
 
 def _span(figures: list[float], form: str) -> str:
@@ -166,18 +170,15 @@ def fast(told: Plan, hub: Guest, name: str, host: str, report: dict[str, Any]) -
     if len(told.mine) == 1:
         return not_checked("there is no other node in the group")
     rates: dict[str, float | None] = {}
-    me, why = told.mine.index(name), ""
-    for number, pairs in enumerate(rounds(len(told.mine), told.rounds)):
-        other = partner(pairs, me)
-        if other is not None:
-            key = f"nccl/{told.group}/{number}/{min(me, other)}"
-            rate, said = nccl.measured(2, host, {int(me > other): 0}, lambda port, key=key: _meeting(hub, key, host, port, told.seconds))  # type: ignore[misc]
-            if rate is None and me < other:
-                hub.tell(key, [])  # who waits for the address need not any longer
-            rates[told.mine[other]], why = rate, said or why
-            report["probes"]["nccl"] = _nccl_rates(rates, why)
-            hub.tell(f"report/{name}", report)
-        hub.together(f"{told.group}/nccl{number}", name, len(told.mine), time.monotonic() + nccl.START_SECONDS + nccl.SECONDS + told.seconds)
+    why = ""
+    for number, me, other in meetings(hub, told.mine, name, f"{told.group}/nccl", told.rounds, nccl.START_SECONDS + nccl.SECONDS + told.seconds):
+        key = f"nccl/{told.group}/{number}/{min(me, other)}"
+        rate, said = nccl.measured(2, host, {int(me > other): 0}, lambda port, key=key: _meeting(hub, key, host, port, told.seconds))  # type: ignore[misc]
+        if rate is None and me < other:
+            hub.tell(key, [])  # who waits for the address need not any longer
+        rates[told.mine[other]], why = rate, said or why
+        report["probes"]["nccl"] = _nccl_rates(rates, why)
+        hub.tell(f"report/{name}", report)
     return _nccl_rates(rates, why)
 
 
