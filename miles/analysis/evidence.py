@@ -16,7 +16,7 @@ WINDOWS = 16  # stretches of steps that are held apart, so that a fault of some 
 FOLDS = 16  # of sequences, for the errors of slopes
 KEPT_OPENINGS = 4096  # sequences whose first tokens are kept, to compare siblings
 OPENING = 8  # tokens of each
-CLASSES = ("plain", "exploded", "rerouted", "shifted", "other_prompt")  # sequences are of one of them
+CLASSES = ("plain", "exploded", "rerouted", "shifted")  # sequences are of one of them
 # Sums over sequences of a class.
 TOTALS = ("sequences", "tokens", "d2", "missing", "missing_tail", "noise", "r2", "far", "after")
 # By fold, over plain sequences.
@@ -25,17 +25,20 @@ FOLD = ("tokens", "d2", "xx", "xs", "ss", "xd", "sd", "t", "d2_above", "kept", "
 ROUNDING = ("tokens", "ulp_rollout", "ulp_train")
 # By (window, value) of a factor: sequences with clear tokens, their mean log r²/noise and its square; then sums over tokens.
 CELL = ("sequences", "log", "log2", "tokens", "r2", "noise", "xx", "xd", "far_r2")
-# Of sequences with both kinds of tokens: how the log differs between them.
+# Of sequences with tokens routed alike and otherwise: how the mean log differs between them.
 PAIR = ("sequences", "log", "log2")
+# Plain sequences of one version that were routed alike, by the mean log r²/noise: how much that of their first tokens exceeds that of the others.
+LOUDNESS = ("sequences", "fades", "fades2", "r2", "noise")
+QUIETEST, LOUDEST, LOUDNESS_BIN = -32.0, 16.0, 0.25
 OPENING_FIELDS = np.dtype(
     [("key", "u8"), ("sample", "u8"), ("prompt", "u8"), ("version", "i8"), ("count", "i8"), ("token", "i4", OPENING), ("rollout", "f4", OPENING), ("train", "f4", OPENING)]
 )
-ARRAYS = ("totals", "folds", "rounding", "parts", "pairs", "zeros")
+ARRAYS = ("totals", "folds", "rounding", "parts", "pairs", "loudness", "zeros")
 
 
 class Evidence:
-    """totals [CLASSES, TOTALS], folds [FOLDS, FOLD], rounding [ROUNDING], parts [PARTS, PART] of plain sequences, pairs [3, PAIR] (early and late;
-    routed otherwise and alike; ... after another route), exact; cells by (factor, (window, value)); zeros i64 [2, BITS], how many zeros mantissas end
+    """totals [CLASSES, TOTALS], folds [FOLDS, FOLD], rounding [ROUNDING], parts [PARTS, PART] of plain sequences, pairs [PAIR], loudness
+    [bins, LOUDNESS], exact; cells by (factor, (window, value)); zeros i64 [2, BITS], how many zeros mantissas end
     with; openings: of the sequences with the least hash of (step, draw)."""
 
     def __init__(self) -> None:
@@ -43,7 +46,8 @@ class Evidence:
         self.folds = exact.zeros(FOLDS, len(FOLD))
         self.rounding = exact.zeros(len(ROUNDING))
         self.parts = exact.zeros(len(PARTS), len(PART))
-        self.pairs = exact.zeros(3, len(PAIR))
+        self.pairs = exact.zeros(len(PAIR))
+        self.loudness = exact.zeros(round((LOUDEST - QUIETEST) / LOUDNESS_BIN), len(LOUDNESS))
         self.zeros = np.zeros((2, BITS), np.int64)
         self.cells = Labelled(len(CELL))
         self.openings = np.zeros(0, OPENING_FIELDS)

@@ -10,7 +10,20 @@ from numpy.typing import NDArray
 
 from miles.analysis import exact
 from miles.analysis.chunk_pass import GOLDEN, mixed, numbers_of, version_runs
-from miles.analysis.evidence import CELL, CLASSES, FOLD, FOLDS, OPENING, OPENING_FIELDS, ROUNDING, TOTALS, WINDOWS, Evidence
+from miles.analysis.evidence import (
+    CELL,
+    CLASSES,
+    FOLD,
+    FOLDS,
+    LOUDNESS_BIN,
+    OPENING,
+    OPENING_FIELDS,
+    QUIETEST,
+    ROUNDING,
+    TOTALS,
+    WINDOWS,
+    Evidence,
+)  # fmt: skip
 from miles.analysis.load import Loaded
 from miles.analysis.sequence_kernels import FIRST, PART, PARTS, first_look, second_look
 
@@ -18,7 +31,6 @@ SAMPLE = 1 << 16  # tokens of a chunk that are looked at, about: groups of sibli
 LEAST_CLEAR = 8  # clear tokens without which a sequence's mean logarithm says too little
 SHIFTS = 0.7  # a sequence is shifted where its neighbours' log-probs are nearer than that, relative to its own
 EXPLODES = (3, 0.25)  # far tokens, and their share from the first one on
-FADES = 3.0  # of the log of r²: what a sequence's beginning has more than its rest where another prompt stood before it
 CERTAIN = 6.0  # standard errors of a chunk's slope, before its differences are corrected for it
 
 Rows = NDArray[np.float64]
@@ -52,7 +64,6 @@ class EvidencePass:
         kind[(kind == CLASSES.index("exploded")) & otherwise] = CLASSES.index("rerouted")
         paired = (kind == 0) & enough[:, 1] & enough[:, 2] & (versions <= 1) & ~otherwise
         fades = logs[:, 1] - logs[:, 2]
-        kind[paired & (fades > FADES)] = CLASSES.index("other_prompt")
         _total(evidence, look, parts, kind)
         plain = kind == 0
         if plain.any():
@@ -63,9 +74,11 @@ class EvidencePass:
         alike = np.where(parts[:, 3, PART.index("clear")] >= LEAST_CLEAR, logs[:, 3], logs[:, 5])
         known = (parts[:, 3, 3] >= LEAST_CLEAR) | (parts[:, 5, 3] >= LEAST_CLEAR)
         routes = known & (parts[:, 4, 3] > 0) & np.isin(kind, [0, 2])
-        for place, (rows, values) in enumerate(((paired & plain, fades), (routes, logs[:, 4] - alike))):
-            found = values[rows]
-            exact.add(evidence.pairs[place], np.array([len(found), found.sum(), (found * found).sum()]))
+        differ = (logs[:, 4] - alike)[routes]
+        exact.add(evidence.pairs, np.array([len(differ), differ.sum(), (differ * differ).sum()]))
+        loudness = np.stack([np.ones(len(kind)), fades, fades * fades, parts[:, 0, PART.index("r2")], parts[:, 0, PART.index("noise")]], 1)
+        bins = np.clip((logs[:, 0] - QUIETEST) / LOUDNESS_BIN, 0, len(evidence.loudness) - 1).astype(np.int64)
+        exact.add_rows(evidence.loudness, bins[paired], loudness[paired])
         self._cells(evidence, loaded, chosen, look, parts, by_run, (run_first, run_version), kind)
         _openings(evidence, loaded, chosen, key, run_first, run_version)
 

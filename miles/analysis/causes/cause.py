@@ -44,7 +44,7 @@ class Case:
         self.classes = {name: dict(zip(TOTALS, row, strict=True)) for name, row in zip(CLASSES, exact.value(evidence.totals).tolist(), strict=True)}
         self.parts = {name: dict(zip(PART, row, strict=True)) for name, row in zip(PARTS, exact.value(evidence.parts).tolist(), strict=True)}
         self.rounding = dict(zip(ROUNDING, exact.value(evidence.rounding).tolist(), strict=True))
-        self.pairs = [dict(zip(PAIR, row, strict=True)) for row in exact.value(evidence.pairs).tolist()]
+        self.pairs = dict(zip(PAIR, exact.value(evidence.pairs).tolist(), strict=True))
         self.total = sum(each["d2"] for each in self.classes.values())
         self.sequences = int(sum(each["sequences"] for each in self.classes.values()))
         self.tokens = int(sum(each["tokens"] for each in self.classes.values()))

@@ -76,6 +76,6 @@ def _greatest(factor: str, values: list[Any], table: NDArray[np.float64]) -> Off
     here = table[first : last + 1]
     mine, whole = here[:, i].sum(0), here.sum((0, 1))
     level = (whole[R2] - mine[R2]) / max(whole[NOISE] - mine[NOISE], 1e-300)
-    excess = max(mine[R2] - level * mine[NOISE], 0.0)
+    excess = max(float(mine[R2] - level * mine[NOISE]), 0.0)
     some = "" if len(table) == 1 or last - first == len(table) - 1 else f" in {last - first + 1} of {len(table)} stretches of steps"
     return Off(factor, values[i], z, excess, float(mine[FAR]), float(mine[R2] / max(level * mine[NOISE], 1e-300)), some)

@@ -18,7 +18,7 @@ def look(case: Case) -> Found | None:
     rerouted = case.classes["rerouted"]
     if not other["tokens"] and not rerouted["tokens"]:
         return None
-    pair = case.pairs[1]
+    pair = case.pairs
     n = pair["sequences"]
     if n:
         mean = pair["log"] / n
