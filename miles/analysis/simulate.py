@@ -61,9 +61,14 @@ def add(state: State, loaded: Loaded) -> None:
 
 def simulated(state: State, tokens: dict[str, Any]) -> list[dict[str, Any]]:
     """A row a setting, fixed ones and then those with bounds from the data; tokens: token_metrics()."""
+    return judged(state, *FIXED, *derived(state, tokens))
+
+
+def judged(state: State, *settings: Setting) -> list[dict[str, Any]]:
+    """A row of outcome() each."""
     classes = exact.value(state.simulation.classes).reshape(MEAN_BINS, VETO_BINS, CLASS_COLUMNS)
     weights = exact.value(state.simulation.weights)
-    return [outcome(setting, classes, weights) for setting in (*FIXED, *derived(state, tokens))]
+    return [outcome(setting, classes, weights) for setting in settings]
 
 
 def derived(state: State, tokens: dict[str, Any]) -> list[Setting]:
@@ -72,11 +77,11 @@ def derived(state: State, tokens: dict[str, Any]) -> list[Setting]:
     width = mean_width(state, tokens)
     names = f"{1 - width:g} to {1 + width:g}"
     return [
-        Setting(f"TIS up to {high:g} (from the data)", mode="truncate", high=high),
-        Setting(f"TIS {low:g} to {high:g} (from the data)", mode="truncate", low=low, high=high),
-        Setting(f"IcePop, MIS token mask {low:g} to {high:g} (from the data)", mode="mask", low=low, high=high),
-        Setting(f"geometric {names} (from the data)", geometric=(1 - width, 1 + width)),
-        Setting(f"TIS up to {high:g}, geometric {names} (from the data)", mode="truncate", high=high, geometric=(1 - width, 1 + width)),
+        Setting(f"data: TIS up to {high:g}", mode="truncate", high=high),
+        Setting(f"data: TIS {low:g} to {high:g}", mode="truncate", low=low, high=high),
+        Setting(f"data: IcePop, MIS token mask {low:g} to {high:g}", mode="mask", low=low, high=high),
+        Setting(f"data: geometric {names}", geometric=(1 - width, 1 + width)),
+        Setting(f"data: TIS up to {high:g}, geometric {names}", mode="truncate", high=high, geometric=(1 - width, 1 + width)),
     ]
 
 

@@ -67,9 +67,11 @@ def _advice(k3: float) -> str:
     return "first the same precision and the same routing on both sides; then token bounds 0.5 to 1.5 and rejection of sequences by their geometric mean"
 
 
-def exceeded(tokens: dict[str, Any], sequences: dict[str, Any], above: dict[str, float], below: dict[str, float]) -> list[str]:
-    """Limits that are not kept, in words. UserError for a metric that isn't there; one without a value is not kept."""
-    known = {**tokens, **{f"sequence.{name}": value for name, value in sequences.items()}}
+def exceeded(
+    tokens: dict[str, Any], sequences: dict[str, Any], above: dict[str, float], below: dict[str, float], difference: dict[str, Any] | None = None
+) -> list[str]:
+    """Limits that are not kept, in words. difference: by metric, to another run. UserError for a metric that isn't there; one without a value is not kept."""
+    known = {**tokens, **{f"sequence.{name}": value for name, value in sequences.items()}, **{f"difference.{name}": value for name, value in (difference or {}).items()}}
     found = []
     for limits, word in ((above, "above"), (below, "below")):
         for name, limit in limits.items():

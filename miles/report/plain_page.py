@@ -21,6 +21,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
+
 from miles.config.exits import UserError
 from miles.report.figures import Placed
 from miles.report.scales import number
@@ -66,7 +68,7 @@ class Table:
 
 @dataclass
 class Section:
-    """parts in order; neighbouring plots stand side by side. A str is a paragraph."""
+    """parts in order; neighbouring plots stand side by side. A str is a paragraph, Markup stands as it is."""
 
     title: str
     parts: Sequence[Table | Placed | str]
@@ -92,6 +94,12 @@ def plain_page(title: str, kind: str, facts: str, verdict: Verdict | None, secti
 
 def write_page(page: str, target: Path) -> None:
     """Write it. An older page of ours is replaced; UserError for any other file, which is not touched."""
+    refuse_other_files(target)
+    put(page, target)
+
+
+def refuse_other_files(target: Path) -> None:
+    """UserError where no page can be written: long work asks first."""
     if target.is_dir() or not target.absolute().parent.is_dir():
         raise UserError(f"{target}: {'is a folder' if target.is_dir() else f'there is no folder {target.parent}'}; give the name of an HTML file")
     if target.exists():
@@ -99,12 +107,11 @@ def write_page(page: str, target: Path) -> None:
             start = old.read(1024)
         if f'<meta name="generator" content="{GENERATOR}">'.encode() not in start:
             raise UserError(f"{target}: is there already, and is no page that miles made; give another name")
-    put(page, target)
 
 
 def _grouped(parts: Sequence[Table | Placed | str]) -> list[tuple[str, list[Any]]]:
     """(kind, neighbours of it): figures, table or text."""
-    kinds = {Table: "table", str: "text"}
+    kinds = {Table: "table", str: "text", Markup: "markup"}
     return [(kind, list(some)) for kind, some in groupby(parts, lambda part: kinds.get(type(part), "figures"))]
 
 

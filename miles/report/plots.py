@@ -92,5 +92,5 @@ def _some(names: Sequence[str], most: int) -> range:
     return range(0, len(names), max(1, math.ceil(len(names) / most)))
 
 
-def _short(name: str, most: int = 9) -> str:
+def _short(name: str, most: int = 7) -> str:
     return name if len(name) <= most else f"…{name[-most + 1 :]}"

@@ -110,7 +110,7 @@ def tick_labels(marks: Sequence[float]) -> list[str]:
         return [number(mark, 6) for mark in marks]
     if decade >= -4:
         return ["0" if mark == 0 else f"{mark:.{-decade}f}".replace("-", "−") for mark in marks]
-    return ["0" if mark == 0 else f"{mark / 10.0**decade:.0f}×{_power(decade)}".replace("-", "−") for mark in marks]
+    return ["0" if mark == 0 else f"{mark / 10.0**decade:.0f}×{power(decade)}".replace("-", "−") for mark in marks]
 
 
 def steps_axis(steps: Sequence[int], pixel_low: float, pixel_high: float) -> Linear:
@@ -135,11 +135,12 @@ def log_with_zero(values: Sequence[float], pixel_low: float, pixel_high: float) 
     if scale.has_zero:
         scale.ticks.append((scale(0.0), "0"))
     every = max(1, math.ceil((high - low) / 5))
-    scale.ticks += [(scale(10.0**decade), _power(decade)) for decade in range(low, high + 1, every)]
+    scale.ticks += [(scale(10.0**decade), power(decade)) for decade in range(low, high + 1, every)]
     return scale
 
 
-def _power(decade: int) -> str:
+def power(decade: int) -> str:
+    """10⁻³"""
     if decade == 0:
         return "1"
     return "10" + str(decade).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))

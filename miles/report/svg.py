@@ -11,7 +11,7 @@ from miles.report.scales import Linear, Scale, finite, linear, log_with_zero, nu
 
 WIDTH, HEIGHT = 560, 270
 LEFT, RIGHT, TOP, BOTTOM = 66, 14, 14, 40
-MOST_NAMES = 12  # written under an axis of names
+LETTER, NAME_GAP = 6.2, 10.0  # pixels: a letter of a tick's label, and the space between two
 MAX_HITS = 240  # places with a tooltip in one plot
 SMOOTH_FROM = 40  # points from which on a running mean is drawn over the raw line
 SMOOTH_WINDOW = 9  # points of that mean
@@ -65,7 +65,8 @@ def line_plot(
     x = steps_axis([*steps, *(step for one in series for step in one.steps)], LEFT, WIDTH - RIGHT)
     if names:
         x = Linear(LEFT, WIDTH - RIGHT, low=-0.5, high=len(names) - 0.5)
-        x.ticks = [(x(place), names[place]) for place in range(0, len(names), max(1, math.ceil(len(names) / MOST_NAMES)))]
+        room = (WIDTH - LEFT - RIGHT) / (NAME_GAP + LETTER * max(map(len, names)))
+        x.ticks = [(x(place), names[place]) for place in range(0, len(names), max(1, math.ceil(len(names) / room)))]
     y: Scale = log_with_zero(every, HEIGHT - BOTTOM, TOP) if log else linear(every, HEIGHT - BOTTOM, TOP, bounds)
     parts = [_shade(x, warm_start), axes(x, y, x_label, unit)]
     parts += [_band(one, x, y) for one in series if one.low]

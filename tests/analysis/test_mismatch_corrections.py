@@ -76,14 +76,12 @@ def test_fixed_settings(run, setting):
 
 def test_every_bound_that_is_counted_by_can_be_asked_for(run):
     _, made, state = run
-    classes = simulate.exact.value(state.simulation.classes).reshape(simulate.MEAN_BINS, simulate.VETO_BINS, -1)
-    weights = simulate.exact.value(state.simulation.weights)
     settings = [Setting("x", mode=mode, low=low, high=high) for low, high in zip(LOWS, HIGHS, strict=False) for mode in ("truncate", "mask")]
     settings += [Setting("x", "sequence", "truncate", low, high) for low, high in zip(LOWS, HIGHS, strict=False)]
     settings += [Setting("x", mode="truncate", high=3.0, geometric=(1 - low, 1 + high), veto=VETOES[i % 3]) for i, (low, high) in enumerate(zip(WIDTHS, WIDTHS[::-1], strict=True))]
     moved = set()
-    for setting in settings:
-        found, wanted = simulate.outcome(setting, classes, weights), expected(made, setting)
+    for setting, found in zip(settings, simulate.judged(state, *settings), strict=True):
+        wanted = expected(made, setting)
         for name in SHARES:
             assert found[name] == pytest.approx(wanted[name], abs=1e-12), (setting, name)
             moved.add((name, found[name]))
@@ -105,8 +103,8 @@ def test_bounds_from_the_data_hold_the_share_they_promise(run):
     width = simulate.mean_width(state, tokens)
     assert width == min(x for x in WIDTHS if x >= 3 * d.std() / np.sqrt(len(d) / len(parts)))
     names = [row["name"] for row in simulate.simulated(state, tokens)]
-    assert f"TIS up to {high:g} (from the data)" in names
-    assert f"geometric {1 - width:g} to {1 + width:g} (from the data)" in names
+    assert f"data: TIS up to {high:g}" in names
+    assert f"data: geometric {1 - width:g} to {1 + width:g}" in names
 
 
 @pytest.mark.parametrize(("low", "high"), [(0.0, 2.0), (0.5, 1.5), (0.5, 2.0), (0.1, 5.0), (0.0, 1.1)])
@@ -117,8 +115,7 @@ def test_truncation_is_that_of_training(run, low, high):
     )
     known = mask & torch.isfinite(train) & torch.isfinite(rollout) & (rollout.abs() <= 1e30)  # others are counted apart by the analysis
     there = truncated_importance(train, rollout, known, low=low, high=high)
-    classes = simulate.exact.value(state.simulation.classes).reshape(simulate.MEAN_BINS, simulate.VETO_BINS, -1)
-    found = simulate.outcome(Setting("x", mode="truncate", low=low, high=high), classes, simulate.exact.value(state.simulation.weights))
+    [found] = simulate.judged(state, Setting("x", mode="truncate", low=low, high=high))
     count = int(known.sum())
     assert found["clipped"] * count == pytest.approx(int(there.clipped.sum()), abs=1e-6)
     weight, raw = there.weight[known].double(), there.raw[known].double()
