@@ -29,7 +29,7 @@ ALLOWED = {
     "report": {"config", "data"},
     "run": {"config", "data", "engine", "rollout", "training", "sync", "algorithms", "models", "precision"},
     "trackers": {"config", "data"},
-    "cli": {"config", "plan", "slurm", "report", "data"},
+    "cli": {"config", "plan", "slurm", "report", "data", "analysis"},
 }
 LIGHT = ("config", "slurm", "plan", "cli", "report", "trackers")
 

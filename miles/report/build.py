@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from miles.report.figures import figures
+from miles.report.mismatch import Mismatch
 from miles.report.records import RunRecord, read_run
 from miles.report.scales import number
 from miles.report.summary import Summary, duration, summarise
@@ -27,20 +28,20 @@ class MetricRow:
     greatest: str
 
 
-def build_report(run_dir: Path) -> Path:
-    """Write report/index.html of a run, finished or going on, and return its path.
+def build_report(run_dir: Path, mismatch: Mismatch | None = None) -> Path:
+    """Write report/index.html of a run, finished or going on, and return its path. mismatch: what an analysis of its log-probs found.
 
     One page with no external resource and no script. UserError when the folder is not a run directory. Files that can't be
     read are named on the page. Reads the small files and at most four batches' shown samples.
     """
-    page = render(read_run(Path(run_dir)))
+    page = render(read_run(Path(run_dir)), mismatch)
     target = Path(run_dir) / "report" / "index.html"
     target.parent.mkdir(parents=True, exist_ok=True)
     put(page, target)
     return target
 
 
-def render(record: RunRecord) -> str:
+def render(record: RunRecord, mismatch: Mismatch | None = None) -> str:
     """The page as text."""
     summary = summarise(record)
     drawn = figures(record)
@@ -53,6 +54,7 @@ def render(record: RunRecord) -> str:
         percent=f"{100 * min(summary.steps_done / summary.total_steps, 1.0):.1f}" if summary.total_steps else "0",
         empty=not record.metrics,
         tiles=tiles(record, summary),
+        mismatch=mismatch,
         config=config_lines(record),
         run_yaml=_text(record.run_dir.run_yaml),
         figures=drawn,

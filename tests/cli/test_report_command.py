@@ -20,7 +20,7 @@ from miles.report.refresh import Refresher
 def test_says_where_the_page_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = demo_run(tmp_path / "run", rollouts=2)
     assert report(run.path, False) == 0
-    assert capsys.readouterr().out == f"report: {run.report / 'index.html'}\n"
+    assert capsys.readouterr().out == f"report: {run.report / 'index.html'}\nrollout against training: bitwise: every token has the same bits on both sides\n"
     assert report(run.path, True) == 0
     told = json.loads(capsys.readouterr().out)
     assert Path(told["report"]).stat().st_size == told["bytes"]
