@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from miles.config.exits import UserError
-from miles.slurm.srun import GONE_SECONDS, Step, addresses, batch_environment, failures, job_nodes, pattern, rank_in_name, srun, start
+from miles.slurm.srun import GONE_SECONDS, Step, addresses, batch_environment, failures, job_nodes, srun, start
 
 POLL_SECONDS = 0.1
 SETTLE_SECONDS = 0.5
@@ -94,10 +94,9 @@ class Conductor:
                 **({"MILES_ARCHITECTURE": step.architecture} if step.architecture else {}),
             }
             command = [*step.python, "-u", "-m", "miles.slurm.task", str(folder)]
-            output, error = (pattern(folder, f"{self.leader}_{rank_in_name(step)}_log.{kind}") for kind in ("out", "err"))
             said = folder / f"{self.leader}_srun.err"
             with said.open("wb") as log:
-                process = start(srun(step, name, output, command, None if self.told["stderr_to_stdout"] else error), environment, log)
+                process = start(srun(step, name, folder / self.leader, command, bool(self.told["stderr_to_stdout"])), environment, log)
             self.components.append(Component(name, step.nodes * step.tasks_per_node, process, said))
 
     def clear(self, folder: Path) -> None:

@@ -11,6 +11,7 @@ import json
 import os
 import pickle
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -82,11 +83,15 @@ def steps(config: RunConfig, run_dir: Path) -> dict[str, Step]:
     return found
 
 
-def srun(step: Step, name: str, output: str, command: Sequence[str], error: str | None = None) -> list[str]:
+def srun(step: Step, name: str, log: Path, command: Sequence[str], merged: bool = True) -> list[str]:
     """The srun that runs command in every task. Steps share the allocation, and leave it free for an srun inside of a task.
 
-    output and error are patterns (%t: rank); error None: both go to output.
+    Each task writes to LOG_RANK_log.out and .err; merged: all to the former.
     """
+    kinds = ("out",) if merged else ("out", "err")
+    # %n, a node's number, is the rank where a node has one task. Slurm 24.11 counts %t from -1 in heterogeneous jobs: several tasks open their own.
+    alone = step.tasks_per_node == 1
+    files = {option: f"{str(log).replace('%', '%%')}_%n_log.{kind}" for option, kind in zip(("output", "error"), kinds, strict=False)}
     wanted: Options = {
         **({} if step.het_group is None else {"het-group": step.het_group}),
         "nodes": step.nodes,
@@ -102,11 +107,12 @@ def srun(step: Step, name: str, output: str, command: Sequence[str], error: str 
         "wait": 0,
         "unbuffered": None,
         "input": "none",
-        "output": output,
-        **({} if error is None else {"error": error}),
+        **(files if alone else {}),
         "open-mode": "append",
     }
-    inner = ["bash", "-c", "\n".join((*setup_lines(step.setup), 'exec "$@"')), name, *command] if step.setup else list(command)
+    begin = f"miles_log={shlex.quote(str(log))}_${{SLURM_PROCID}}_log; exec " + ('>>"$miles_log.out" 2>&1' if merged else '>>"$miles_log.out" 2>>"$miles_log.err"')
+    lines = [*([] if alone else [begin]), *setup_lines(step.setup)]
+    inner = ["bash", "-c", "\n".join((*lines, 'exec "$@"')), name, *command] if lines else list(command)
     return ["srun", *arguments({**wanted, **step.options}), *inner]
 
 
@@ -301,11 +307,10 @@ class SrunRunner:
         folder = self.folder / component
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{self.leader}_submitted.pkl").write_bytes(pickle.dumps(_Payload(function, arguments)))
-        output = pattern(folder, f"{self.leader}_{rank_in_name(step)}_log.out")
         command = [*step.python, "-u", "-m", "miles.slurm.task", str(folder)]
         said = folder / f"{self.leader}_srun.err"
         with said.open("wb") as log:
-            process = start(srun(step, component, output, command), self.environment(component, step), log)
+            process = start(srun(step, component, folder / self.leader, command), self.environment(component, step), log)
         return SrunComponent(component, process, folder, self.leader, step, said)
 
     def environment(self, component: str, step: Step) -> dict[str, str]:
@@ -346,16 +351,6 @@ def failures(said: Path) -> dict[int, tuple[str, str]]:
         for rank in numbers(ranks):
             found.setdefault(rank, (node, word.strip()))
     return found
-
-
-def rank_in_name(step: Step) -> str:
-    """srun's pattern for a task's rank. In heterogeneous jobs Slurm 24.11 counts %t from -1; the node's number is the rank where a node has one task."""
-    return "%n" if step.tasks_per_node == 1 else "%t"
-
-
-def pattern(folder: Path, name: str) -> str:
-    """A path for srun's --output; name may hold its patterns, the folder's % are no patterns. (%j would be the group's own job id.)"""
-    return f"{str(folder).replace('%', '%%')}/{name}"
 
 
 def numbers(ranges: str) -> list[int]:

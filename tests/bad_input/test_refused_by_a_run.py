@@ -53,7 +53,6 @@ def no_tokenizer(folder: Path) -> None:
 CASES = [
     Case("reward raises", f"{OWN}raises", ["reward own_functions.raises, draw ", ": KeyError: 'no such\\nanswer'"]),
     Case("prompt longer than the engine takes", "", ["draw 2: the engine refuses the request: ", "lower max_response_len of its sampling section, or shorten the prompt"], row(3, "1234567890" * 60)),
-    Case("model.build raises", "model.build=own_functions.build model.hf_checkpoint=null", ["model.build: own_functions.build raised OSError: the mirror is down"]),
     Case("tokenizer is none", "", ["tokenizer.json: not a tokenizer ("], no_tokenizer),
     Case("weights lack a tensor", "", ["model: model.norm.weight is missing or of another shape than config.json says (1 such); restore the folder from its origin"], lose_a_tensor),
 ]
@@ -113,10 +112,13 @@ def test_refused(case: Case, done) -> None:
 
 
 def test_what_a_failed_start_was_given_does_not_bind(tiny_model: Path, tmp_path: Path) -> None:
-    """Nothing is done yet: the same folder takes the mended settings, and makes the model anew."""
+    """A builder that raises. Nothing is done yet: the same folder takes the mended settings, and makes the model anew."""
     folder = prepared(tmp_path / "own", tiny_model)
-    failed = inputs.submit(folder, "run recipe model.hf_checkpoint=null model.build=own_functions.build --run-dir here")
-    of_run(failed, ["error: ", "the mirror is down"])
+    before = inputs.tree(folder)
+    failed = inputs.submit(folder, "run recipe model.hf_checkpoint=null model.build=own_functions.build --run-dir here", PYTHONDONTWRITEBYTECODE="1")
+    of_run(failed, ["error: model.build: own_functions.build raised OSError: the mirror is down"])
+    assert inputs.tree(folder, but=("here",)) == before
+    assert not processes_of(folder / "here")
     (folder / "here/model").mkdir()
     replace(folder / "here/model/config.json", "{}")  # as if the start had failed later
     mended = inputs.submit(folder, "run recipe model.hf_checkpoint=null model.build=miles.recipes.quickstart.build_tiny --run-dir here")

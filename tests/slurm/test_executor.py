@@ -201,6 +201,8 @@ def test_saved_and_requeued_as_a_whole(cluster: Cluster, tmp_path: Path) -> None
     assert (tmp_path / "server saved").exists()
     assert job.components["server"].results() == [None]
     assert job.get_info()["Restarts"] == "1"
+    assert {path.name for path in (tmp_path / "jobs" / "trainer").glob("*_log.*")} == {f"{job.job_id}_{rank}_log.{kind}" for rank in (0, 1) for kind in ("out", "err")}
+    assert all(line in str(job.task(rank).stdout()) for rank in (0, 1) for line in ("at 1\n", "at 20\n", "at 60\n"))
     nothing_is_left(cluster, tmp_path)
 
 

@@ -138,12 +138,19 @@ def test_containers_are_for_srun() -> None:
 def test_srun_is_told_what_it_would_not_inherit() -> None:
     asked = group("rollout", 4, 4, gpu_type="gb300", cpus_per_task=64, setup=["module load cuda"], srun={"cpu-bind": "cores", "network": "single_node_vni"})
     step = Step(het_group=1, first_node=2, nodes=3, options=srun_options(asked), setup=tuple(asked.ask.setup))
-    assert srun(step, "rollout", "/runs/7_%t_log.out", ["python", "-m", "x"]) == [
+    assert srun(step, "rollout", Path("/100%/7"), ["python", "-m", "x"]) == [
         *("srun", "--het-group=1", "--nodes=3", "--ntasks=3", "--ntasks-per-node=1", "--relative=2", "--job-name=rollout"),
         *("--overlap", "--mem=0", "--mpi=none", "--cpu-bind=cores", "--kill-on-bad-exit=0", "--wait=0", "--unbuffered", "--input=none"),
-        *("--output=/runs/7_%t_log.out", "--open-mode=append", "--cpus-per-task=64", "--gres=gpu:gb300:4", "--network=single_node_vni"),
+        *("--output=/100%%/7_%n_log.out", "--open-mode=append", "--cpus-per-task=64", "--gres=gpu:gb300:4", "--network=single_node_vni"),
         *("bash", "-c", "miles_setup=(\n  'module load cuda'\n" + SETUP + '\nexec "$@"', "rollout", "python", "-m", "x"),
     ]
+
+
+def test_several_tasks_of_a_node_open_their_logs_themselves() -> None:
+    """What they have no log for yet, srun says. Its own name for a rank differs between versions."""
+    command = srun(Step(het_group=1, first_node=0, nodes=1, tasks_per_node=2), "rollout", Path("/it's 100%/7"), ["python"], merged=False)
+    assert not [word for word in command if word.startswith(("--output", "--error"))]
+    assert command[-5:-2] == ["bash", "-c", """miles_log='/it'"'"'s 100%/7'_${SLURM_PROCID}_log; exec >>"$miles_log.out" 2>>"$miles_log.err"\nexec "$@\""""]
 
 
 @pytest.mark.parametrize("bad", [{"comment": "one\n#SBATCH --uid=0"}, {"sbatch": {"comment": "a\rb"}}], ids=["option", "extra"])
