@@ -1,12 +1,14 @@
-"""Conversion against cp -r of the same folder, both through fsync from a warm source, and its anonymous memory.
+"""Conversion against cp -r of the same folder, both through fsync from a warm source, and the anonymous memory of conversion and quantisation.
 
 The models have DeepSeek-V3's shapes with one layer and fewer experts. MILES_BENCH_DIR: a folder on the disk to measure, with 26 GB free.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+import resource
 import shutil
 import statistics
 import subprocess
@@ -32,10 +34,13 @@ FP8 = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128,
 # Of the real model's numbers 0.3 % are in the embedding and the head, which are not FP8; with all rows they would be most of so small a model.
 FEW_ROWS = {"vocab_size": 4096}
 MEMORY = 5e8
+ROOM = 26e9  # bytes on the disk: the largest source and what it is converted to
+PAIRS, FEWEST, SECONDS = 5, 3, 200.0  # of one comparison: so many pairs, fewer on a disk so slow that they take longer
+WARM, TRIES = 0.05, 3  # a source of which more came from the disk was not warm: measured again
 # Runs one conversion; prints its seconds with all files synced, and its anonymous memory at its highest over that of the loaded libraries.
 CHILD = """
 import sys, threading, time
-from miles.convert.{name} import {name}
+from miles.convert.{module} import *
 from miles.convert.units import Rank
 def anonymous():
     return next(int(line.split()[1]) for line in open('/proc/self/status') if line.startswith('RssAnon')) * 1024
@@ -44,17 +49,24 @@ def watch():
     global peak
     while not stop: peak = max(peak, anonymous()); time.sleep(0.005)
 thread = threading.Thread(target=watch); thread.start()
-began = time.perf_counter(); {name}(sys.argv[1], sys.argv[2], me=Rank(workers=4)); took = time.perf_counter() - began
+began = time.perf_counter(); {call}, me=Rank(workers=4)); took = time.perf_counter() - began
 stop = True; thread.join(); print(took, peak - base)
 """
 
 
+CALLS = {
+    "hf_to_torch_dist": "hf_to_torch_dist(sys.argv[1], sys.argv[2]", "torch_dist_to_hf": "torch_dist_to_hf(sys.argv[1], sys.argv[2]",
+    **{f"quantize {method}": f"quantize(sys.argv[1], sys.argv[2], Target('{method}')" for method in ("fp8", "int4", "bf16")},
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Measured:
-    """seconds of a conversion, anonymous bytes over the libraries."""
+    """seconds of a conversion, anonymous bytes over the libraries, bytes that came from the disk because they were not cached."""
 
     seconds: float
     memory: int
+    fetched: int = 0
 
 
 def write(folder: Path, gigabytes: float, more: dict[str, Any]) -> int:
@@ -95,24 +107,30 @@ def write(folder: Path, gigabytes: float, more: dict[str, Any]) -> int:
     return total
 
 
-def copy_seconds(source: Path, target: Path) -> float:
+def fetched() -> int:
+    """Bytes that processes which have ended read from a disk."""
+    return 512 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_inblock
+
+
+def copy(source: Path, target: Path) -> Measured:
     """cp -r, then fsync of each file."""
-    began = time.perf_counter()
+    before, began = fetched(), time.perf_counter()
     subprocess.run(["cp", "-r", source, target], check=True)
     for path in target.iterdir():
         handle = os.open(path, os.O_RDONLY)
         os.fsync(handle)
         os.close(handle)
-    return time.perf_counter() - began
+    return Measured(time.perf_counter() - began, 0, fetched() - before)
 
 
 def convert(name: str, source: Path, target: Path) -> Measured:
     """One conversion in a process of its own."""
-    found = subprocess.run([sys.executable, "-c", CHILD.format(name=name), source, target], capture_output=True, text=True)
+    before, code = fetched(), CHILD.format(module=name.split()[0], call=CALLS[name])
+    found = subprocess.run([sys.executable, "-c", code, source, target], capture_output=True, text=True)
     if found.returncode:
         raise RuntimeError(f"{name} failed: {found.stderr.strip()[-2000:]}")
     seconds, memory = found.stdout.split()
-    return Measured(float(seconds), int(memory))
+    return Measured(float(seconds), int(memory), fetched() - before)
 
 
 def warm(folder: Path) -> None:
@@ -122,48 +140,78 @@ def warm(folder: Path) -> None:
         subprocess.run(["cat", path], stdout=subprocess.DEVNULL, check=True)
 
 
-def compare(root: Path, gigabytes: float, more: dict[str, Any], pairs: int, label: str, goal: float, back: bool, say: Callable[[str], None]) -> tuple[list[Row], list[int]]:
-    """Copies and conversions of one source in turns; the rows, and the conversions' memory."""
-    source, checkpoint = root / "hf", root / "td"
-    total = write(source, gigabytes, more)
-    times: dict[str, list[float]] = {"cp": [], "hf_to_torch_dist": [], "torch_dist_to_hf": []}
-    memory = []
-    for i in range(pairs):
+def from_warm(step: Callable[[], Measured], source: Path, target: Path, say: Callable[[str], None]) -> Measured:
+    """A measurement with nothing else to write, and with the source in the page cache to its end. Of TRIES without that, the last."""
+    size = sum(path.stat().st_size for path in source.rglob("*") if path.is_file())
+    for left in reversed(range(TRIES)):
+        shutil.rmtree(target, ignore_errors=True)
         warm(source)
-        times["cp"].append(copy_seconds(source, root / "copy"))
-        shutil.rmtree(root / "copy")
-        there = convert("hf_to_torch_dist", source, checkpoint)
-        times["hf_to_torch_dist"].append(there.seconds)
-        memory.append(there.memory)
-        if back:
-            warm(checkpoint)
-            again = convert("torch_dist_to_hf", checkpoint, root / "back")
-            times["torch_dist_to_hf"].append(again.seconds)
-            memory.append(again.memory)
-            shutil.rmtree(root / "back")
+        found = step()
+        if found.fetched <= WARM * size:
+            break
+        say(f"{found.fetched / 1e9:.1f} of {size / 1e9:.1f} GB came from the disk: the source was pushed out of the cache{', again' if left else ''}")
+    return found
+
+
+def compare(root: Path, gigabytes: float, more: dict[str, Any], pairs: int, label: str, goal: float, back: bool, say: Callable[[str], None]) -> tuple[list[Row], list[int]]:
+    """Copies and conversions of one source in turns, the copy first and last by turns; the rows, and the conversions' memory."""
+    source, checkpoint, began = root / "hf", root / "td", time.monotonic()
+    total = write(source, gigabytes, more)
+    found: dict[str, list[Measured]] = {"cp": [], "hf_to_torch_dist": [], "torch_dist_to_hf": []}
+    for i in range(pairs):
+        steps = ["hf_to_torch_dist", *(["torch_dist_to_hf"] if back else [])]
+        for name in [*steps, "cp"] if i % 2 else ["cp", *steps]:
+            given, target = (checkpoint, root / "back") if name == "torch_dist_to_hf" else (source, checkpoint if name != "cp" else root / "copy")
+            step = functools.partial(copy, given, target) if name == "cp" else functools.partial(convert, name, given, target)
+            found[name].append(from_warm(step, given, target, say))
+            if name != "hf_to_torch_dist":
+                shutil.rmtree(target)
         shutil.rmtree(checkpoint)
-        say(f"{label}, pair {i + 1} of {pairs}: " + ", ".join(f"{name} {found[-1]:.1f} s" for name, found in times.items() if found))
+        say(f"{label}, pair {i + 1} of {pairs}: " + ", ".join(f"{name} {times[-1].seconds:.1f} s" for name, times in found.items() if times))
+        if i + 1 >= FEWEST and time.monotonic() - began > SECONDS:
+            break
     shutil.rmtree(source)
-    copy = statistics.median(times.pop("cp"))
+    plain = statistics.median(each.seconds for each in found.pop("cp"))
     rows = []
-    for name, found in times.items():
-        if found:
-            took = statistics.median(found)
-            note = f"{total / 1e9:.1f} GB: cp -r {copy:.1f} s, conversion {took:.1f} s"
-            rows.append(Row(f"{name}, {label}: speed of cp -r", copy / took, goal, note=note, found={"seconds": found}))
-    return rows, memory
+    for name, times in found.items():
+        if times:
+            took, cold = statistics.median(each.seconds for each in times), sum(each.fetched for each in times) / len(times)
+            note = f"{total / 1e9:.1f} GB: cp -r {plain:.1f} s, conversion {took:.1f} s, {len(times)} pairs" + (f", {cold / 1e9:.1f} GB from the disk" if cold > WARM * total else "")
+            rows.append(Row(f"{name}, {label}: speed of cp -r", plain / took, goal, note=note, found={"seconds": [each.seconds for each in times]}))
+    return rows, [each.memory for times in found.values() for each in times]
+
+
+def quantised(root: Path, gigabytes: float, say: Callable[[str], None]) -> dict[str, int]:
+    """Anonymous memory of each way of quantisation, in bytes."""
+    peaks = {}
+    for more, methods in ((FEW_ROWS, ("fp8", "int4")), (FP8 | FEW_ROWS, ("bf16",))):
+        write(root / "hf", gigabytes, more)
+        for method in methods:
+            done = convert(f"quantize {method}", root / "hf", root / "small")
+            peaks[method] = done.memory
+            say(f"quantize to {method}, {gigabytes:.1f} GB: {done.seconds:.1f} s")
+            shutil.rmtree(root / "small")
+        shutil.rmtree(root / "hf")
+    return peaks
+
+
+def memory_row(name: str, peaks: dict[str, int]) -> Row:
+    note = ", ".join(f"{peak / 1e6:.0f} MB for {what}" for what, peak in peaks.items())
+    return Row(f"{name}: anonymous memory over 0.5 GB", max(peaks.values()) / MEMORY, 1.0, at_least=False, note=note, found={"peaks": peaks})
 
 
 def measure(say: Callable[[str], None], quick: bool = False) -> list[Row]:
     """Speed of both ways in bf16, speed from FP8, memory for 4 and for 12 GB."""
     with tempfile.TemporaryDirectory(dir=os.environ.get("MILES_BENCH_DIR")) as scratch:
-        root, pairs = Path(scratch), 1 if quick else 5
-        rows, memory = compare(root, 0.6 if quick else 4.0, FEW_ROWS if quick else {}, pairs, "bf16", 0.8, True, say)
+        root, pairs, large = Path(scratch), 1 if quick else PAIRS, 0.6 if quick else 4.0
+        free = shutil.disk_usage(root).free
+        if not quick and free < ROOM:
+            raise SystemExit(f"{root}: {free / 1e9:.0f} GB free, {ROOM / 1e9:.0f} are needed; name another folder in MILES_BENCH_DIR")
+        rows, memory = compare(root, large, FEW_ROWS if quick else {}, pairs, "bf16", 0.8, True, say)
         rows += compare(root, 0.4 if quick else 4.0, FP8 | FEW_ROWS, pairs, "FP8 to bf16", 0.5, False, say)[0]
-        peaks = {"0.6 GB" if quick else "4 GB": max(memory)}
+        small = quantised(root, 0.4 if quick else 4.0, say)
+        peaks = {f"{large:g} GB": max(memory)}
         if not quick:
             write(root / "hf", 12.0, {})
             peaks["12 GB"] = convert("hf_to_torch_dist", root / "hf", root / "td").memory
-    note = ", ".join(f"{peak / 1e6:.0f} MB for {size}" for size, peak in peaks.items())
-    rows.append(Row("conversion: anonymous memory over 0.5 GB", max(peaks.values()) / MEMORY, 1.0, at_least=False, note=note, found={"peaks": peaks}))
-    return rows
+    return [*rows, memory_row("conversion", peaks), memory_row("quantisation", small)]

@@ -2,13 +2,17 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from convert_models import write_model
 from safetensors.torch import load_file
+from scripts import script
 
-from miles.config.exits import UserError
+from miles.convert.hf_to_torch_dist import hf_to_torch_dist
 from miles.convert.quantize import Target, quantize
+from miles.convert.torch_dist_to_hf import torch_dist_to_hf
+from miles.convert.verify import verify
 from miles.precision import fp8_blocks, int4_groups
 
 
@@ -47,17 +51,96 @@ def test_int4_groups_follow_the_formula():
             assert torch.equal(int4_groups.dequantize(packed, scales)[row, group * 32 : group * 32 + 32], (codes * scale.float()).bfloat16())
 
 
-@pytest.mark.parametrize("method", ["fp8", "int4"])
-def test_folder_there_and_back(tmp_path, method):
-    source = write_model(tmp_path / "hf", "qwen3_moe")
-    quantize(source, tmp_path / "small", Target(method))
-    quantize(tmp_path / "small", tmp_path / "back", Target("bf16"))
-    given, back = load_file(source / "model.safetensors"), load_file(tmp_path / "back" / "model.safetensors")
+RAGGED = {"hidden_size": 192, "intermediate_size": 300, "moe_intermediate_size": 160}  # blocks of 128 and groups of 32 that do not come out even
+CODES = np.array([(-1.0) ** (c >> 7) * ((c & 7) / 8 * 2.0**-6 if c >> 3 & 15 == 0 else (1 + (c & 7) / 8) * 2.0 ** ((c >> 3 & 15) - 7)) for c in range(256)])
+CODES[[0x7F, 0xFF]] = np.nan  # FP8 with four bits of exponent and three of mantissa, as IEEE 754 would write it but without infinity
+
+
+def bf16(values):
+    """float32 numbers rounded to bfloat16, to nearest with ties to even, by their bits."""
+    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32).astype(np.uint64)
+    return (((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16) << 16).astype(np.uint32).view(np.float32)
+
+
+def by_hand_fp8(codes, scales):
+    """The values [N, K] that codes (bytes) and scales stand for, in bfloat16."""
+    wide = np.repeat(np.repeat(scales, 128, 0), 128, 1)[: codes.shape[0], : codes.shape[1]]
+    return bf16(CODES[codes].astype(np.float32) * wide)
+
+
+def by_hand_int4(packed, scales):
+    values = np.stack([(packed.view(np.uint32) >> (4 * i) & 15).astype(np.int64) - 8 for i in range(8)], -1).reshape(len(packed), -1)
+    return bf16(values.astype(np.float32) * np.repeat(scales, values.shape[1] // scales.shape[1], 1))
+
+
+def closest(ratio):
+    """The distance of each number to the nearest that FP8 has."""
+    finite = np.sort(CODES[np.isfinite(CODES)]).astype(np.float32)
+    at = np.clip(np.searchsorted(finite, ratio), 1, len(finite) - 1)
+    return np.minimum(abs(finite[at] - ratio), abs(finite[at - 1] - ratio))
+
+
+@pytest.mark.parametrize(("method", "power_of_two"), [("fp8", False), ("fp8", True), ("int4", False)])
+def test_a_folder_is_quantised_and_turned_back_as_an_independent_computation_says(tmp_path, monkeypatch, method, power_of_two):
+    monkeypatch.setattr("miles.convert.conversion.STRIP_BYTES", 20_000)  # several strips a matrix
+    source = write_model(tmp_path / "hf", "deepseek_v3", **RAGGED)
+    words = ["--power-of-two"] if power_of_two else []
+    assert script("quantize", source, tmp_path / "small", "--method", method, *words).code == 0
+    assert script("quantize", tmp_path / "small", tmp_path / "back", "--method", "bf16").code == 0
+    given, small, back = (load_file(tmp_path / name / "model.safetensors") for name in ("hf", "small", "back"))
     assert given.keys() == back.keys()
-    assert torch.equal(given["model.layers.0.mlp.gate.weight"], back["model.layers.0.mlp.gate.weight"])
-    name = "model.layers.0.mlp.experts.2.down_proj.weight"
-    assert 0 < (given[name].float() - back[name].float()).abs().max() < 0.2 * given[name].abs().max()
-    config = json.loads((tmp_path / "small" / "config.json").read_text())["quantization_config"]
-    assert config["quant_method"] == ("fp8" if method == "fp8" else "compressed-tensors")
-    with pytest.raises(UserError, match="already quantised"):
-        quantize(tmp_path / "small", tmp_path / "twice", Target(method))
+    described = json.loads((tmp_path / "small" / "config.json").read_text())["quantization_config"]
+    kept = {f"{name}.weight" for name in described["modules_to_not_convert" if method == "fp8" else "ignore"]}
+    linear = {name for name in given if name.endswith(("proj.weight", "_mqa.weight"))}
+    if method == "int4":
+        linear = {name for name in linear if given[name].shape[1] % 32 == 0}
+    assert kept == {name for name, tensor in given.items() if tensor.dim() == 2} - linear
+    for name, tensor in given.items():
+        if name not in linear:
+            assert torch.equal(back[name], tensor), name
+            continue
+        values = tensor.float().numpy()
+        if method == "fp8":
+            codes, scales = small[name].view(torch.uint8).numpy(), small[f"{name}_scale_inv"].numpy()
+            wanted = by_hand_fp8(codes, scales)
+            for i in range(scales.shape[0]):
+                for j in range(scales.shape[1]):
+                    block = values[i * 128 : i * 128 + 128, j * 128 : j * 128 + 128]
+                    scale = abs(block).max() / np.float32(448)
+                    scale = np.float32(2.0 ** np.ceil(np.log2(scale))) if power_of_two else scale
+                    assert scales[i, j] == scale
+                    ratio = block / scale
+                    chosen = CODES[codes[i * 128 : i * 128 + 128, j * 128 : j * 128 + 128]]
+                    assert (abs(chosen - ratio) == closest(ratio)).all()
+        else:
+            wanted = by_hand_int4(small[f"{name}_packed"].numpy(), small[f"{name}_scale"].float().numpy())
+            assert small[f"{name}_shape"].tolist() == list(tensor.shape)
+            scales = np.repeat(small[f"{name}_scale"].float().numpy(), 32, 1)
+            assert (abs(wanted - values) <= scales / 2 + abs(values) * 2**-7).all(), "half a step, and the rounding of scale and product"
+        assert np.array_equal(back[name].float().numpy(), wanted), name
+    assert verify(tmp_path / "small", tmp_path / "back").equal == (method == "fp8"), "packed INT4 has other names"
+    assert script("quantize", tmp_path / "small", tmp_path / "twice", "--method", method).err.count("already quantised") == 1
+
+
+def test_an_fp8_folder_converts_to_what_its_bf16_folder_converts_to(tmp_path):
+    source = write_model(tmp_path / "hf", "deepseek_v3", **RAGGED)
+    quantize(source, tmp_path / "fp8", Target("fp8"))
+    quantize(tmp_path / "fp8", tmp_path / "bf16", Target("bf16"))
+    hf_to_torch_dist(tmp_path / "fp8", tmp_path / "td")
+    assert verify(tmp_path / "bf16", tmp_path / "td").equal
+    torch_dist_to_hf(tmp_path / "td", tmp_path / "back")
+    assert "quantization_config" not in json.loads((tmp_path / "back" / "config.json").read_text())
+    assert verify(tmp_path / "bf16", tmp_path / "back").equal
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
+def test_transformers_loads_an_fp8_folder_with_the_values_that_we_read(tmp_path, family):
+    from transformers import AutoModelForCausalLM
+
+    even = {"hidden_size": 256, "intermediate_size": 384, "moe_intermediate_size": 128, "head_dim": 64}  # transformers wants blocks that come out even
+    source = write_model(tmp_path / "hf", family, **even)
+    quantize(source, tmp_path / "fp8", Target("fp8"))
+    quantize(tmp_path / "fp8", tmp_path / "bf16", Target("bf16"))
+    loaded, wanted = (AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.bfloat16).state_dict() for name in ("fp8", "bf16"))
+    assert loaded.keys() == wanted.keys()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in wanted.items())
