@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-HEADING, TEXT = 13, 20  # letters of a heading's line; the least that a column of texts gets
+HEADING, TEXT = 13, 28  # letters of a heading's line; the least that a column of texts gets
 
 
 def printable(text: str) -> str:
@@ -29,7 +29,7 @@ def word(value: Any) -> str:
 
 def print_table(out: Console, title: str, columns: list[str], rows: list[list[Any]]) -> None:
     """Rows of plain values under their columns; columns of numbers to the right. Wider than the terminal rather than with numbers cut off."""
-    table = Table(title=Text(title), title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0), header_style="dim")
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     least = 0
     for at, name in enumerate(columns):
         numbers = all(isinstance(row[at], int | float | None) for row in rows)
@@ -41,6 +41,7 @@ def print_table(out: Console, title: str, columns: list[str], rows: list[list[An
     for row in rows:
         table.add_row(*(Text(word(cell)) for cell in row))
     out.print()
+    out.print(Text(title, style="bold"), soft_wrap=True)
     width, out.width = out.width, max(out.width, least)
     out.print(table)
     out.width = width
