@@ -29,8 +29,9 @@ from miles.analysis.sequence_kernels import FIRST, PART, PARTS, first_look, seco
 
 SAMPLE = 1 << 16  # tokens of a chunk that are looked at, about: groups of siblings are drawn by their hash
 LEAST_CLEAR = 8  # clear tokens without which a sequence's mean logarithm says too little
-SHIFTS = 0.7  # a sequence is shifted where its neighbours' log-probs are nearer than that, relative to its own
+SHIFTS = 0.6  # a sequence is shifted where its neighbours' log-probs are nearer than that, relative to its own
 EXPLODES = (3, 0.25)  # far tokens, and their share from the first one on
+APART = 2.0  # of the log: how far from the chunk's median a run of one version counts in the comparison by lag
 CERTAIN = 6.0  # standard errors of a chunk's slope, before its differences are corrected for it
 
 Rows = NDArray[np.float64]
@@ -105,7 +106,7 @@ class EvidencePass:
         owner = np.repeat(np.arange(len(run_first) - 1), np.diff(run_first))
         clear = by_run[:, PART.index("clear")]
         good = (clear >= LEAST_CLEAR) & plain[owner]
-        mean = by_run[good, PART.index("log")] / clear[good]
+        mean = _held(by_run[good, PART.index("log")] / clear[good])
         lag = chunk.step.manifest.policy.weight_version - version[good]
         for value in np.unique(lag).tolist():
             mine = lag == value
@@ -130,7 +131,7 @@ def _kinds(look: dict[str, Rows]) -> NDArray[np.int64]:
     after = look["tokens"] - look["onset"]
     kind[(look["far"] >= least) & (look["far"] >= share * after) & (look["onset"] >= 0)] = CLASSES.index("exploded")
     for other in ("next", "previous"):
-        nearer = (look[other] < SHIFTS * look["here"]) & (look[f"early_{other}"] < SHIFTS * look["early_here"]) & (look["tokens"] >= 4)
+        nearer = (look[other] < SHIFTS * look["here"]) & (look[f"early_{other}"] < SHIFTS * look["early_here"]) & (look["tokens"] >= LEAST_CLEAR)
         kind[nearer & (look["here"] > 1)] = CLASSES.index("shifted")
     return kind
 
@@ -149,6 +150,12 @@ def _mean_logs(parts: Rows) -> tuple[Rows, NDArray[np.bool_]]:
     """Of each sequence and part: the mean log r²/noise, and whether enough tokens are in it."""
     clear = parts[:, :, PART.index("clear")]
     return parts[:, :, PART.index("log")] / np.maximum(clear, 1), clear >= LEAST_CLEAR
+
+
+def _held(logs: Rows) -> Rows:
+    """Near the chunk's median, so that a few sequences with a trouble of their own don't hide what is common to many."""
+    middle = float(np.median(logs)) if len(logs) else 0.0
+    return np.clip(logs, middle - APART, middle + APART)
 
 
 def _total(evidence: Evidence, look: dict[str, Rows], parts: Rows, kind: NDArray[np.int64]) -> None:

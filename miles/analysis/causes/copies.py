@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from miles.analysis.evidence import CELL
 CERTAIN = 5.0  # standard errors
 LEAST = 0.1  # of the log of r²: a difference too small to matter
 FEWEST = 4  # sequences
-COUNT, LOG, LOG2, R2, NOISE, FAR = (CELL.index(name) for name in ("sequences", "log", "log2", "r2", "noise", "far_r2"))
+COUNT, LOG, LOG2, R2, FAR = (CELL.index(name) for name in ("sequences", "log", "log2", "r2", "far_r2"))
 
 
 @dataclass
@@ -51,14 +52,14 @@ def _greatest(factor: str, values: list[Any], table: NDArray[np.float64]) -> Off
     if len(values) < 2:
         return None
     count, total = table[..., COUNT], table[..., LOG]
-    square = table[..., LOG2].sum() - (total**2 / np.maximum(count, 1)).sum()
+    log2 = table[..., LOG2]
     freedom = np.maximum(count - 1, 0).sum()
     if freedom < FEWEST:
         return None
-    spread = max(square / freedom, 1e-4)
-    others, rest = count.sum(1, keepdims=True) - count, total.sum(1, keepdims=True) - total
+    pooled = max((log2.sum() - (total**2 / np.maximum(count, 1)).sum()) / freedom, 1e-4)
+    others, rest, rest2 = (each.sum(1, keepdims=True) - each for each in (count, total, log2))
     usable = (count >= FEWEST) & (others >= FEWEST)
-    weight = np.where(usable, 1 / (spread * (1 / np.maximum(count, 1) + 1 / np.maximum(others, 1))), 0.0)
+    weight = np.where(usable, 1 / (_spread(count, total, log2, pooled) / np.maximum(count, 1) + _spread(others, rest, rest2, pooled) / np.maximum(others, 1)), 0.0)
     shift = total / np.maximum(count, 1) - rest / np.maximum(others, 1)
     best = None
     for first in range(len(table)):
@@ -69,13 +70,16 @@ def _greatest(factor: str, values: list[Any], table: NDArray[np.float64]) -> Off
             scores = s / np.sqrt(np.maximum(w, 1e-300))
             i = int(scores.argmax())
             if scores[i] > CERTAIN and s[i] > LEAST * w[i] and (best is None or scores[i] > best[0]):
-                best = (float(scores[i]), i, first, last)
+                best = (float(scores[i]), i, first, last, float(s[i] / w[i]))
     if best is None:
         return None
-    z, i, first, last = best
-    here = table[first : last + 1]
-    mine, whole = here[:, i].sum(0), here.sum((0, 1))
-    level = (whole[R2] - mine[R2]) / max(whole[NOISE] - mine[NOISE], 1e-300)
-    excess = max(float(mine[R2] - level * mine[NOISE]), 0.0)
+    z, i, first, last, more = best
+    mine = table[first : last + 1, i].sum(0)
+    excess = float(mine[R2]) * -math.expm1(-more)
     some = "" if len(table) == 1 or last - first == len(table) - 1 else f" in {last - first + 1} of {len(table)} stretches of steps"
-    return Off(factor, values[i], z, excess, float(mine[FAR]), float(mine[R2] / max(level * mine[NOISE], 1e-300)), some)
+    return Off(factor, values[i], z, excess, float(mine[FAR]), math.exp(more), some)
+
+
+def _spread(count: NDArray[np.float64], total: NDArray[np.float64], square: NDArray[np.float64], pooled: float) -> NDArray[np.float64]:
+    """Variance of the logs in each cell, at least the pooled one: a few sequences far off must not speak for their copy."""
+    return np.maximum((square - total**2 / np.maximum(count, 1)) / np.maximum(count - 1, 1), pooled)

@@ -8,7 +8,7 @@ from miles.analysis.causes.cause import Case, Found
 from miles.analysis.evidence import CELL
 
 CERTAIN, LEAST = 4.5, 0.1
-COUNT, LOG, LOG2, R2, NOISE = (CELL.index(name) for name in ("sequences", "log", "log2", "r2", "noise"))
+COUNT, LOG, LOG2, R2 = (CELL.index(name) for name in ("sequences", "log", "log2", "r2"))
 ADVICE = "let fewer steps pass between a rollout and its training, or correct by the ratio of old and new policy"
 CONFIRM = "score a lagging batch with the weights that generated it: the difference must fall to that of lag 0"
 
@@ -35,7 +35,8 @@ def look(case: Case) -> Found | None:
     z, mean = (weight * shift).sum() / np.sqrt(weight.sum()), (weight * shift).sum() / weight.sum()
     if z < CERTAIN or mean < LEAST:
         return None
-    level = whole[reference, R2] / max(whole[reference, NOISE], 1e-300)
-    excess = float((whole[older, R2] - level * whole[older, NOISE]).sum())
-    sizes = ", ".join(f"lag {value}: {np.sqrt(row[R2] / row[NOISE]):.3g}" for value, row in zip(values, whole, strict=True) if row[NOISE] > 0)
-    return Found("policy lag", max(excess, 0.0), [f"the size of differences rises with the lag ({sizes} in units of a logit; {z:.1f} standard errors)"], ADVICE, CONFIRM)
+    logs = whole[:, LOG] / np.maximum(whole[:, COUNT], 1)
+    more = np.maximum(logs - logs[reference], 0.0)
+    excess = float((whole[:, R2] * -np.expm1(-more)).sum())
+    sizes = ", ".join(f"lag {value}: {size:.2g}" for value, size, row in zip(values, np.exp(more), whole, strict=True) if row[COUNT])
+    return Found("policy lag", excess, [f"the variance of differences rises with the lag ({sizes} times that of the least; {z:.1f} standard errors)"], ADVICE, CONFIRM)

@@ -26,11 +26,10 @@ def look(case: Case) -> Found | None:
         z = mean * math.sqrt(n) / spread
         if z > CERTAIN and mean > LEAST:
             reference = alike if alike["clear"] >= 100 else after
-            level = reference["r2"] / max(reference["noise"], 1e-300)
-            variance = sum(max(each["r2"] - level * each["noise"], 0.0) for each in (other, after)) + rerouted["d2"]
-            size = (other["r2"] / max(other["noise"], 1e-300) + 1e-300) / max(level, 1e-300)
+            level = min(reference["r2"] / max(reference["noise"], 1e-300), other["r2"] / max(other["noise"], 1e-300) * math.exp(-mean))
+            variance = other["r2"] * -math.expm1(-mean) + max(after["r2"] - level * after["noise"], 0.0) + rerouted["d2"]
             share = other["tokens"] / max(case.parts["all"]["tokens"], 1)
-            return Found("routing", variance, [f"{100 * share:.3g} % of the tokens went to other experts in some layer; their differences have {size:.3g} times the variance of those routed alike ({z:.1f} standard errors)"], ADVICE, CONFIRM)
+            return Found("routing", variance, [f"{100 * share:.3g} % of the tokens went to other experts in some layer; their differences have {math.exp(mean):.3g} times the variance of those routed alike ({z:.1f} standard errors)"], ADVICE, CONFIRM)
     whole = case.parts["all"]
     loud = whole["r2"] > LOUD**2 * whole["noise"]
     if (not n or rerouted["sequences"] > 0.5 * case.sequences) and other["tokens"] >= 0.5 * whole["tokens"] and (loud or rerouted["tokens"]):
