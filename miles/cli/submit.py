@@ -62,7 +62,7 @@ def opinion(config: RunConfig, run: RunDir) -> list[Finding]:
 
 
 def submit_run(run: RunDir, config: RunConfig, console: Console) -> Callable[[], int]:
-    """Submit, say the jobs and how to follow them; returns what waits for the end, and gives the run's exit code. """
+    """Submit, say the jobs and how to follow them; returns what waits for the end, and gives the run's exit code."""
     before = newest_epoch(run)
     entries = submit(run, prepare(config, run))
     for entry in entries:
