@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from miles.analysis import simulate
 from miles.analysis.chunk_pass import ChunkPass, add_core
 from miles.analysis.evidence_pass import EvidencePass
 from miles.analysis.load import loaded
 from miles.analysis.ranks import Alone, Many
+from miles.analysis.simulation_pass import SimulationPass
 from miles.analysis.source import CHUNK, Chunk, chunks_of, find_steps, open_step
 from miles.analysis.state import SEEN, State
 from miles.config.exits import UserError
@@ -41,13 +41,13 @@ def _add_all(state: State, path: Path, ranks: Alone | Many, first: int | None, l
     trained, untrained = find_steps(path, first, last)
     if ranks.rank == 0:
         state.seen[SEEN.index("not_trained_on")] += len(untrained)
-    whole, evidence = ChunkPass(), EvidencePass(trained)
+    whole, evidence, simulation = ChunkPass(), EvidencePass(trained), SimulationPass(trained)
     for each in loaded(_chunks(state, path, trained, ranks, renamed, size), core):
         if core:
             add_core(state, each)
         else:
             whole.add(state, each)
-            simulate.add(state, each)
+            simulation.add(state.simulation, each)
             evidence.add(state.evidence, each)
 
 

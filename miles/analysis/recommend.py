@@ -40,9 +40,9 @@ def recommend(state: State, tokens: dict[str, Any], verdict: Verdict) -> Recomme
     most = MOST_ROUTED if routed or k3 >= LARGE else MOST
     below, above = simulate.token_bounds(state)
     low, high = LOW if k3 >= LARGE else 0.0, min(max(above, LEAST), most)
-    data = f"at most one token in {1 / simulate.TAIL:,.0f} has a ratio above {above:g}"
-    how = "the bound that holds it" if high == above else f"{most:g} is as wide as is known to be stable" if high == most else f"{LEAST:g} is as tight as it need be"
-    why = f"k3 is {k3:.3g}; {data}, and {how}"
+    why = f"k3 is {k3:.3g}; at most one token in {1 / simulate.TAIL:,.0f} has a ratio above {above:g}"
+    if high != above:
+        why += f", and {high:g} is {'the widest bound that is customary here' if high == most else 'as tight as it need be'}"
     if k3 >= LARGE:
         why += f"; from a k3 of {LARGE:g} on, ratios below {LOW:g} are held, too (one in {1 / simulate.TAIL:,.0f} is below {below:g})"
     if routed:

@@ -1,4 +1,4 @@
-"""What each correction would have done to a run: counted while the pass reads, judged from exact sums afterwards."""
+"""What each correction would have done to a run, judged from what the pass has counted."""
 
 from __future__ import annotations
 
@@ -11,13 +11,11 @@ from numpy.typing import NDArray
 from miles.analysis import exact, measure
 from miles.analysis.corrections import (
     CLASS_COLUMNS,
-    CLASSES,
     DENSITY,
     FIXED,
     HIGHS,
     LOWS,
     MEAN_BINS,
-    SEQUENCE_COLUMNS,
     TOKEN_COLUMNS,
     VETO_BINS,
     VETOES,
@@ -25,38 +23,11 @@ from miles.analysis.corrections import (
     WIDTHS,
     Setting,
 )
-from miles.analysis.load import Loaded
-from miles.analysis.simulation import PLACE_COLUMNS
+from miles.analysis.simulation_pass import PLACES
 from miles.analysis.state import State
-from miles.analysis.weights_pass import weigh
 
 SPREADS = 3.0  # standard errors of a mean log-ratio that geometric bounds from the data leave room for
 TAIL = 1e-3  # share of tokens beyond either bound from the data
-PLACES = ("train_rank", "engine")  # each by step
-
-
-def add(state: State, loaded: Loaded) -> None:
-    """A chunk's ratios, and who was how far off at its step."""
-    columns = loaded.columns
-    classes, weights = np.zeros((CLASSES, CLASS_COLUMNS)), np.zeros((WEIGHT_BINS, len(SEQUENCE_COLUMNS)))
-    values = np.zeros((len(loaded.row), len(PLACE_COLUMNS)))
-    weigh(
-        columns["rollout_logprob"], columns["loss_mask"], columns["train_logprob"], loaded.shard_start, loaded.train_start, loaded.length,
-        classes, weights, state.simulation.density, values,
-    )  # fmt: skip
-    exact.add(state.simulation.classes, classes)
-    exact.add(state.simulation.weights, weights)
-    chunk = loaded.chunk
-    names: dict[str, list[int | str]] = {"train_rank": chunk.record.rank[chunk.first : chunk.last].tolist(), "engine": []}
-    for row, part in zip(loaded.row, (loaded.parts[index] for index in loaded.part_of), strict=True):
-        index = part.numbers["engine"][row]
-        names["engine"].append(part.engines[index] if index < len(part.engines) else "unknown")
-    for kind in PLACES:
-        slots: dict[int | str, int] = {}
-        slot = [slots.setdefault(name, len(slots)) for name in names[kind]]
-        table = np.zeros((len(slots), len(PLACE_COLUMNS)))
-        np.add.at(table, slot, values)
-        state.simulation.places.add([(kind, (name, chunk.step.step)) for name in slots], table)
 
 
 def simulated(state: State, tokens: dict[str, Any]) -> list[dict[str, Any]]:
@@ -171,11 +142,11 @@ def _width(distance: float) -> float:
 
 
 def places(state: State) -> dict[str, list[dict[str, Any]]]:
-    """By step, of train ranks and of engines: tokens, mean d and mean |d|."""
+    """Of train ranks and of engines, by stretches of steps (each named by its first, and `last_step`): tokens, mean d and mean |d|."""
     return {
         kind: [
-            {kind: name, "step": step, "tokens": int(values[0]), "mean_diff": values[1] / values[0], "abs_diff": values[2] / values[0]}
-            for (name, step), values in state.simulation.places.values(kind).items()
+            {kind: name, "step": first, "last_step": last, "tokens": int(values[0]), "mean_diff": values[1] / values[0], "abs_diff": values[2] / values[0]}
+            for (name, first, last), values in state.simulation.places.values(kind).items()
             if values[0]
         ]
         for kind in PLACES

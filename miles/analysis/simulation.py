@@ -15,7 +15,7 @@ ARRAYS = ("classes", "weights", "density")
 
 
 class Simulation:
-    """Exact: classes [CLASSES, CLASS_COLUMNS], weights [WEIGHT_BINS, 5], places (kind, (name, step)) -> [3]. Integers: density [DENSITY, DENSITY]."""
+    """Exact: classes [CLASSES, CLASS_COLUMNS], weights [WEIGHT_BINS, 5], places (kind, (name, first step, last step)) -> [3]. Integers: density [DENSITY, DENSITY]."""
 
     def __init__(self) -> None:
         self.classes = exact.zeros(CLASSES, CLASS_COLUMNS)

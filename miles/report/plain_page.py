@@ -29,6 +29,8 @@ from miles.report.scales import number
 from miles.report.templates import GENERATOR, fill, put
 from miles.report.tiles import Tile
 
+LONG = 40  # letters: a longer cell takes lines, and is given room on a narrow page
+
 
 @dataclass
 class Verdict:
@@ -86,6 +88,7 @@ def plain_page(title: str, kind: str, facts: str, verdict: Verdict | None, secti
         tiles=list(tiles),
         sections=[(section, _grouped(section.parts)) for section in sections if section.parts],
         shown=_shown,
+        is_long=lambda cell: isinstance(cell, str) and len(cell) > LONG,
         tone_of=lambda cell: cell.tone if isinstance(cell, Toned) else "",
         made=time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
         source=source,

@@ -11,7 +11,7 @@ import torch
 from made_runs import Made, make_sample, make_train, random_run, write_run
 
 from miles.algorithms.corrections import truncated_importance
-from miles.analysis import measure, simulate
+from miles.analysis import measure, simulate, simulation_pass
 from miles.analysis.analyze import analyze
 from miles.analysis.corrections import FIXED, HIGHS, LOWS, SAMPLED, VETOES, WIDTHS, Setting
 from miles.analysis.ranks import Alone
@@ -136,6 +136,7 @@ def test_places_and_density(run):
         for key, d in wanted.items():
             assert rows[key]["abs_diff"] == pytest.approx(np.abs(d).mean(), rel=1e-5)
             assert rows[key]["mean_diff"] == pytest.approx(d.mean(), rel=1e-5, abs=1e-7)
+        assert all(row["last_step"] == row["step"] for row in rows.values())
     table = np.zeros((64, 64), int)
     for each in made:
         part = plain.tokens_of(each)
@@ -144,6 +145,22 @@ def test_places_and_density(run):
         np.add.at(table, tuple(cells), 1)
     assert (simulate.density(state) == table).all()
     assert table.sum() > 1000
+
+
+def test_many_steps_are_looked_at_in_stretches(tmp_path, monkeypatch):
+    monkeypatch.setattr(simulation_pass, "STRETCHES", 4)
+    random = np.random.default_rng(3)
+    made = []
+    for step in range(10, 30, 2):
+        sample = make_sample(random, step, 0, 2, 12, step)
+        made.append(Made(step, sample, make_train(random, sample, 0.1), 0, -1, 0, 0, step))
+    write_run(tmp_path, made)
+    rows = simulate.places(analyze(tmp_path, Alone()))["train_rank"]
+    assert [(row["step"], row["last_step"]) for row in rows] == [(step, min(step + 4, 28)) for step in range(10, 30, 6)]
+    for row in rows:
+        d = np.concatenate([plain.tokens_of(each)["d"] for each in made if row["step"] <= each.step <= row["last_step"]])
+        assert row["tokens"] == len(d)
+        assert row["abs_diff"] == pytest.approx(np.abs(d).mean(), rel=1e-5)
 
 
 def test_bitwise_equal_run_needs_no_correction(tmp_path):

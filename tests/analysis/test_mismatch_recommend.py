@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-import subprocess
+import runpy
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -65,30 +66,40 @@ def test_bounds_come_from_the_data_within_what_is_customary(tmp_path, spread, ro
     assert ("replaying routes" in found.reason) == routed
 
 
-def run_tool(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, SCRIPT, *map(str, arguments)], capture_output=True, text=True, timeout=120)
+@pytest.fixture
+def run_tool(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str, str]]:
+    """The script in this process: exit code, stdout, stderr."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
+        with pytest.raises(SystemExit) as left:
+            runpy.run_path(str(SCRIPT), run_name="__main__")
+        said = capsys.readouterr()
+        return int(left.value.code or 0), said.out, said.err
+
+    return call
 
 
-def test_a_recipe_takes_the_file_and_it_is_never_written_over(tmp_path):
+def test_a_recipe_takes_the_file_and_it_is_never_written_over(tmp_path, run_tool):
     plain_run(tmp_path / "run", 0.1)
     target = tmp_path / "correction.yaml"
-    done = run_tool(tmp_path / "run", "--recommend", target)
-    assert done.returncode == 0, done.stderr
-    assert f"setting: {target}" in done.stdout
+    code, out, err = run_tool(tmp_path / "run", "--recommend", target)
+    assert code == 0, err
+    assert f"setting: {target}" in out
     before, after = load_config(["recipes/tiny"]), load_config(["recipes/tiny", target])
     assert (before.algorithm.use_tis, after.algorithm.use_tis, after.algorithm.tis_clip) == (False, True, 1.5)
     assert after.model_copy(update={"algorithm": before.algorithm}) == before, "nothing else is set"
     comment = target.read_text()
     assert "# Why: k3 is 0.0" in comment
-    again = run_tool(tmp_path / "run", "--recommend", target)
-    assert again.returncode == 78
-    assert "is there already" in again.stderr
+    code, _, err = run_tool(tmp_path / "run", "--recommend", target)
+    assert code == 78
+    assert "is there already" in err
     assert target.read_text() == comment
     plain_run(tmp_path / "equal", 0)
-    none = run_tool(tmp_path / "equal", "--recommend", tmp_path / "none.yaml", "--json")
-    assert none.returncode == 0
-    assert "is not written: nothing is recommended: every token has the same bits" in none.stderr
-    assert json.loads(none.stdout)["recommendation"]["settings"] is None
+    code, out, err = run_tool(tmp_path / "equal", "--recommend", tmp_path / "none.yaml", "--json")
+    assert code == 0
+    assert "is not written: nothing is recommended: every token has the same bits" in err
+    assert json.loads(out)["recommendation"]["settings"] is None
     assert not (tmp_path / "none.yaml").exists()
 
 
@@ -120,23 +131,23 @@ def test_comparison_by_numbers(tmp_path):
         differences(states[0], tokens[0], states[1], {"tokens": 0, "kl_k3": None})
 
 
-def test_comparison_by_the_tool(tmp_path):
+def test_comparison_by_the_tool(tmp_path, run_tool):
     plain_run(tmp_path / "near", 0.02)
     plain_run(tmp_path / "far", 0.1)
-    done = run_tool(tmp_path / "far", "--against", tmp_path / "near", "--json", "--above", "difference.kl_k3=1e-3", "--html", tmp_path / "page.html")
-    assert done.returncode == 1, done.stderr
-    found = json.loads(done.stdout)
+    code, out, err = run_tool(tmp_path / "far", "--against", tmp_path / "near", "--json", "--above", "difference.kl_k3=1e-3", "--html", tmp_path / "page.html")
+    assert code == 1, err
+    found = json.loads(out)
     assert (found["schema"], found["comparison"]["word"], found["run"]["verdict"], found["against"]["verdict"]) == ("miles.mismatch_comparison/1", "further off", "noise", "noise")
     assert [failure.split()[0] for failure in found["failures"]] == ["difference.kl_k3"]
     assert "<h1>" in (tmp_path / "page.html").read_text()
-    back = run_tool(tmp_path / "near", "--against", tmp_path / "far", "--above", "difference.kl_k3=1e-3")
-    assert (back.returncode, back.stdout.split(":")[0]) == (0, "closer")
+    code, out, _ = run_tool(tmp_path / "near", "--against", tmp_path / "far", "--above", "difference.kl_k3=1e-3")
+    assert (code, out.split(":")[0]) == (0, "closer")
     (tmp_path / "empty/batches").mkdir(parents=True)
     for arguments, words in (
         ((tmp_path / "near", "--against", tmp_path / "empty"), "nothing to compare"),
         ((tmp_path / "near", "--against", tmp_path / "far", "--core"), "leave out --core"),
     ):  # fmt: skip
-        wrong = run_tool(*arguments)
-        assert (wrong.returncode, wrong.stdout) == (78, "")
-        assert words in wrong.stderr
-        assert wrong.stderr.count("\n") == 1
+        code, out, err = run_tool(*arguments)
+        assert (code, out) == (78, "")
+        assert words in err
+        assert err.count("\n") == 1

@@ -26,7 +26,7 @@ GROUP = 8  # bins of the histogram in a bar: half an octave
 SMALLEST, LARGEST = (127 - 23) * 16, (127 + 5) * 16  # bins of 2^-23 and 2^5 nats
 CENTRE = 3  # bars as wide as the one of what is smaller
 RANGES = ("rollout_probability", "entropy")  # slices whose values are ranges side by side: their lower ends say enough
-MOST_ROWS, MOST_COLUMNS = 32, 96  # of a heat map
+MOST_ROWS = 32  # of a heat map
 
 
 def ratios(state: State, marks: Sequence[tuple[float, str]], name: str = "ratios", label: str = "") -> Placed:
@@ -125,19 +125,19 @@ def who_and_when(found: Mapping[str, Any]) -> list[Placed]:
         who = list(dict.fromkeys(row[kind] for row in sorted(rows, key=lambda row: (isinstance(row[kind], str), row[kind]))))
         if len(who) < 2 or not steps:
             continue
-        group = math.ceil(len(steps) / MOST_COLUMNS)
-        sums = np.zeros((len(who), math.ceil(len(steps) / group), 2))
+        sums = np.zeros((len(who), len(steps), 2))
         for row in rows:
-            sums[who.index(row[kind]), steps.index(row["step"]) // group] += (row["tokens"] * row["abs_diff"], row["tokens"])
+            sums[who.index(row[kind]), steps.index(row["step"])] += (row["tokens"] * row["abs_diff"], row["tokens"])
         whole = sums.sum(1)
         chosen = sorted(np.argsort(-whole[:, 0] / np.maximum(whole[:, 1], 1), kind="stable")[:MOST_ROWS].tolist())
         values = [[sums[i, j, 0] / sums[i, j, 1] if sums[i, j, 1] else None for j in range(sums.shape[1])] for i in chosen]
-        columns = [str(step) for step in steps[::group]]
+        columns = [str(step) for step in steps]
         name, names = f"heat-{kind.replace('_', '-')}", [str(who[i]) for i in chosen]
         svg = "".join(
             heat_map(f"{name}-{size}", title, "step", kind.replace("_", " "), columns, names, values, "nats", width=width) for size, width in (("wide", 2 * WIDTH), ("narrow", WIDTH))
         )
         more = f" The {len(chosen)} of {len(who)} that are furthest off." if len(chosen) < len(who) else ""
-        steps_each = f" Each column is {group} steps." if group > 1 else ""
+        longest = max(row["last_step"] - row["step"] for row in rows)
+        steps_each = f" Each column is a stretch of up to {longest + 1} steps." if longest else ""
         pictures.append(Placed(name, title, f"Mean |d|; the darker, the greater. A row that stands out is a bad weight sync, a column a step at which something changed.{more}{steps_each}", svg, wide=True))
     return pictures

@@ -48,7 +48,7 @@ def show(found: Mapping[str, Any], pieces: Any, out: Console) -> None:
     for each in found["worst_tokens"][:5]:
         texts, at = pieces(each["token_ids"]), each["at"]
         around = f"{''.join(texts[max(0, at - 6) : at])}[{texts[at]}]{''.join(texts[at + 1 : at + 4])}"
-        rows.append([each["abs_diff"], each["rollout_logprob"], each["train_logprob"], f"{each['step']}/{each['shard']}/{each['row']}", each["position"], printable(around)])
+        rows.append([each["abs_diff"], each["rollout_logprob"] + 0.0, each["train_logprob"] + 0.0, f"{each['step']}/{each['shard']}/{each['row']}", each["position"], printable(around)])
     print_table(out, "worst tokens", ["|d|", "rollout", "train", "step/shard/row", "place", "text"], rows)
     out.print(Text("\n--html FILE has the plots, --json everything"), soft_wrap=True)
 
