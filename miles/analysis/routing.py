@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -60,18 +59,20 @@ def routing(path: Path, first: int | None = None, last: int | None = None, exper
                 if routes.shape != shape:
                     raise UserError(f"{file}: has {routes.shape[0]} layers with {routes.shape[1]} experts a token, and earlier files {shape[0]} with {shape[1]}; files of two runs are mixed")
                 of_step = of_step or Load(shape[0])
+                alike = Siblings(part, shape[0])
                 for low, high in _row_ranges(routes):
-                    taken = routes.experts(low, high)
-                    for each in taken.values():
+                    for row, each in routes.experts(low, high).items():
                         of_step.add(each)
+                        alike.add(row, each)
                         tokens += len(each)
-                siblings += _siblings(part, routes, shape[0])
-        if of_step is not None and total is not None:
+                siblings += alike.found
+        if tokens and of_step is not None and total is not None:
             steps.append((step.step, of_step, tokens))
             _grow(total, of_step)
+    total = total if steps else None
     misses = _misses(path, first, last)
     if total is None and not misses["steps"]:
-        why = f"{gone} route files are named, and gone (routes are the first that retention deletes)" if gone else "no batch has routes (rollout.return_routes), and no train record has route_miss"
+        why = f"{gone} route files are named, and gone (routes are the first that retention deletes)" if gone else "no batch has routes (rollout.return_routed_experts), and no train record has route_miss"
         raise UserError(f"{path}: nothing to analyse: {why}")
     found: dict[str, Any] = {"schema": SCHEMA, "run": str(path), "route_files_gone": gone, "layers": shape[0] or None, "top_k": shape[1] or None}
     if total is not None:
@@ -132,32 +133,31 @@ def _row_ranges(routes: Routes) -> Iterator[tuple[int, int]]:
         first = last
 
 
-def _siblings(part: Part, routes: Routes, layers: int) -> NDArray[np.int64]:
-    """By layer (tokens routed to another set of experts than in the group's first sequence, tokens compared), i64 [layers, 2].
+class Siblings:
+    """By layer (tokens routed to another set of experts than in the group's first sequence, tokens compared), i64 [layers, 2], in `found`.
 
     Compared are the tokens of a prompt that siblings of one shard share, where both began with the same weights: apart from noise they are the same.
     """
-    found = np.zeros((layers, 2), np.int64)
-    draw, prompt = part.numbers["draw"], part.numbers["prompt_length"].astype(np.int64)
-    row, _, version = versions_of(part)
-    began = np.full(len(draw), -1, np.int64)
-    began[row[::-1]] = version[::-1]  # the first run of each
-    groups: dict[tuple[int, int, int], list[int]] = defaultdict(list)
-    for i in routes.sequence.tolist():
-        groups[int(draw[i]), int(prompt[i]), int(began[i])].append(i)
-    for (_, length, _), members in groups.items():
-        if len(members) < 2 or not length:
-            continue
-        reference: NDArray[Any] | None = None
-        for i in members:
-            mine = np.sort(routes.experts(i, i + 1)[i][:length], -1)
-            if reference is None:
-                reference = mine
-                continue
-            common = min(len(mine), len(reference))
-            found[:, 0] += (mine[:common] != reference[:common]).any(-1).sum(0)
-            found[:, 1] += common
-    return found
+
+    def __init__(self, part: Part, layers: int) -> None:
+        self.found = np.zeros((layers, 2), np.int64)
+        self._draw, self._prompt = part.numbers["draw"], part.numbers["prompt_length"].astype(np.int64)
+        row, _, version = versions_of(part)
+        self._began = np.full(len(self._draw), -1, np.int64)
+        self._began[row[::-1]] = version[::-1]  # the first run of each
+        self._of_draw = -1
+        self._first: dict[tuple[int, int], NDArray[Any]] = {}
+
+    def add(self, row: int, experts: NDArray[np.integer[Any]]) -> None:
+        """Routes [tokens, layers, top_k] of a shard's row; rows come in order, so that groups do."""
+        if self._draw[row] != self._of_draw:
+            self._of_draw, self._first = int(self._draw[row]), {}
+        mine = np.sort(experts[: self._prompt[row]], -1)
+        reference = self._first.setdefault((int(self._prompt[row]), int(self._began[row])), mine)
+        common = min(len(mine), len(reference))
+        if reference is not mine and common:
+            self.found[:, 0] += (mine[:common] != reference[:common]).any(-1).sum(0)
+            self.found[:, 1] += common
 
 
 def _misses(path: Path, first: int | None, last: int | None) -> dict[str, Any]:

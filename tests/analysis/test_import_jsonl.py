@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -165,3 +167,20 @@ def test_what_is_no_export_is_named(tmp_path: Path, content: bytes, said: str) -
     with pytest.raises(UserError, match="no such file or directory; give JSON Lines files"):
         import_jsonl([tmp_path / "none.jsonl"], tmp_path / "theirs")
     assert not (tmp_path / "theirs").exists()
+
+
+def test_an_import_that_is_killed_leaves_nothing_that_looks_whole(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "export.jsonl")
+    tool = subprocess.Popen([sys.executable, ROOT / "tools/convert/jsonl_to_run.py", tmp_path / "export.jsonl", "--output", tmp_path / "theirs"], stderr=subprocess.PIPE)
+    with open(tmp_path / "export.jsonl", "w") as lines:
+        for step in range(4):
+            lines.write(json.dumps({**LINE, "step": step, "group": step}) + "\n")
+        lines.flush()
+        while not list(tmp_path.glob(".theirs.*.import/batches/step_000002/manifest.json")):
+            assert tool.poll() is None, "it waits for more lines"
+            time.sleep(0.02)
+        tool.kill()
+        tool.communicate()
+    assert not (tmp_path / "theirs").exists()
+    (tmp_path / "export.jsonl").unlink()
+    import_jsonl([write(tmp_path / "export.jsonl", [LINE])], tmp_path / "theirs")

@@ -89,7 +89,7 @@ def test_misses_alone_are_a_result_and_neither_is_none(tmp_path: Path) -> None:
     assert "by_layer" not in found
     assert found["training"]["total"]["differ"] > 0.5
     plant(tmp_path / "neither", "clean", 0.0, 1, steps=1, sequences=16, response=40, recorded=set())
-    with pytest.raises(UserError, match=r"nothing to analyse: no batch has routes \(rollout.return_routes\), and no train record has route_miss"):
+    with pytest.raises(UserError, match=r"nothing to analyse: no batch has routes \(rollout.return_routed_experts\), and no train record has route_miss"):
         routing(tmp_path / "neither")
 
 

@@ -4,7 +4,7 @@ examples:
   python tools/analyze/routing.py runs/moe
   python tools/analyze/routing.py runs/moe --first 100 --experts 128 --html routing.html
 
-Reads the routes beside the batches (rollout.return_routes) and route_miss of train records; either will do.
+Reads the routes beside the batches (rollout.return_routed_experts) and route_miss of train records; either will do.
 Exit codes: 0, or 78: the input is wrong, or neither is recorded, which is never a result.
 """
 
