@@ -209,7 +209,7 @@ def measure(say: Callable[[str], None], quick: bool = False) -> list[Row]:
             raise SystemExit(f"{root}: {free / 1e9:.0f} GB free, {ROOM / 1e9:.0f} are needed; name another folder in MILES_BENCH_DIR")
         rows, memory = compare(root, large, FEW_ROWS if quick else {}, pairs, "bf16", 0.8, True, say)
         rows += compare(root, 0.4 if quick else 4.0, FP8 | FEW_ROWS, pairs, "FP8 to bf16", 0.5, False, say)[0]
-        small = quantised(root, 0.4 if quick else 4.0, say)
+        small = quantised(root, 0.4 if quick else 2.0, say)
         peaks = {f"{large:g} GB": max(memory)}
         if not quick:
             write(root / "hf", 12.0, {})

@@ -113,7 +113,8 @@ class _Work:
         write_durable(output / "config.json", json.dumps(config, indent=2).encode() + b"\n")
 
     def _described(self) -> dict[str, Any]:
-        kept = sorted(name.removesuffix(".weight") for name in self.hf.stored if name.endswith(".weight") and not self._quantises(name) and len(self.hf.shape(name)) == 2)
+        matrices = [name for name in self.hf.stored if name.endswith(".weight") and len(self.hf.shape(name)) == 2]
+        kept = sorted({"lm_head", *(name.removesuffix(".weight") for name in matrices if not self._quantises(name))})  # a tied head is in no file
         if self.target.method == "fp8":
             found: dict[str, Any] = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [fp8_blocks.BLOCK] * 2}
             return found | ({"scale_fmt": "ue8m0"} if self.target.power_of_two else {}) | {"modules_to_not_convert": kept}

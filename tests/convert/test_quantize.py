@@ -94,7 +94,7 @@ def test_a_folder_is_quantised_and_turned_back_as_an_independent_computation_say
     linear = {name for name in given if name.endswith(("proj.weight", "_mqa.weight"))}
     if method == "int4":
         linear = {name for name in linear if given[name].shape[1] % 32 == 0}
-    assert kept == {name for name, tensor in given.items() if tensor.dim() == 2} - linear
+    assert kept == {name for name, tensor in given.items() if tensor.dim() == 2} - linear | {"lm_head.weight"}
     for name, tensor in given.items():
         if name not in linear:
             assert torch.equal(back[name], tensor), name
@@ -131,6 +131,12 @@ def test_an_fp8_folder_converts_to_what_its_bf16_folder_converts_to(tmp_path):
     torch_dist_to_hf(tmp_path / "td", tmp_path / "back")
     assert "quantization_config" not in json.loads((tmp_path / "back" / "config.json").read_text())
     assert verify(tmp_path / "bf16", tmp_path / "back").equal
+
+
+@pytest.mark.parametrize(("method", "field"), [("fp8", "modules_to_not_convert"), ("int4", "ignore")])
+def test_a_tied_head_is_told_to_be_kept_though_no_file_holds_it(tmp_path, method, field):
+    quantize(write_model(tmp_path / "hf", "qwen3"), tmp_path / "small", Target(method))
+    assert json.loads((tmp_path / "small" / "config.json").read_text())["quantization_config"][field] == ["lm_head", "model.embed_tokens"]
 
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
