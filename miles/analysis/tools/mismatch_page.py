@@ -24,28 +24,35 @@ CORRECTION_COLUMNS = ("setting", "weight of", "clipped %", "tokens masked %", "t
 
 def mismatch_page(found: Mapping[str, Any], state: State, pieces: Any) -> str:
     """found: result() with `failures`; pieces: token ids -> their texts."""
-    runs = [("", found)]
-    sections = [
-        causes_section(found),
-        Section("All tokens", [numbers_table(found), sequences_table(found)], "d = train − rollout, nats; intervals are a bootstrap by sequence."),
-        Section("Ratios", [figure for figure in (ratios(state, marks(found)), probabilities(state)) if figure]),
-        Section(
-            "Where and since when",
-            [
-                *by_step(runs),
-                *by_slice(runs, "position", "Mean |d| by position", "Tokens of the response before it."),
-                *by_slice(runs, "rollout_probability", "Mean |d| by rollout probability", "Noise fades towards 1; what doesn't is another cause."),
-                *by_slice(runs, "lag", "Mean |d| by lag", "Weight versions between sampling and training."),
-                *by_slice(runs, "layers_routed_differently", "Mean |d| by layers routed differently", "Of a mixture of experts."),
-                *divergence(runs),
-                *who_and_when(found),
-                *slice_tables(found),
-            ],
-        ),
-        corrections_section(found),
-        Section("Worst tokens", worst_tables(found, pieces)),
-    ]
+    numbers = Section("All tokens", [numbers_table(found), sequences_table(found)], "d = train − rollout, nats; intervals are a bootstrap by sequence.")
+    if found["verdict"] == "bitwise":
+        sections = [numbers, corrections_section(found)]
+    else:
+        sections = [
+            causes_section(found),
+            numbers,
+            Section("Ratios", [figure for figure in (ratios(state, marks(found)), probabilities(state)) if figure]),
+            where_section(found),
+            corrections_section(found),
+            Section("Worst tokens", worst_tables(found, pieces)),
+        ]
     return plain_page(found["run"], "log-prob mismatch", facts(found), verdict_of(found), sections, tiles_of(found), source=found["run"])
+
+
+def where_section(found: Mapping[str, Any]) -> Section:
+    """Plots and tables by step, position, probability and so on."""
+    runs = [("", found)]
+    parts = [
+        *by_step(runs),
+        *by_slice(runs, "position", "Mean |d| by position", "Tokens of the response before it."),
+        *by_slice(runs, "rollout_probability", "Mean |d| by rollout probability", "Noise fades towards 1; what doesn't is another cause."),
+        *by_slice(runs, "lag", "Mean |d| by lag", "Weight versions between sampling and training."),
+        *by_slice(runs, "layers_routed_differently", "Mean |d| by layers routed differently", "Of a mixture of experts."),
+        *divergence(runs),
+        *who_and_when(found),
+        *slice_tables(found),
+    ]
+    return Section("Where and since when", parts)
 
 
 def verdict_of(found: Mapping[str, Any]) -> Verdict:
@@ -124,6 +131,8 @@ def corrections_section(found: Mapping[str, Any]) -> Section:
         "What each setting would have done to these tokens. Effective sample size: (Σw)² / (N Σw²), of tokens or of sequences, with weight 0 for what is masked or dropped; "
         "bias: Σ|w − ρ| / Σρ. Small bias and a sample size near 1 are both wanted, and are traded for each other."
     )
+    if found["verdict"] == "bitwise":
+        return Section("Corrections", [said])
     rows = correction_rows(found["corrections"])
     if best["outcome"]:
         [[name, *rest]] = correction_rows([best["outcome"]])

@@ -61,7 +61,7 @@ def probabilities(state: State, name: str = "probabilities", label: str = "") ->
     names = [number(math.exp(-(bin + 0.5) / 4), 1) for bin in range(most)][::-1]
     title = "Train against rollout probability" + (f", {label}" if label else "")
     svg = heat_map(name, title, "rollout probability", "train probability", names, names, [[int(each) or None for each in row] for row in crop.T], "tokens", log=True, diagonal=True)
-    return Placed(name, title, f"One token in {SAMPLED}, in squares of a quarter of a nat; the darker, the more, by the logarithm. Without mismatch all lie on the diagonal.", svg)
+    return Placed(name, title, f"One token in {SAMPLED}, in squares of a quarter of a nat; the stronger the colour, the more, by the logarithm. Without mismatch all lie on the diagonal.", svg)
 
 
 def by_slice(runs: Runs, slice_: str, title: str, caption: str, metric: str = "abs_diff", unit: str = "mean |d|, nats") -> list[Placed]:
@@ -139,5 +139,5 @@ def who_and_when(found: Mapping[str, Any]) -> list[Placed]:
         more = f" The {len(chosen)} of {len(who)} that are furthest off." if len(chosen) < len(who) else ""
         longest = max(row["last_step"] - row["step"] for row in rows)
         steps_each = f" Each column is a stretch of up to {longest + 1} steps." if longest else ""
-        pictures.append(Placed(name, title, f"Mean |d|; the darker, the greater. A row that stands out is a bad weight sync, a column a step at which something changed.{more}{steps_each}", svg, wide=True))
+        pictures.append(Placed(name, title, f"Mean |d|; the stronger the colour, the greater. A row that stands out is a bad weight sync, a column a step at which something changed.{more}{steps_each}", svg, wide=True))
     return pictures
