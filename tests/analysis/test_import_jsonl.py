@@ -23,6 +23,7 @@ from miles.analysis.rollout_stats import rollout_stats
 from miles.config.exits import UserError
 from miles.data.importers.jsonl import import_jsonl
 from miles.data.importers.written import RunWriter
+from miles.data.inspect.recognise import describe
 from miles.data.store.manifest import read_manifest, verify_files
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -155,6 +156,8 @@ def test_the_tool_writes_over_nothing(tmp_path: Path) -> None:
     (tmp_path / "new").mkdir()
     told = subprocess.run([*tool, tmp_path / "new"], capture_output=True, text=True, check=True)
     assert "1 samples of 1 steps, 4 tokens; 1 samples with the trainer's log-probs" in told.stdout
+    seen = describe(tmp_path / "new")
+    assert (seen.what, seen.facts["imported from"], seen.notes) == ("run directory", "jsonl", [])
     judged = subprocess.run([sys.executable, ROOT / "tools/analyze/logprob_mismatch.py", tmp_path / "new", "--json"], capture_output=True, text=True, check=False)
     assert json.loads(judged.stdout)["tokens"]["max_abs_diff"] == 0.5
 

@@ -63,7 +63,7 @@ def _folder(path: Path) -> Found:
         return Found("batch", run_files.batch_page)
     if (path / STATE).is_file() or (path / COMPLETE).is_file():
         return Found("checkpoint", run_files.checkpoint_page)
-    if (path / "run.yaml").is_file() or (path / "attempts").is_dir():
+    if any((path / name).exists() for name in ("run.yaml", "attempts", "provenance.json")):
         return Found("run", run_files.run_page)
     inside = sorted(each.name for each in path.iterdir())[:6]
     raise UserError(f"{path}: no run directory, batch or checkpoint (it has {', '.join(inside) or 'nothing in it'}); give one of these, or a file")

@@ -47,10 +47,12 @@ def run_page(path: Path) -> Page:
             page.notes.append(f"{name}: {' '.join(str(error).split())}")
             return None
 
-    config, wrong = usable(told("run.yaml", lambda: read_run_yaml(run)) or {})
+    provenance = told("provenance.json", lambda: read_provenance(run)) or {}
+    imported = provenance.get("imported") if isinstance(provenance.get("imported"), dict) else None
+    config, wrong = usable((None if imported and not run.run_yaml.exists() else told("run.yaml", lambda: read_run_yaml(run))) or {})
     page.notes += [f"run.yaml: {line}" for line in wrong]
     lines = read_metrics(run.metrics)
-    attempts = (told("provenance.json", lambda: read_provenance(run)) or {}).get("attempts", [])
+    attempts = provenance.get("attempts", [])
     complete = [step for step in steps_in(run.checkpoints) if (run.checkpoint(step) / COMPLETE).is_file()]
     asides = [folder.name for parent in (run.batches, run.evals) if parent.is_dir() for folder in sorted(parent.iterdir()) if ASIDE.fullmatch(folder.name)]
     total = int((config.get("warm_start") or {}).get("steps") or 0) + int(config.get("num_rollout") or 0)
@@ -61,6 +63,8 @@ def run_page(path: Path) -> Page:
         "guarantee": _tier(attempts),
         "complete checkpoints": ranges(complete),
     }
+    if imported:
+        page.facts["imported from"] = str(imported.get("from"))
     if asides:
         page.facts["set aside"] = asides
     routes = sum(1 for step in steps_in(run.batches) if any(run.batch(step).glob("routes.*.h5")))
