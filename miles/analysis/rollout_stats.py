@@ -138,10 +138,11 @@ def repeated_share(token: NDArray[np.int32]) -> float:
     """Share of a response's pieces of 4 tokens that occurred in it before; NaN below 4 tokens."""
     if len(token) < GRAM:
         return float("nan")
-    pieces = np.lib.stride_tricks.sliding_window_view(token.astype(np.uint32), GRAM)
-    key = (pieces[:, 0].astype(np.uint64) << np.uint64(32) | pieces[:, 1]) * np.uint64(0x9E3779B97F4A7C15)  # wraps: a hash of two, beside two exact ones
-    key ^= pieces[:, 2].astype(np.uint64) << np.uint64(32) | pieces[:, 3]
-    return float(1 - len(np.unique(key)) / len(key))
+    wide = token.astype(np.uint64)
+    pair = wide[:-1] << np.uint64(32) | wide[1:]
+    key = pair[:-2] * np.uint64(0x9E3779B97F4A7C15) ^ pair[2:]  # wraps: a hash of the first two, beside the other two as they are
+    key.sort()
+    return float(1 - (1 + np.count_nonzero(key[1:] != key[:-1])) / len(key))
 
 
 def loops(token: NDArray[np.int32]) -> bool:
