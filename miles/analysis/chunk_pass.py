@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -34,11 +35,7 @@ def add_core(state: State, loaded: Loaded) -> None:
 
 
 class ChunkPass:
-    """Everything of a chunk. Keeps its tables between chunks."""
-
-    def __init__(self) -> None:
-        self._tokens = np.zeros((0, len(TOKEN_VALUES)))
-        self._touched = np.zeros(0, np.uint8)
+    """Everything of a chunk."""
 
     def add(self, state: State, loaded: Loaded) -> None:
         """Add a chunk to the state."""
@@ -47,9 +44,8 @@ class ChunkPass:
         slots, labels = _sequence_slots(loaded)
         token = columns["token_id"]
         vocabulary = min(int(token.max()) + 1, VOCABULARY) if len(token) else 0
-        if vocabulary > len(self._tokens):
-            self._tokens = np.zeros((vocabulary + vocabulary // 4, len(TOKEN_VALUES)))
-            self._touched = np.zeros(len(self._tokens), np.uint8)
+        tokens, near = state.tokens.table(vocabulary, chunk.tokens)
+        far_token, far = np.empty(chunk.tokens, np.int64), np.empty((chunk.tokens, len(TOKEN_VALUES)))
         reward = numbers_of(loaded, "reward", np.float64)
         sign = np.select([reward < 0, reward == 0, reward > 0], [0, 1, 2], 3)
         sums, counts, odd, histogram = np.zeros(len(SUMS)), np.zeros(len(COUNTS), np.int64), np.zeros(len(ODD), np.int64), np.zeros(BINS, np.int64)
@@ -59,11 +55,11 @@ class ChunkPass:
         worst, worst_at = np.zeros(WORST, np.float32), np.zeros((WORST, 3), np.int64)
         worst_at[:, 0] = np.iinfo(np.int64).max
         order = chunk.record.shard[chunk.first : chunk.last] << 32 | loaded.row
-        top = fused.scan(
+        top, listed = fused.scan(
             columns["rollout_logprob"], columns["loss_mask"], columns["flags"], token, columns["train_logprob"], columns["entropy"],
             columns["advantage"], columns["used"], columns["route_miss"], loaded.shard_start, loaded.train_start, loaded.length,
-            numbers_of(loaded, "prompt_length", np.int64), sign, _identity(loaded), order, run_first, run_start, run_slot, slots,
-            sums, counts, odd, histogram, table, by_sequence, self._tokens, self._touched, sequence_sums, sequence_histogram, divergence, bootstrap,
+            numbers_of(loaded, "prompt_length", np.int64), sign, _identity(loaded), order, run_first, run_start, run_slot, slots, near,
+            sums, counts, odd, histogram, table, by_sequence, tokens, far_token, far, sequence_sums, sequence_histogram, divergence, bootstrap,
             worst, worst_at,
         )  # fmt: skip
         for mine, more in ((state.sums, sums), (state.bootstrap, bootstrap), (state.sequence_sums, sequence_sums)):
@@ -82,9 +78,8 @@ class ChunkPass:
         state.slices.add([("weight_version", version) for version, _ in used], np.array([row for _, row in used]))
         state.slices.add([("lag", now - version) for version, _ in used], np.array([row for _, row in used]))
         state.slices.add(labels, by_sequence)
-        ids = np.flatnonzero(self._touched)
-        state.tokens.add(ids, self._tokens)
-        self._tokens[ids], self._touched[ids] = 0.0, 0
+        state.tokens.added(sums[SUMS.index("abs")], sums[SUMS.index("k3")])
+        state.tokens.add(far_token[:listed], far[:listed])
         found = np.flatnonzero(worst)
         where = worst_at[found]
         rows = zip(worst[found].tolist(), (where[:, 0] >> 32).tolist(), (where[:, 0] & 0xFFFFFFFF).tolist(), where[:, 1].tolist(), strict=True)
@@ -118,34 +113,46 @@ def _runs(loaded: Loaded) -> tuple[list[int], NDArray[np.int64], NDArray[np.int6
 
 def version_runs(loaded: Loaded, sequences: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
     """Of these sequences: the first run of each and past the last, [S + 1]; and of each run its start (tokens) and weight version."""
-    first, start, version = np.zeros(len(sequences) + 1, np.int64), [], []
-    for place, i in enumerate(sequences.tolist()):
-        part, row = loaded.parts[loaded.part_of[i]], loaded.row[i]
-        low, high = np.searchsorted(part.run_sequence, (row, row + 1))
-        start.append(part.run_start[low:high])
-        version.append(part.run_version[low:high])
-        first[place + 1] = first[place] + high - low
-    none = np.zeros(0, np.int64)
-    return first, np.concatenate([none, *start]), np.concatenate([none, *version])
+    low, count = np.zeros(len(sequences), np.int64), np.zeros(len(sequences), np.int64)
+    before, start, version = 0, [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+    part_of, row = loaded.part_of[sequences], loaded.row[sequences]
+    for index, part in enumerate(loaded.parts):
+        mine = np.flatnonzero(part_of == index)
+        low[mine], high = (np.searchsorted(part.run_sequence, row[mine], side) for side in ("left", "right"))
+        count[mine] = high - low[mine]
+        low[mine] += before
+        before += len(part.run_sequence)
+        start.append(part.run_start)
+        version.append(part.run_version)
+    first = np.concatenate([[0], np.cumsum(count)])
+    which = np.arange(first[-1]) + np.repeat(low - first[:-1], count)
+    return first, np.concatenate(start)[which], np.concatenate(version)[which]
 
 
 def _sequence_slots(loaded: Loaded) -> tuple[NDArray[np.int64], list[tuple[str, int | str]]]:
     """Of each slice of whole sequences the place among the labels, [slices, S]; and the labels."""
-    chunk, count = loaded.chunk, len(loaded.row)
-    values: dict[str, list[int | str]] = {
-        "step": [chunk.step.step] * count,
-        "node": [chunk.record.node] * count,
-        "train_rank": chunk.record.rank[chunk.first : chunk.last].tolist(),
-        "prefix_cache": ["hit" if cached else "no hit" for cached in numbers_of(loaded, "cached_tokens", np.int64)],
-        "status": [Status(value).name.lower() if value < len(Status) else str(value) for value in numbers_of(loaded, "status", np.int64).tolist()],
-    }
-    for name, which in (("engine", "engines"), ("source", "sources")):
-        index = numbers_of(loaded, name, np.int64)
+    chunk = loaded.chunk
+    one = np.zeros(len(loaded.row), np.int64)
+
+    def listed(which: str) -> Callable[[int], str]:
         lists = [getattr(part, which) for part in loaded.parts]
-        values[name] = [lists[part][i] if i < len(lists[part]) else "unknown" for part, i in zip(loaded.part_of, index, strict=True)]
+        return lambda key: lists[key >> 32][key & 0xFFFFFFFF] if key & 0xFFFFFFFF < len(lists[key >> 32]) else "unknown"
+
+    keys: dict[str, tuple[NDArray[np.int64], Callable[[int], int | str]]] = {
+        "step": (one, lambda _: chunk.step.step),
+        "node": (one, lambda _: chunk.record.node),
+        "train_rank": (chunk.record.rank[chunk.first : chunk.last], int),
+        "prefix_cache": (np.sign(numbers_of(loaded, "cached_tokens", np.int64)), lambda cached: "hit" if cached else "no hit"),
+        "status": (numbers_of(loaded, "status", np.int64), lambda value: Status(value).name.lower() if value < len(Status) else str(value)),
+        "engine": (loaded.part_of << 32 | numbers_of(loaded, "engine", np.int64), listed("engines")),
+        "source": (loaded.part_of << 32 | numbers_of(loaded, "source", np.int64), listed("sources")),
+    }
     labels: dict[tuple[str, int | str], int] = {}
-    slots = [[labels.setdefault((name, value), len(labels)) for value in row] for name, row in values.items()]
-    return np.array(slots, np.int64).reshape(len(values), count), list(labels)
+    slots = np.zeros((len(keys), len(loaded.row)), np.int64)
+    for row, (name, (key, named)) in zip(slots, keys.items(), strict=True):
+        values, which = np.unique(key, return_inverse=True)
+        row[:] = np.array([labels.setdefault((name, named(value)), len(labels)) for value in values.tolist()], np.int64)[which]
+    return slots, list(labels)
 
 
 def _identity(loaded: Loaded) -> NDArray[np.uint64]:

@@ -69,3 +69,41 @@ def add_rows(sums: Digits, rows: NDArray[np.int64], values: NDArray[np.float64])
 def _add_rows(sums, rows, values):
     for i in range(len(rows)):
         _add(sums[rows[i]], values[i])
+
+
+def add_integers(sums: Digits, rows: NDArray[np.int64], values: NDArray[np.int64], units: NDArray[np.int64]) -> None:
+    """sums [R, width, DIGITS]: row rows[i] += values i64 [i, width] times 2^units[width]; units above LOWEST and below 100."""
+    _add_integers(sums, rows, values, units)
+
+
+@kernel
+def _add_integers(sums, rows, values, units):
+    for i in range(len(rows)):
+        for w in range(len(units)):
+            number = values[i, w]
+            sign = -1 if number < 0 else 1
+            size = np.uint64(abs(number))
+            place = units[w] - LOWEST
+            digit, shift = place >> 5, np.uint64(place & 31)
+            low = (size & np.uint64(0xFFFFFFFF)) << shift
+            high = ((size >> np.uint64(32)) << shift) + (low >> np.uint64(32))
+            sums[rows[i], w, digit] += sign * np.int64(low & np.uint64(0xFFFFFFFF))
+            sums[rows[i], w, digit + 1] += sign * np.int64(high & np.uint64(0xFFFFFFFF))
+            sums[rows[i], w, digit + 2] += sign * np.int64(high >> np.uint64(32))
+
+
+def carry(sums: Digits, rows: NDArray[np.int64]) -> None:
+    """Bring these rows of sums [R, width, DIGITS] to the one form that a number has: digits from 0 to 2^32, the last one with the sign."""
+    _carry(sums, rows)
+
+
+@kernel
+def _carry(sums, rows):
+    for i in range(len(rows)):
+        for w in range(sums.shape[1]):
+            over = np.int64(0)
+            for k in range(DIGITS - 1):
+                whole = sums[rows[i], w, k] + over
+                over = whole >> 32
+                sums[rows[i], w, k] = whole - (over << 32)
+            sums[rows[i], w, DIGITS - 1] += over

@@ -7,18 +7,37 @@ import math
 import numpy as np
 
 from miles.analysis.compiled import kernel
-from miles.analysis.lanes import add_row, add_sum, add_token, make_sums, sum_rows
+from miles.analysis.lanes import STRIDE, WAIT, add_near, add_sum, gather, make_scatter, make_sums, sum_rows, touch
 from miles.analysis.slices import BASE, ENTROPIES, MISSES, PROBABILITIES, VERSIONS
-from miles.analysis.terms import BINS, COUNTS, HUGE, LIMIT, RING, SEQUENCE_SUMS, SUB_BINS, SUMS, TAUS, TERM_ROW, VALUES, WIDE
+from miles.analysis.terms import (
+    BINS,
+    COUNTED,
+    COUNTS,
+    HUGE,
+    LIMIT,
+    MOMENTS,
+    RING,
+    SEQUENCE_SUMS,
+    SUB_BINS,
+    SUMS,
+    TAUS,
+    TERM_ROW,
+    TOKEN_VALUES,
+    VALUES,
+    WIDE,
+)
 
 core_sums = make_sums(terms=False, every=False)
 all_sums = make_sums(terms=True, every=True)
+scatter1, scatter2, scatter3 = (make_scatter(kinds) for kinds in (1, 2, 3))
 
 WAYS = len(VALUES)
 POSITION, PROBABILITY, ENTROPY, TURN = BASE["position"], BASE["rollout_probability"], BASE["entropy"], BASE["turn"]
 SPECULATIVE, MISS, SIGNS, USED = (BASE[name] for name in ("speculative", "layers_routed_differently", "reward_and_advantage", "used"))
-WAIT = 4  # columns of a slot that neighbouring tokens take in turn: an addition need not wait for the one before
-SCRATCH = (BINS + 1) * SUB_BINS  # u32 counters of the histogram, one bin past the last for the ring's beginning
+NEAR_COLUMNS = tuple(VALUES.index(name) for name in TOKEN_VALUES)
+HOT_SLOTS = PROBABILITIES + ENTROPIES + MISSES  # what is scattered token by token, in this order
+SCRATCH = (BINS + 1) * SUB_BINS  # counters of the histogram, one bin past the last for the ring's beginning
+PIECE = WIDE * (COUNTED // 2)  # tokens between two looks at whether the counters could overflow
 
 
 @kernel
@@ -28,22 +47,27 @@ def core(mu, o, mask, mu_start, o_start, length, sums, counts, histogram):
     mu f32, mask u8: sequence i begins at mu_start[i]; o f32: at o_start[i]; length[i] tokens.
     """
     lanes, tally, scratch, ring, padded, _, _ = _working()
-    greatest = 0.0
-    here = np.zeros(len(SUMS))
+    greatest = np.float32(0.0)
+    counted = 0
     for i in range(len(length)):
         a, b, n = mu_start[i], o_start[i], length[i]
-        body = n - n % WIDE
-        lanes[:] = 0.0
-        top = core_sums(_at4(mu, a), _at4(o, b), _at1(mask, a), body, _of(lanes), _of(tally), _of(scratch), _of(ring), 0, 0)
-        if body < n:
-            _pad(padded, mu, o, mask, a + body, b + body, n - body)
-            at = _of(padded)
-            top = max(top, core_sums(at, at + 4 * WIDE, at + 8 * WIDE, WIDE, _of(lanes), _of(tally), _of(scratch), _of(ring), 0, 0))
-        _reduce(lanes, here)
-        sums += here
-        greatest = max(greatest, top)
-        if i & 0xFFFF == 0xFFFF:
-            _flush(scratch, histogram)
+        for start in range(0, n, PIECE):
+            size = min(PIECE, n - start)
+            if counted + size > WIDE * (COUNTED - 1):
+                _flush(scratch, histogram)
+                counted = 0
+            counted += size + WIDE
+            at, bt, body = a + start, b + start, size - size % WIDE
+            top = core_sums(_at4(mu, at), _at4(o, bt), _at1(mask, at), body, _of(lanes), _of(tally), _of(scratch), _of(ring), 0, 0)
+            if body < size:
+                _pad(padded, mu, o, mask, at + body, bt + body, size - body)
+                p = _of(padded)
+                tail = core_sums(p, p + 4 * WIDE, p + 8 * WIDE, WIDE, _of(lanes), _of(tally), _of(scratch), _of(ring), 0, 0)
+                top = max(top, tail)
+            greatest = max(greatest, top)
+    found = np.zeros(len(SUMS))
+    _reduce(lanes, found)
+    sums += found
     _finish(tally, scratch, ring, counts, histogram)
     return greatest
 
@@ -51,28 +75,31 @@ def core(mu, o, mask, mu_start, o_start, length, sums, counts, histogram):
 @kernel
 def scan(
     mu, mask, flags, token, o, entropy, advantage, used, miss, mu_start, o_start, length, prompt, reward_sign, identity, order,
-    run_first, run_start, run_slot, sequence_slots, sums, counts, odd, histogram, table, sequence_table, token_table, touched,
+    run_first, run_start, run_slot, sequence_slots, near, sums, counts, odd, histogram, table, sequence_table, token_table, far_token, far,
     sequence_sums, sequence_histogram, divergence, bootstrap, worst, worst_at,
 ):  # fmt: skip
-    """All there is of some sequences; everything from `sums` on is added to. Returns the greatest |d|.
+    """All there is of some sequences; everything from `sums` on is added to. Returns the greatest |d|, and how many rows `far` has.
 
     Of shards: mu f32, mask u8, flags u8, token i32, sequence i from mu_start[i]; of train records: o, entropy, advantage f32, used,
     miss u8, from o_start[i]; arrays that weren't recorded have no elements. Of sequences [S]: length, prompt tokens, reward_sign
     (0 to 3), identity (a hash, for the bootstrap), order (breaks ties among worst tokens). Runs of one weight version: those of
     sequence i are run_first[i] to run_first[i + 1], each with its start (tokens) and slot. sequence_slots i64 [K, S] rows of
-    sequence_table f64 [., 8]. token_table f64 [V, 4], touched u8 [V]: 1 where it was added to. odd i64 [4]: NaN and infinite log-probs of the rollout, then of the trainer, under the mask.
+    sequence_table f64 [., 8]. token_table i64 [V, 4] in units of NEAR_UNIT, of tokens with |d| <= near; the others are listed: far_token
+    i64 [tokens], far f64 [tokens, 4]. odd i64 [4]: NaN and infinite log-probs of the rollout, then of the trainer, under the mask.
     """
     lanes, tally, scratch, ring, padded, rows, probable = _working()
-    greatest = 0.0
-    here, before = np.zeros(len(SUMS)), np.zeros(len(COUNTS), np.int64)
+    greatest = np.float32(0.0)
+    listed, counted = 0, 0
+    here, part, before = np.zeros(len(SUMS)), np.zeros(len(SUMS) + len(MOMENTS)), np.zeros(len(COUNTS), np.int64)
     value = np.zeros(WAYS)
     found = np.zeros(len(TAUS), np.int64)
     kinds = len(sequence_slots)
-    code, probability_bin, entropy_bin = np.zeros(TERM_ROW, np.uint8), np.zeros(TERM_ROW, np.uint8), np.zeros(TERM_ROW, np.uint8)
-    segment, hot = np.zeros((3, WAYS)), np.zeros((WAIT * (PROBABILITIES + ENTROPIES + MISSES), WAYS))
+    code, bins, segment = np.zeros(TERM_ROW, np.uint8), np.zeros((3, TERM_ROW), np.uint16), np.zeros(WAYS)
+    words, poisson = code.view(np.uint64), _poisson()
+    hot = _rows(WAIT * HOT_SLOTS // 2, WAYS).reshape(-1).view(np.float32)
     for i in range(len(length)):
         a, b, n = mu_start[i], o_start[i], length[i]
-        lanes[:] = 0.0
+        here[:] = 0.0
         for k in range(len(COUNTS)):
             before[k] = tally[k]
         run, last_run = run_first[i], run_first[i + 1]
@@ -85,13 +112,27 @@ def scan(
             size = min(TERM_ROW, n - start)
             body = size - size % WIDE
             at, bt = a + start, b + start
+            if counted + size > WIDE * (COUNTED - 1):
+                _flush(scratch, histogram)
+                counted = 0
+            counted += size + WIDE
+            if len(token_table):
+                touch(_at4(token, at), size, _of(token_table), len(token_table))
+            tokens, base = tally[1], np.float64(start - prompt[i])
             top = all_sums(_at4(mu, at), _at4(o, bt), _at1(mask, at), body, _of(lanes), _of(tally), _of(scratch), _of(ring), _of(rows), _of(probable))
+            _reduce(lanes, part)
+            count = tally[1] - tokens
+            line, square, product = _moments(part, count, base, line, square, product)
+            here += part[: len(SUMS)]
             if body < size:
                 _pad(padded, mu, o, mask, at + body, bt + body, size - body)
                 p = _of(padded)
                 more, chance = _of(rows) + 4 * WAYS * body, _at4(probable, body)
                 tail = all_sums(p, p + 4 * WIDE, p + 8 * WIDE, WIDE, _of(lanes), _of(tally), _of(scratch), _of(ring), more, chance)
                 top = max(top, tail)
+                _reduce(lanes, part)
+                line, square, product = _moments(part, tally[1] - tokens - count, base + body, line, square, product)
+                here += part[: len(SUMS)]
             greatest = max(greatest, top)
             for k in range(len(TAUS)):
                 if found[k] < 0 and top > TAUS[k]:
@@ -103,7 +144,7 @@ def scan(
                 for j in range(size):
                     if rows[j * WAYS + 2] >= worst[-1] and rows[j * WAYS + 2] > 0.0:
                         _insert(worst, worst_at, rows[j * WAYS + 2], order[i], start + j, i)
-            _codes(code, flags, used, advantage, at, bt, size)
+            _codes(code, flags[at : at + size], _part(used, bt, size), _part(advantage, bt, size))
             j = 0
             while j < size:
                 place = start + j
@@ -123,11 +164,14 @@ def scan(
                 if since < 8:
                     stop = min(stop, j + 1 if since == 0 else turn + 8 - start)
                 end = j + 1
+                eight = np.uint64(alike) * np.uint64(0x0101010101010101)
                 while end < stop and code[end] == alike:
                     end += 1
-                sum_rows(_of(rows) + 4 * WAYS * j, end - j, j, _of(segment))
+                    while end % 8 == 0 and end + 8 <= stop and words[end // 8] == eight:
+                        end += 8
+                sum_rows(_of(rows) + 4 * WAYS * j, end - j, _of(segment))
                 j = end
-                if segment[0, 0] == 0.0:
+                if segment[0] == 0.0:
                     continue
                 t, g = _of(table), _of(segment)
                 add_sum(t, POSITION + bucket, g)
@@ -139,28 +183,9 @@ def scan(
                     add_sum(t, USED + (alike & 1), g)
                 if slot >= 0:
                     add_sum(t, VERSIONS + slot, g)
-                base = np.float64(start - prompt[i])
-                line += segment[1, 0] + base * segment[0, 0]
-                square += segment[2, 0] + 2 * base * segment[1, 0] + base * base * segment[0, 0]
-                product += segment[1, 2] + base * segment[0, 2]
-            _bins(probability_bin, entropy_bin, probable, entropy, bt, size)
-            first, chances, spreads = _of(rows), _of(hot), _of(hot) + 8 * WAYS * WAIT * PROBABILITIES
-            for j in range(size):
-                row, column = first + 4 * WAYS * j, j % WAIT
-                add_row(chances, WAIT * np.int64(probability_bin[j]) + column, row)
-                add_row(spreads, WAIT * np.int64(entropy_bin[j]) + column, row)
-            if len(miss):
-                missed = spreads + 8 * WAYS * WAIT * ENTROPIES
-                for j in range(size):
-                    add_row(missed, WAIT * min(int(miss[bt + j]), MISSES - 1) + j % WAIT, first + 4 * WAYS * j)
+            _scatter(rows, size, bins, hot, probable[:size], _part(entropy, bt, size), _part(miss, bt, size), table)
             if len(token_table):
-                for j in range(size):
-                    name = np.int64(token[at + j])
-                    if name < 0 or name >= len(token_table):
-                        continue
-                    touched[name] = 1
-                    add_token(_of(token_table), name, first + 4 * WAYS * j)
-        _reduce(lanes, here)
+                listed = _by_token(token[at : at + size], rows, top <= near, near, token_table, far_token, far, listed)
         sums += here
         count = tally[1] - before[1]
         if tally[0] - before[0] != count:
@@ -175,44 +200,120 @@ def scan(
             _sequence(here, count, line, square, product, sequence_sums, sequence_histogram)
             for k in range(len(TAUS)):
                 divergence[k, 0 if found[k] < 0 else 1 + _bucket(found[k])[0]] += 1
-            _resample(identity[i], value, bootstrap)
-        if i & 0xFFFF == 0xFFFF:
-            _flush(scratch, histogram)
+            _resample(identity[i], value, bootstrap, poisson)
     _finish(tally, scratch, ring, counts, histogram)
-    bases = (PROBABILITY, ENTROPY, MISS)
-    row = 0
-    for k, slots in enumerate((PROBABILITIES, ENTROPIES if len(entropy) else 0, MISSES if len(miss) else 0)):
-        for bin in range(slots):
-            for column in range(WAIT):
-                for w in range(WAYS):
-                    table[bases[k] + bin, w] += hot[row + WAIT * bin + column, w]
-        row += WAIT * slots
-    return greatest
+    return greatest, listed
 
 
 @kernel
-def _codes(code, flags, used, advantage, at, bt, size):
+def _moments(part, count, x, line, square, product):
+    """Sums of position, its square, and position times |d|, with those of a row whose places count from x."""
+    place, place2, place_abs = part[len(SUMS)], part[len(SUMS) + 1], part[len(SUMS) + 2]
+    return line + place + x * count, square + place2 + 2 * x * place + x * x * count, product + place_abs + x * part[1]
+
+
+@kernel
+def _by_token(token, rows, all_near, near, table, far_token, far, listed):
+    """Add a row of terms to its token ids; tokens that are not near are listed. Returns how many are."""
+    first, size, names = _of(rows), len(token), np.uint64(len(table))
+    if all_near:
+        for j in range(size):
+            name = np.uint64(np.int64(token[j]))
+            if name < names:  # no negative one is
+                add_near(_of(table), name, first + 4 * WAYS * j)
+        return listed
+    for j in range(size):
+        name = np.uint64(np.int64(token[j]))
+        if name >= names:
+            continue
+        if rows[j * WAYS + 2] <= near:
+            add_near(_of(table), name, first + 4 * WAYS * j)
+        else:
+            far_token[listed] = name
+            for k, which in enumerate(NEAR_COLUMNS):
+                far[listed, k] = rows[j * WAYS + which]
+            listed += 1
+    return listed
+
+
+@kernel
+def _codes(code, flags, used, advantage):
     """What neighbours must share to be added up together: bit 0 trained on, 1 first of a turn, 3 and 4 of the flags, 5 and 6 sign of the advantage."""
-    for j in range(size):
-        code[j] = flags[at + j] & 0x1A
-    if len(used):
-        for j in range(size):
-            code[j] |= np.uint8(used[bt + j] != 0)
-    if len(advantage):
-        for j in range(size):
-            value = advantage[bt + j]
-            code[j] |= np.uint8(32 * (np.uint8(value >= 0) + np.uint8(value > 0) + 3 * np.uint8(value != value)))
+    for j in range(len(flags)):
+        code[j] = flags[j] & 0x1A
+    for j in range(len(used)):
+        code[j] |= np.uint8(1 if used[j] else 0)
+    for j in range(len(advantage)):
+        value = advantage[j]
+        code[j] |= np.uint8(64 if value > 0 else 32 if value == 0 else 0 if value < 0 else 96)
 
 
 @kernel
-def _bins(probability_bin, entropy_bin, probable, entropy, bt, size):
-    """Slots of e^mu and of the entropy."""
-    for j in range(size):
-        probability_bin[j] = np.uint8(min(max(probable[j] * np.float32(PROBABILITIES), np.float32(0.0)), np.float32(PROBABILITIES - 1)))
-    for j in range(size if len(entropy) else 0):
-        value = entropy[bt + j]
+def _scatter(rows, size, bins, hot, probable, entropy, miss, table):
+    """Add a row of terms to the slices by e^mu, entropy and layers routed differently: in fp32 to `hot`, and that to the table, 0 then."""
+    _probability_bins(probable, bins[0])
+    kinds, last = 1, 0
+    if len(entropy):
+        _entropy_bins(entropy, bins[1])
+        kinds = 2
+    if len(miss):
+        last = _miss_bins(miss, bins[kinds])
+        kinds += 1
+    if kinds == 3:
+        scatter3(_of(rows), size, _of(bins), _of(hot))
+    elif kinds == 2:
+        scatter2(_of(rows), size, _of(bins), _of(hot))
+    else:
+        scatter1(_of(rows), size, _of(bins), _of(hot))
+    first, out = _of(hot), _of(table)
+    for slot in range(PROBABILITIES):
+        gather(first, slot, out, PROBABILITY + slot)
+    for slot in range(ENTROPIES if len(entropy) else 0):
+        gather(first, PROBABILITIES + slot, out, ENTROPY + slot)
+    for slot in range(last + 1 if len(miss) else 0):
+        gather(first, PROBABILITIES + ENTROPIES + slot, out, MISS + slot)
+
+
+@kernel
+def _probability_bins(probable, bins):
+    """Slots of e^mu."""
+    for j in range(len(probable)):
+        slot = min(max(probable[j] * np.float32(PROBABILITIES), np.float32(0.0)), np.float32(PROBABILITIES - 1))
+        bins[j] = np.uint16(np.int32(slot)) * np.uint16(STRIDE)
+
+
+@kernel
+def _entropy_bins(entropy, bins):
+    """Slots of the entropy, behind those of e^mu."""
+    for j in range(len(entropy)):
+        value = entropy[j]
         known = min(max(value * np.float32(4.0), np.float32(0.0)), np.float32(ENTROPIES - 2)) if value == value else np.float32(ENTROPIES - 1)
-        entropy_bin[j] = np.uint8(known)
+        bins[j] = (np.uint16(np.int32(known)) + np.uint16(PROBABILITIES)) * np.uint16(STRIDE)
+
+
+@kernel
+def _miss_bins(miss, bins):
+    """Slots of layers routed differently, behind those of the entropy; returns the last one, counted from 0."""
+    for j in range(len(miss)):
+        bins[j] = (min(np.uint16(miss[j]), np.uint16(MISSES - 1)) + np.uint16(PROBABILITIES + ENTROPIES)) * np.uint16(STRIDE)
+    last = np.uint8(0)
+    for j in range(len(miss)):
+        last = max(last, miss[j])
+    return min(np.int64(last), MISSES - 1)
+
+
+@kernel
+def _part(array, start, size):
+    """Of an array that may not be recorded."""
+    return array[start : start + size] if len(array) else array
+
+
+@kernel
+def _rows(count, width):
+    """f64 [count, width], zeros, at the beginning of a cache line: no row of 8 lies across two."""
+    held = np.zeros(count * width + 8)
+    skip = (-(held.ctypes.data // 8)) % 8
+    return held[skip : skip + count * width].reshape(count, width)
 
 
 @kernel
@@ -233,10 +334,10 @@ def _at1(array, index):
 @kernel
 def _working():
     """Zeroed: lanes, counts and turns, bins, the ring (its bins one past the last), a padded turn, rows of terms, e^mu."""
-    ring = np.full(RING * WIDE, BINS * SUB_BINS, np.int32)
-    lanes, tally = np.zeros((len(SUMS), WIDE)), np.zeros(len(COUNTS) + 1, np.int64)
-    padded, rows, probable = np.zeros(3 * WIDE, np.float32), np.zeros(TERM_ROW * WAYS, np.float32), np.zeros(TERM_ROW, np.float32)
-    return lanes, tally, np.zeros(SCRATCH, np.uint32), ring, padded, rows, probable
+    ring = np.full(RING * WIDE, BINS, np.uint16)
+    lanes, tally = np.zeros((len(SUMS) + len(MOMENTS), WIDE)), np.zeros(len(COUNTS) + 1, np.int64)
+    padded, rows, probable = np.zeros(3 * WIDE, np.float32), _rows(TERM_ROW // 2, WAYS).reshape(-1).view(np.float32), np.zeros(TERM_ROW, np.float32)
+    return lanes, tally, np.zeros(SCRATCH, np.uint16), ring, padded, rows, probable
 
 
 @kernel
@@ -252,31 +353,34 @@ def _pad(padded, mu, o, mask, a, b, n):
 
 @kernel
 def _reduce(lanes, out):
-    """Lanes to sums, in a fixed tree: i with i + 8, then + 4, + 2, + 1."""
-    for k in range(len(lanes)):
+    """Lanes to sums [rows wanted], in a fixed tree: i with i + 8, then + 4, + 2, + 1. The lanes are 0 then."""
+    for k in range(len(out)):
         width = WIDE // 2
         while width:
             for i in range(width):
                 lanes[k, i] += lanes[k, i + width]
             width //= 2
         out[k] = lanes[k, 0]
+    lanes[:] = 0.0
 
 
 @kernel
 def _flush(scratch, histogram):
-    """32-bit counters to 64 bits, before they could overflow."""
+    """16-bit counters to 64 bits, before they could overflow: the four of a bin at once."""
+    words, few = scratch.view(np.uint64), np.uint64(0x0000FFFF0000FFFF)
     for i in range(BINS):
-        for k in range(SUB_BINS):
-            histogram[i] += scratch[SUB_BINS * i + k]
-            scratch[SUB_BINS * i + k] = 0
+        pairs = (words[i] & few) + ((words[i] >> np.uint64(16)) & few)
+        histogram[i] += np.int64((pairs + (pairs >> np.uint64(32))) & np.uint64(0xFFFFFFFF))
+        words[i] = 0
 
 
 @kernel
 def _finish(tally, scratch, ring, counts, histogram):
     """Count what waits in the ring; take the tokens that don't count out of bin 0."""
-    for which in ring:
-        scratch[which] += 1
     _flush(scratch, histogram)
+    for which in ring:
+        if which < BINS:
+            histogram[which] += 1
     for k in range(len(COUNTS)):
         counts[k] += tally[k]
     histogram[0] -= tally[3] * WIDE - tally[1]
@@ -358,16 +462,23 @@ def _mix(z):
 
 
 @kernel
-def _resample(identity, value, bootstrap):
+def _poisson():
+    """The distribution of mean 1: a sequence is taken as many times as there are entries that u in [0, 1) reaches."""
+    reach = np.zeros(12)
+    term = reach[0] = math.exp(-1.0)
+    for times in range(1, len(reach)):
+        term /= times
+        reach[times] = reach[times - 1] + term
+    return reach
+
+
+@kernel
+def _resample(identity, value, bootstrap, poisson):
     """Each replicate takes the sequence 0, 1, 2, ... times (Poisson of mean 1), by a hash of the sequence and the replicate."""
     for k in range(len(bootstrap)):
         u = (_mix(identity + np.uint64(k + 1) * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(11)) * 2.0**-53
-        term = math.exp(-1.0)
-        reach, times = term, 0
-        while u >= reach and times < 12:
-            times += 1
-            term /= times
-            reach += term
-        if times:
-            for w in range(WAYS):
-                bootstrap[k, w] += times * value[w]
+        times = 0.0
+        for reach in poisson:
+            times += 1.0 if u >= reach else 0.0
+        for w in range(WAYS):
+            bootstrap[k, w] += times * value[w]

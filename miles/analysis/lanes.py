@@ -19,25 +19,45 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic as _intrinsic
 
-from miles.analysis.terms import BINS, CORE, COUNTS, HUGE, LIMIT, RING, SUB_BINS, SUMS, TOKEN_VALUES, VALUES, WIDE
+from miles.analysis.terms import (
+    BINS,
+    CORE,
+    COUNTS,
+    HUGE,
+    LIMIT,
+    MOMENTS,
+    NEAR,
+    NEAR_UNIT,
+    RING,
+    SUB_BINS,
+    SUMS,
+    TERM_ROW,
+    TOKEN_VALUES,
+    TURNS,
+    VALUES,
+    WIDE,
+)
 
 intrinsic: Any = _intrinsic  # its type says nothing of what the decorated function becomes
 
-F32, F64, I8, I32, I64 = ir.FloatType(), ir.DoubleType(), *(ir.IntType(bits) for bits in (8, 32, 64))
-VEC, IVEC, BYTES, DOUBLES = (ir.VectorType(kind, WIDE) for kind in (F32, I32, I8, F64))
-SMALL = 0.34375  # below ln2 / 2: a log-ratio that needs no reduction before its exponential
-TURNS = 16  # of the innermost loop, before its fp32 sums go to fp64
+F32, F64, I8, I16, I32, I64 = ir.FloatType(), ir.DoubleType(), *(ir.IntType(bits) for bits in (8, 16, 32, 64))
+VEC, IVEC, BYTES, SHORTS, DOUBLES = (ir.VectorType(kind, WIDE) for kind in (F32, I32, I8, I16, F64))
+WAIT = 4  # columns of a slot that neighbouring tokens take in turn: an addition need not wait for the one before
+STRIDE = WAIT * len(VALUES) * 4 // 8  # of a slot in such a table, in units of 8 bytes
+# (e^r - 1 - r) / r^2 for |r| <= NEAR, interpolated at Chebyshev's nodes.
+NEAREST = (0.5, 0.16666642420070918, 0.041666636365000086, 0.008348847788288706, 0.0013908278590313836)
 
 
 def make_sums(terms: bool, every: bool) -> Any:
     """An intrinsic (mu, o, mask, n, lanes, counts, histogram, ring, terms, probable) -> greatest |d| of n tokens; all but n are addresses.
 
-    mu, o f32 [n], mask u8 [n]; n a multiple of 16. Added to: lanes f64 [len(SUMS), 16], only the rows of CORE unless `every`; counts
-    i64 [len(COUNTS) + 1], the last one turns of the ring; histogram u32 [BINS, SUB_BINS], where a token that does not count is a d of 0.
-    ring i32 [RING, 16]: bins that wait to be counted, for the caller to count at the end; they begin as BINS * SUB_BINS, one past the last.
-    terms: also written are terms f32 [n, len(VALUES)], zeros for a token that does not count, and probable f32 [n], e^mu.
+    mu, o f32 [n], mask u8 [n]; n a multiple of 16. Added to: lanes f64 [len(SUMS) + len(MOMENTS), 16], only the rows of CORE unless
+    `every`; counts i64 [len(COUNTS) + 1], the last one turns of the ring; histogram u16 [BINS, SUB_BINS], COUNTED turns before it could
+    overflow, where a token that does not count is a d of 0. ring u16 [RING, 16]: bins that wait to be counted, for the caller to count at the
+    end; they begin as BINS, one past the last. terms: also written are terms f32 [n, len(VALUES)], zeros for a token that does not count,
+    and probable f32 [n], e^mu. every: n is at most TERM_ROW.
     """
-    names = SUMS if every else CORE
+    names = (*SUMS, *MOMENTS) if every else CORE
 
     @intrinsic
     def sums(typingctx, mu, o, mask, n, lanes, counts, histogram, ring, terms_at, probable_at):
@@ -79,6 +99,15 @@ def _series(builder: ir.IRBuilder, r: ir.Value) -> tuple[ir.Value, ir.Value]:
     return builder.fadd(r, small), small
 
 
+def _short_series(builder: ir.IRBuilder, r: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """_series for |r| <= SMALL, by the polynomial of degree 4 that is nearest there (within 3e-8 of it)."""
+    square = builder.fmul(r, r)
+    first, second = (_fma(builder, r, _const(VEC, NEAREST[k + 1]), _const(VEC, NEAREST[k])) for k in (0, 2))
+    rest = _fma(builder, square, _const(VEC, NEAREST[4]), second)
+    small = builder.fmul(square, _fma(builder, square, rest, first))
+    return builder.fadd(r, small), small
+
+
 def _exp_terms(builder: ir.IRBuilder, c: ir.Value) -> tuple[ir.Value, ir.Value]:
     """(e^c - 1, e^c - 1 - c) in fp32 for -87 < c < 88, each within some 1e-7 of itself; where |c| < ln2 / 2 the bits of _series.
 
@@ -97,25 +126,45 @@ def _exp_terms(builder: ir.IRBuilder, c: ir.Value) -> tuple[ir.Value, ir.Value]:
     return t, builder.select(near, small, builder.fsub(t, c))
 
 
-def _ratio_terms(builder: ir.IRBuilder, d: ir.Value, size: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
-    """c, t and k3 of these differences: where all 16 are small, as they mostly are, by the series alone."""
-    far = builder.fcmp_ordered(">", size, _const(VEC, SMALL))
-    some = builder.icmp_unsigned("!=", builder.bitcast(far, ir.IntType(WIDE)), ir.Constant(ir.IntType(WIDE), 0))
-    with builder.if_else(some, likely=False) as (then, otherwise):
-        with then:
-            held = _select(builder, "<", _select(builder, ">", d, _const(VEC, -LIMIT)), _const(VEC, LIMIT))
-            slow = (held, *_exp_terms(builder, held))
-            slow_end = builder.block
-        with otherwise:
-            fast = (d, *_series(builder, d))
-            fast_end = builder.block
-    found = []
-    for one, other in zip(slow, fast, strict=True):
-        phi = builder.phi(VEC)
-        phi.add_incoming(one, slow_end)
-        phi.add_incoming(other, fast_end)
-        found.append(phi)
-    return found[0], found[1], found[2]
+class _Turn:
+    """Of 16 tokens: which count, which have the same bits, d, |d|, e^c - 1 and k3, of a token that does not count 0. To the i64 at `lost` is added how many are under the mask and don't count."""
+
+    def __init__(self, builder: ir.IRBuilder, mu: ir.Value, o: ir.Value, masked: ir.Value, lost: ir.Value) -> None:
+        b = builder
+        zero, huge = _const(VEC, 0.0), _const(VEC, HUGE)
+        d = b.fsub(o, mu)
+        size = _size(b, d)
+        same = b.and_(masked, b.icmp_unsigned("==", b.bitcast(mu, IVEC), b.bitcast(o, IVEC)))
+        # Nearly always every d is small and no number odd. Where mu is not huge, neither is an o so near to it; NaN fails the comparison.
+        near = b.and_(b.fcmp_ordered("<=", size, _const(VEC, NEAR)), b.fcmp_ordered("<=", _size(b, mu), huge))
+        rough = b.icmp_unsigned("!=", b.bitcast(near, I16), ir.Constant(I16, -1))
+        with b.if_else(rough, likely=False) as (then, otherwise):
+            with then:
+                kept = b.and_(masked, b.and_(b.fcmp_ordered("<=", _size(b, mu), huge), b.fcmp_ordered("<=", _size(b, o), huge)))
+                held = b.select(kept, d, zero)
+                c = _select(b, "<", _select(b, ">", held, _const(VEC, -LIMIT)), _const(VEC, LIMIT))
+                rest = (b.select(kept, mu, zero), _size(b, held), b.and_(same, kept))
+                b.store(b.add(b.load(lost), _count(b, b.xor(masked, kept))), lost)
+                slow = (kept, held, c, *_exp_terms(b, c), *rest)
+                slow_end = b.block
+            with otherwise:
+                fast = (masked, d, d, *_short_series(b, d), mu, size, same)
+                fast_end = b.block
+        found = []
+        for one, other in zip(slow, fast, strict=True):
+            phi = b.phi(one.type)
+            phi.add_incoming(one, slow_end)
+            phi.add_incoming(other, fast_end)
+            found.append(phi)
+        self.kept, self.d, self.c, self.t, self.k3, self.mu, self.size, self.same = found
+
+
+def _size(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
+    return _call(builder, f"llvm.fabs.v{WIDE}f32", VEC, x)
+
+
+def _count(builder: ir.IRBuilder, flags: ir.Value) -> ir.Value:
+    return builder.zext(_call(builder, "llvm.ctpop.i16", I16, builder.bitcast(flags, I16)), I64)
 
 
 def _store_rows(builder: ir.IRBuilder, columns: list[ir.Value], first: ir.Value) -> None:
@@ -145,14 +194,19 @@ def _build(builder: ir.IRBuilder, args: list[ir.Value], names: tuple[str, ...], 
     def at(address: ir.Value, index: ir.Value, kind: Any, size: int) -> ir.Value:
         return builder.inttoptr(builder.add(address, builder.mul(index, number(size))), kind.as_pointer())
 
-    zero, izero = _const(VEC, 0.0), _const(IVEC, 0)
+    def add_to(cell: ir.Value, value: ir.Value) -> None:
+        builder.store(builder.add(builder.load(cell), value), cell)
+
+    zero = _const(VEC, 0.0)
     cells = {name: cgutils.alloca_once_value(builder, zero) for name in names}
-    tallies = [cgutils.alloca_once_value(builder, izero) for _ in COUNTS]
+    masks, lost, equal = tallies = [cgutils.alloca_once_value(builder, number(0)) for _ in COUNTS]
+    under = cgutils.alloca_once_value(builder, _const(BYTES, 0))  # of a block, under the mask
     greatest = cgutils.alloca_once_value(builder, zero)
+    place = cgutils.alloca_once_value(builder, ir.Constant(VEC, [ir.Constant(F32, float(i)) for i in range(WIDE)]))
     turns = builder.sdiv(n, number(WIDE))
     turn_at = at(counts_at, number(len(COUNTS)), I64, 8)
     turn = builder.load(turn_at)
-    lane = ir.Constant(IVEC, [i % SUB_BINS for i in range(WIDE)])
+    counters = builder.inttoptr(histogram_at, I16.as_pointer())
     blocks = builder.sdiv(builder.add(turns, number(TURNS - 1)), number(TURNS))
     with cgutils.for_range(builder, blocks) as outer:
         done = builder.mul(outer.index, number(TURNS))
@@ -160,70 +214,107 @@ def _build(builder: ir.IRBuilder, args: list[ir.Value], names: tuple[str, ...], 
         here = builder.select(builder.icmp_signed("<", left, number(TURNS)), left, number(TURNS))
         for cell in cells.values():
             builder.store(zero, cell)
-        for cell in tallies:
-            builder.store(izero, cell)
+        builder.store(_const(BYTES, 0), under)
         with cgutils.for_range(builder, here) as inner:
             index = builder.mul(builder.add(done, inner.index), number(WIDE))
-            mu = builder.load(at(mu_at, index, VEC, 4), align=4)
-            o = builder.load(at(o_at, index, VEC, 4), align=4)
-            masked = builder.icmp_unsigned("!=", builder.load(at(mask_at, index, BYTES, 1), align=1), _const(BYTES, 0))
-            kept = masked
-            for value in (mu, o):
-                size = _call(builder, f"llvm.fabs.v{WIDE}f32", VEC, value)
-                kept = builder.and_(kept, builder.fcmp_ordered("<=", size, _const(VEC, HUGE)))
-            same = builder.and_(kept, builder.icmp_unsigned("==", builder.bitcast(mu, IVEC), builder.bitcast(o, IVEC)))
-            for cell, flags in zip(tallies, (masked, kept, same), strict=True):
-                builder.store(builder.add(builder.load(cell), builder.zext(flags, IVEC)), cell)
-            mu, o = builder.select(kept, mu, zero), builder.select(kept, o, zero)
-            d = builder.fsub(o, mu)
-            size = _call(builder, f"llvm.fabs.v{WIDE}f32", VEC, d)
-            c, t, k3 = _ratio_terms(builder, d, size)
+            # The bins of this turn wait in the ring while those of RING turns ago are counted: loads that follow the store at once would wait for it.
+            slot = builder.and_(builder.add(turn, builder.add(done, inner.index)), number(RING - 1))
+            waiting = at(ring_at, builder.mul(slot, number(WIDE)), I32, 2)
+            for i in range(WIDE):
+                if i % 2 == 0:  # two with one load: loads are what there are most of
+                    two = builder.load(builder.gep(waiting, [number(i // 2)]), align=4)
+                one = builder.lshr(two, ir.Constant(I32, 16)) if i % 2 else builder.and_(two, ir.Constant(I32, 0xFFFF))
+                which = builder.mul(builder.zext(one, I64), number(SUB_BINS))
+                spot = builder.gep(counters, [builder.add(which, number(i % SUB_BINS))])
+                builder.store(builder.add(builder.load(spot), ir.Constant(I16, 1)), spot)
+            mask = builder.load(at(mask_at, index, BYTES, 1), align=1)
+            masked = builder.icmp_unsigned("!=", mask, _const(BYTES, 0))
+            few = builder.load(under)
+            builder.store(builder.add(few, _call(builder, f"llvm.umin.v{WIDE}i8", BYTES, mask, _const(BYTES, 1))), under)
+            mu, o = (builder.select(masked, builder.load(at(address, index, VEC, 4), align=4), zero) for address in (mu_at, o_at))
+            it = _Turn(builder, mu, o, masked, lost)
+            add_to(equal, _count(builder, it.same))
             factors = {
-                "d": (d,), "abs": (size,), "d2": (d, d), "k3": (k3,), "t": (t,), "t2": (t, t),
-                "td": (t, c), "mu": (mu,), "mu2": (mu, mu), "mud": (mu, d),
+                "d": (it.d,), "abs": (it.size,), "d2": (it.d, it.d), "k3": (it.k3,), "t": (it.t,), "t2": (it.t, it.t),
+                "td": (it.t, it.c), "mu": (it.mu,), "mu2": (it.mu, it.mu), "mud": (it.mu, it.d),
             }  # fmt: skip
+            if keep:
+                one, same = (builder.select(flags, _const(VEC, 1.0), zero) for flags in (it.kept, it.same))
+                x = builder.load(place)
+                builder.store(builder.fadd(x, _const(VEC, WIDE)), place)
+                held = builder.select(it.kept, x, zero)
+                factors |= {"place": (held,), "place2": (held, held), "place_abs": (x, it.size)}
+                probable = builder.fadd(_exp_terms(builder, _select(builder, ">", it.mu, _const(VEC, -80.0)))[0], _const(VEC, 1.0))
+                columns = [one, it.d, it.size, builder.fmul(it.d, it.d), it.k3, it.t, builder.fmul(it.t, it.t), same]
+                _store_rows(builder, columns, at(terms_at, builder.mul(index, number(len(VALUES))), F32, 4))
+                builder.store(probable, at(probable_at, index, VEC, 4), align=4)
             for name, cell in cells.items():
                 old, (first, *second) = builder.load(cell), factors[name]
                 builder.store(_fma(builder, first, second[0], old) if second else builder.fadd(old, first), cell)
-            builder.store(_select(builder, ">", size, builder.load(greatest)), greatest)
-            if keep:
-                probable = builder.fadd(_exp_terms(builder, _select(builder, ">", mu, _const(VEC, -80.0)))[0], _const(VEC, 1.0))
-                one = builder.select(kept, _const(VEC, 1.0), zero)
-                equal = builder.select(same, _const(VEC, 1.0), zero)
-                columns = [one, d, size, builder.fmul(d, d), k3, t, builder.fmul(t, t), equal]
-                _store_rows(builder, columns, at(terms_at, builder.mul(index, number(len(VALUES))), F32, 4))
-                builder.store(probable, at(probable_at, index, VEC, 4), align=4)
-            bits = builder.lshr(builder.bitcast(d, IVEC), _const(IVEC, 32 - (BINS - 1).bit_length()))
-            # The bins of this turn wait in the ring while those of RING turns ago are counted: loads that follow the store at once would wait for it.
-            slot = builder.and_(builder.add(turn, builder.add(done, inner.index)), number(RING - 1))
-            first = at(ring_at, builder.mul(slot, number(WIDE)), I32, 4)
-            for i in range(WIDE):
-                which = builder.zext(builder.load(builder.gep(first, [ir.Constant(I32, i)])), I64)
-                spot = at(histogram_at, which, I32, 4)
-                builder.store(builder.add(builder.load(spot), ir.Constant(I32, 1)), spot)
-            columns = builder.add(builder.mul(bits, _const(IVEC, SUB_BINS)), lane)
-            builder.store(columns, builder.bitcast(first, IVEC.as_pointer()), align=4)
-        for row, name in enumerate(SUMS):
+            builder.store(_select(builder, ">", it.size, builder.load(greatest)), greatest)
+            bins = builder.trunc(builder.lshr(builder.bitcast(it.d, IVEC), _const(IVEC, 32 - (BINS - 1).bit_length())), SHORTS)
+            builder.store(bins, builder.bitcast(waiting, SHORTS.as_pointer()), align=8)
+        wide = builder.zext(builder.load(under), SHORTS)
+        add_to(masks, builder.zext(_call(builder, f"llvm.vector.reduce.add.v{WIDE}i16", I16, wide), I64))
+        for row, name in enumerate((*SUMS, *MOMENTS)):
             if name in cells:
                 spot = at(lanes_at, number(row * WIDE), DOUBLES, 8)
                 builder.store(builder.fadd(builder.load(spot, align=8), builder.fpext(builder.load(cells[name]), DOUBLES)), spot, align=8)
-        for index, cell in enumerate(tallies):
-            spot = at(counts_at, number(index), I64, 8)
-            count = _call(builder, f"llvm.vector.reduce.add.v{WIDE}i32", I32, builder.load(cell))
-            builder.store(builder.add(builder.load(spot), builder.zext(count, I64)), spot)
+    builder.store(builder.sub(builder.load(masks), builder.load(lost)), lost)
+    for index, cell in enumerate(tallies):
+        add_to(at(counts_at, number(index), I64, 8), builder.load(cell))
     builder.store(builder.add(turn, turns), turn_at)
     return _call(builder, f"llvm.vector.reduce.fmax.v{WIDE}f32", F32, builder.load(greatest))
 
 
+def make_scatter(kinds: int) -> Any:
+    """An intrinsic (rows, n, bins, table): each of f32 [n, 8] rows is added to `kinds` rows of the table; all but n are addresses.
+
+    bins u16 [kinds, TERM_ROW]: STRIDE times the slot of each row. table f32 [slots, WAIT, 8]: neighbours take its columns in turn. n is
+    rounded up to a multiple of WAIT; the rows added are zeros, and their bins any slot.
+    """
+
+    @intrinsic
+    def scatter(typingctx, rows, n, bins, table):
+        def codegen(context, builder, signature, args):
+            rows, n, bins, table = args
+            b = builder
+            turns = b.sdiv(b.add(n, ir.Constant(I64, WAIT - 1)), ir.Constant(I64, WAIT))
+            with cgutils.for_range(b, turns) as loop:
+                for column in range(WAIT):
+                    j = b.add(b.mul(loop.index, ir.Constant(I64, WAIT)), ir.Constant(I64, column))
+                    row = _load(b, b.add(rows, b.mul(j, ir.Constant(I64, 4 * len(VALUES)))), ROW)
+                    for kind in range(kinds):
+                        at = b.add(b.add(bins, ir.Constant(I64, 2 * TERM_ROW * kind)), b.mul(j, ir.Constant(I64, 2)))
+                        slot = b.zext(b.load(b.inttoptr(at, I16.as_pointer()), align=2), I64)
+                        place = b.add(b.mul(slot, ir.Constant(I64, 8)), ir.Constant(I64, 4 * len(VALUES) * column))
+                        spot = b.inttoptr(b.add(table, place), ROW.as_pointer())
+                        b.store(b.fadd(b.load(spot, align=32), row), spot, align=32)
+            return context.get_dummy_value()
+
+        return types.void(*([types.int64] * 4)), codegen
+
+    return scatter
+
+
 @intrinsic
-def add_row(typingctx, table, slot, row):
-    """table f64 [slots, 8] at an address: row `slot` += f32 [8] at the address `row`."""
+def gather(typingctx, hot, slot, table, row):
+    """The WAIT columns of a slot of f32 [slots, WAIT, 8] are added to a row of f64 [rows, 8], and are 0 then; both tables are addresses."""
 
     def codegen(context, builder, signature, args):
-        _add_to(builder, args[0], args[1], builder.fpext(_load(builder, args[2], ROW), DOUBLE_ROW))
+        hot, slot, table, row = args
+        b = builder
+        first = b.add(hot, b.mul(slot, ir.Constant(I64, 8 * STRIDE)))
+        spots = [b.inttoptr(b.add(first, ir.Constant(I64, 4 * len(VALUES) * column)), ROW.as_pointer()) for column in range(WAIT)]
+        parts = [b.load(spot, align=32) for spot in spots]
+        while len(parts) > 1:
+            parts = [b.fadd(one, other) for one, other in zip(parts[::2], parts[1::2], strict=True)]
+        _add_to(b, table, row, b.fpext(parts[0], DOUBLE_ROW))
+        for spot in spots:
+            b.store(ir.Constant(ROW, [ir.Constant(F32, 0.0)] * len(VALUES)), spot, align=32)
         return context.get_dummy_value()
 
-    return types.void(types.int64, types.int64, types.int64), codegen
+    return types.void(*([types.int64] * 4)), codegen
 
 
 @intrinsic
@@ -238,42 +329,62 @@ def add_sum(typingctx, table, slot, row):
 
 
 @intrinsic
-def add_token(typingctx, table, slot, row):
-    """table f64 [slots, 4] at an address: row `slot` += the tokens, |d|, d and k3 of f32 [8] at the address `row`."""
+def add_near(typingctx, table, slot, row):
+    """table i64 [slots, 4] at an address: row `slot` += the tokens, |d|, d and k3 of f32 [8] at the address `row`, in units of NEAR_UNIT; |d| <= NEAR."""
 
     def codegen(context, builder, signature, args):
+        kind, whole = ir.VectorType(F64, 4), ir.VectorType(I64, 4)
         values = _load(builder, args[2], ROW)
         places = ir.Constant(ir.VectorType(I32, 4), [VALUES.index(name) for name in TOKEN_VALUES])
-        _add_to(builder, args[0], args[1], builder.fpext(builder.shuffle_vector(values, values, places), ir.VectorType(F64, 4)))
+        wide = builder.fpext(builder.shuffle_vector(values, values, places), kind)
+        units = ir.Constant(kind, [ir.Constant(F64, 1 / NEAR_UNIT[name]) for name in TOKEN_VALUES])
+        magic = ir.Constant(kind, [ir.Constant(F64, 1.5 * 2.0**52)] * 4)  # adding it rounds to an integer, in the low bits
+        shifted = _call(builder, "llvm.fma.v4f64", kind, wide, units, magic)
+        _add_to(builder, args[0], args[1], builder.sub(builder.bitcast(shifted, whole), builder.bitcast(magic, whole)))
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, types.int64), codegen
 
 
 @intrinsic
-def sum_rows(typingctx, rows, count, first, out):
-    """out f64 [3, 8] at an address = sums over j of f32 [8] rows, of j times them and of j^2 times them; j counts from `first`."""
+def touch(typingctx, ids, count, table, slots):
+    """Begin to fetch the rows of i64 [slots, 4] at the address `table` that `count` i32 ids at an address name."""
 
     def codegen(context, builder, signature, args):
-        cells = [cgutils.alloca_once(builder, DOUBLE_ROW) for _ in range(3)]
-        for cell in cells:
-            builder.store(ir.Constant(DOUBLE_ROW, [ir.Constant(F64, 0.0)] * len(VALUES)), cell)
-        with cgutils.for_range(builder, args[1]) as loop:
-            at = builder.add(args[0], builder.mul(loop.index, ir.Constant(I64, 4 * len(VALUES))))
-            value = builder.fpext(_load(builder, at, ROW), DOUBLE_ROW)
-            j = builder.sitofp(builder.add(loop.index, args[2]), F64)
-            one = builder.insert_element(ir.Constant(DOUBLE_ROW, ir.Undefined), j, ir.Constant(I32, 0))
-            factor = builder.shuffle_vector(one, one, ir.Constant(ir.VectorType(I32, len(VALUES)), [0] * len(VALUES)))
-            for power, cell in enumerate(cells):
-                if power:
-                    value = builder.fmul(value, factor)
-                builder.store(builder.fadd(builder.load(cell), value), cell)
-        for power, cell in enumerate(cells):
-            spot = builder.add(args[3], ir.Constant(I64, 8 * len(VALUES) * power))
-            builder.store(builder.load(cell), builder.inttoptr(spot, DOUBLE_ROW.as_pointer()), align=8)
+        ids, count, table, slots = args
+        fetch = cgutils.get_or_insert_function(builder.module, ir.FunctionType(ir.VoidType(), [I8.as_pointer(), I32, I32, I32]), "llvm.prefetch.p0")
+        with cgutils.for_range(builder, count) as loop:
+            address = builder.add(ids, builder.mul(loop.index, ir.Constant(I64, 4)))
+            row = builder.zext(builder.load(builder.inttoptr(address, I32.as_pointer()), align=4), I64)
+            known = builder.select(builder.icmp_unsigned("<", row, slots), row, ir.Constant(I64, 0))
+            spot = builder.inttoptr(builder.add(table, builder.mul(known, ir.Constant(I64, 32))), I8.as_pointer())
+            builder.call(fetch, [spot, *(ir.Constant(I32, value) for value in (0, 2, 1))])
         return context.get_dummy_value()
 
     return types.void(*([types.int64] * 4)), codegen
+
+
+@intrinsic
+def sum_rows(typingctx, rows, count, out):
+    """out f64 [8] at an address = the sum of `count` f32 [8] rows; 16 in turn are added in fp32."""
+
+    def codegen(context, builder, signature, args):
+        cell, part = cgutils.alloca_once(builder, DOUBLE_ROW), cgutils.alloca_once(builder, ROW)
+        builder.store(ir.Constant(DOUBLE_ROW, [ir.Constant(F64, 0.0)] * len(VALUES)), cell)
+        blocks = builder.sdiv(builder.add(args[1], ir.Constant(I64, TURNS - 1)), ir.Constant(I64, TURNS))
+        with cgutils.for_range(builder, blocks) as outer:
+            done = builder.mul(outer.index, ir.Constant(I64, TURNS))
+            left = builder.sub(args[1], done)
+            here = builder.select(builder.icmp_signed("<", left, ir.Constant(I64, TURNS)), left, ir.Constant(I64, TURNS))
+            builder.store(ir.Constant(ROW, [ir.Constant(F32, 0.0)] * len(VALUES)), part)
+            with cgutils.for_range(builder, here) as inner:
+                at = builder.add(args[0], builder.mul(builder.add(done, inner.index), ir.Constant(I64, 4 * len(VALUES))))
+                builder.store(builder.fadd(builder.load(part), _load(builder, at, ROW)), part)
+            builder.store(builder.fadd(builder.load(cell), builder.fpext(builder.load(part), DOUBLE_ROW)), cell)
+        builder.store(builder.load(cell), builder.inttoptr(args[2], DOUBLE_ROW.as_pointer()), align=8)
+        return context.get_dummy_value()
+
+    return types.void(*([types.int64] * 3)), codegen
 
 
 ROW, DOUBLE_ROW = ir.VectorType(F32, len(VALUES)), ir.VectorType(F64, len(VALUES))
@@ -284,6 +395,7 @@ def _load(builder: ir.IRBuilder, address: ir.Value, kind: Any) -> ir.Value:
 
 
 def _add_to(builder: ir.IRBuilder, table: ir.Value, slot: ir.Value, value: ir.Value) -> None:
-    """Add a vector of fp64 to its row of a table."""
+    """Add a vector of 64-bit numbers to its row of a table."""
     spot = builder.inttoptr(builder.add(table, builder.mul(slot, ir.Constant(I64, 8 * value.type.count))), value.type.as_pointer())
-    builder.store(builder.fadd(builder.load(spot, align=8), value), spot, align=8)
+    add = builder.fadd if value.type.element == F64 else builder.add
+    builder.store(add(builder.load(spot, align=8), value), spot, align=8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import msgpack
@@ -13,11 +14,27 @@ from miles.analysis.evidence import Evidence
 from miles.analysis.labelled import Labelled
 from miles.analysis.simulation import Simulation
 from miles.analysis.slices import POSITIONS
-from miles.analysis.terms import BINS, COUNTS, REPLICATES, SEQUENCE_HISTOGRAMS, SEQUENCE_SUMS, SUMS, TAUS, TOKEN_VALUES, VALUES, WORST
+from miles.analysis.terms import (
+    BINS,
+    COUNTS,
+    NEAR,
+    NEAR_UNIT,
+    REPLICATES,
+    SEQUENCE_HISTOGRAMS,
+    SEQUENCE_SUMS,
+    SUMS,
+    TAUS,
+    TOKEN_VALUES,
+    VALUES,
+    WORST,
+)
 
 WORST_FIELDS = np.dtype([("abs", "f4"), ("step", "i8"), ("shard", "i8"), ("row", "i8"), ("place", "i8")])
 ODD = ("rollout_nan", "rollout_infinite", "train_nan", "train_infinite")
 ADDED = ("sums", "bootstrap", "sequence_sums", "counts", "odd", "histogram", "sequence_histogram", "divergence", "seen")
+NEAR_K3 = math.expm1(NEAR) - NEAR  # the greatest of a token with |d| <= NEAR
+NEAR_PLACES = np.array([math.frexp(NEAR_UNIT[name])[1] - 1 for name in TOKEN_VALUES])  # units as powers of 2
+ROOM = 2.0**62 * np.array([NEAR_UNIT["abs"], NEAR_UNIT["k3"]])  # below what overflows int64, by more than rounding adds
 SEEN = ("steps", "sequences", "all_tokens", "not_trained_on", "other_batches", "record_bytes")
 
 
@@ -94,34 +111,81 @@ class State:
 
 
 class ByToken:
-    """Exact sums of TOKEN_VALUES by token id: int64 ids, rows in the order met."""
+    """Exact sums of TOKEN_VALUES by token id: int64 ids, rows in the order met.
+
+    Nearly all tokens are added as integers of NEAR_UNIT to a table by id, which goes to the digits when they are asked for or before it
+    could overflow. Digits are carried, so that a sum has the same ones however it was reached.
+    """
 
     def __init__(self) -> None:
-        self.row_of = np.full(0, -1, np.int64)
-        self.ids = np.zeros(0, np.int64)
-        self.digits = exact.zeros(0, len(TOKEN_VALUES))
+        self._row_of = np.full(0, -1, np.int64)
+        self._ids = np.zeros(0, np.int64)
+        self._digits = exact.zeros(0, len(TOKEN_VALUES))
+        self._table = np.zeros((0, len(TOKEN_VALUES)), np.int64)
+        self._held = np.zeros(2)  # at most so much |d| and k3 is in the table
 
-    def add(self, ids: NDArray[np.int64], table: NDArray[np.float64]) -> None:
-        """The rows `ids` (each once) of table f64 [V, 4]."""
+    @property
+    def ids(self) -> NDArray[np.int64]:
+        """Those with a token, each once."""
+        self._fold()
+        return self._ids
+
+    @property
+    def digits(self) -> exact.Digits:
+        """Of the ids, in their order, and more rows that are 0: [>= len(ids), 4, DIGITS]."""
+        self._fold()
+        return self._digits
+
+    def table(self, vocabulary: int, tokens: int) -> tuple[NDArray[np.int64], float]:
+        """The table i64 [V >= vocabulary, 4], with room for `tokens` more; and the greatest |d| that may be added to it: NEAR, or less than 0 where so many have no room."""
+        if vocabulary > len(self._table):
+            self._fold()
+            rows, width = vocabulary + vocabulary // 4, len(TOKEN_VALUES)
+            held = np.zeros(rows * width + 8, np.int64)
+            skip = -(held.ctypes.data // 8) % 8
+            self._table = held[skip : skip + rows * width].reshape(rows, width)  # no row lies across two cache lines
+        more = np.array([NEAR * tokens, NEAR_K3 * tokens])
+        if (self._held + more > ROOM).any():
+            self._fold()
+        return self._table, NEAR if (more <= ROOM).all() else -1.0
+
+    def added(self, size: float, k3: float) -> None:
+        """At most so much |d| and k3 was added to the table."""
+        self._held += (size, k3)
+
+    def add(self, ids: NDArray[np.int64], values: NDArray[np.float64]) -> None:
+        """values f64 [i, 4] of single tokens; an id may come several times."""
         if len(ids):
-            rows = self._rows(ids)
-            exact.add_rows(self.digits, rows, table[ids])
+            rows = self._rows(np.unique(ids))
+            exact.add_rows(self._digits, self._row_of[ids], values)
+            exact.carry(self._digits, rows)
 
     def merge(self, ids: NDArray[np.int64], digits: exact.Digits) -> None:
-        """Sums [len(ids), 4] of another."""
+        """Sums [len(ids), 4] of another, each id once."""
         if len(ids):
             rows = self._rows(ids)
-            self.digits[rows] += digits
+            self._digits[rows] += digits
+            exact.carry(self._digits, rows)
+
+    def _fold(self) -> None:
+        """The table into the digits."""
+        ids = np.flatnonzero(self._table[:, 0])
+        if len(ids):
+            rows = self._rows(ids)
+            exact.add_integers(self._digits, rows, self._table[ids], NEAR_PLACES)
+            exact.carry(self._digits, rows)
+            self._table[:] = 0
+        self._held[:] = 0.0
 
     def _rows(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Rows of ids, made where they are new."""
-        if (most := int(ids.max()) + 1) > len(self.row_of):
-            self.row_of = np.concatenate([self.row_of, np.full(max(most, 2 * len(self.row_of)) - len(self.row_of), -1, np.int64)])
-        new = ids[self.row_of[ids] < 0]
-        self.row_of[new] = np.arange(len(self.ids), len(self.ids) + len(new))
-        self.ids = np.concatenate([self.ids, new])
-        if len(self.ids) > len(self.digits):
-            grown = exact.zeros(max(len(self.ids), 2 * len(self.digits)), len(TOKEN_VALUES))
-            grown[: len(self.digits)] = self.digits
-            self.digits = grown
-        return self.row_of[ids]
+        """Rows of ids, each once, made where they are new."""
+        if (most := int(ids.max()) + 1) > len(self._row_of):
+            self._row_of = np.concatenate([self._row_of, np.full(max(most, 2 * len(self._row_of)) - len(self._row_of), -1, np.int64)])
+        new = ids[self._row_of[ids] < 0]
+        self._row_of[new] = np.arange(len(self._ids), len(self._ids) + len(new))
+        self._ids = np.concatenate([self._ids, new])
+        if len(self._ids) > len(self._digits):
+            grown = exact.zeros(max(len(self._ids), 2 * len(self._digits)), len(TOKEN_VALUES))
+            grown[: len(self._digits)] = self._digits
+            self._digits = grown
+        return self._row_of[ids]

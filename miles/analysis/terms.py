@@ -5,6 +5,7 @@ from __future__ import annotations
 # Over tokens that count, with d = train - rollout, c = d held to ±LIMIT, t = e^c - 1, mu the rollout's log-prob.
 CORE = ("d", "abs", "d2", "k3", "t", "t2")
 SUMS = (*CORE, "td", "mu", "mu2", "mud")
+MOMENTS = ("place", "place2", "place_abs")  # over tokens that count of their places in the row of terms: x, x^2 and x |d|
 VALUES = ("tokens", "d", "abs", "d2", "k3", "t", "t2", "equal_bits")  # of every slice
 TOKEN_VALUES = ("tokens", "abs", "d", "k3")  # of every token id
 COUNTS = ("masked", "tokens", "equal_bits")  # under the loss mask; of them, both log-probs finite; of those, the same bits in both
@@ -13,6 +14,10 @@ HUGE = 1.0000000150474662e30  # nats, a float32: a log-prob beyond it stands for
 BINS = 1 << 13  # of the signed log-histogram: the upper 13 bits of d as float32, so 16 bins an octave
 SUB_BINS = 4  # neighbouring tokens count in different columns: equal values don't wait for each other
 WIDE = 16  # tokens of a turn of the innermost loop
+TURNS = 16  # whose sums are fp32 before they go to fp64; fewer than 256
+COUNTED = 65535 // (WIDE // SUB_BINS)  # turns before a 16-bit counter of the histogram could overflow
+NEAR = 0.25  # nats: up to here a log-ratio is small, as nearly all are: its exponential is a short polynomial, its sums by token id are integers
+NEAR_UNIT = {"tokens": 1.0, "abs": 2.0**-40, "d": 2.0**-40, "k3": 2.0**-45}  # of those integers
 TERM_ROW = 512  # tokens: the most whose terms are kept
 RING = 16  # turns whose bins wait to be counted
 TAUS = (0.0, 1e-6, 1e-3, 0.1)  # nats: a sequence diverges first where |d| exceeds one of these

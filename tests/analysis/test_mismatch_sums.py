@@ -1,0 +1,70 @@
+"""Counters and integer sums at their limits: nothing overflows, and a sum has the same digits however it was reached."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import numpy as np
+import pytest
+
+from miles.analysis import exact, fused
+from miles.analysis.state import ByToken
+from miles.analysis.terms import BINS, COUNTS, NEAR, NEAR_UNIT, SUMS, TOKEN_VALUES
+
+
+@pytest.mark.parametrize("lengths", [[700_001], [350_000, 17, 349_984]])
+def test_more_equal_tokens_than_a_counter_of_16_bits_holds(lengths):
+    total = sum(lengths)
+    mu, o, mask = np.full(total, -1.0, np.float32), np.full(total, -1.5, np.float32), np.ones(total, np.uint8)
+    start = np.cumsum([0, *lengths[:-1]])
+    sums, counts, histogram = np.zeros(len(SUMS)), np.zeros(len(COUNTS), np.int64), np.zeros(BINS, np.int64)
+    assert fused.core(mu, o, mask, start, start, np.array(lengths), sums, counts, histogram) == 0.5
+    assert counts.tolist() == [total, total, 0]
+    bin = int(np.array([-0.5], np.float32).view(np.uint32)[0] >> 19)
+    assert np.flatnonzero(histogram).tolist() == [bin]
+    assert histogram[bin] == total
+    assert sums[:3] == pytest.approx([-0.5 * total, 0.5 * total, 0.25 * total], rel=1e-7)
+
+
+def test_sums_by_token_have_the_same_digits_however_they_were_reached():
+    random = np.random.default_rng(0)
+    units = np.array([NEAR_UNIT[name] for name in TOKEN_VALUES])
+    ids, values = random.integers(0, 50, 4000), random.integers(-(1 << 38), 1 << 38, (4000, len(TOKEN_VALUES)))
+    values[:, 0] = 1
+    far, large = random.integers(0, 50, 100), random.normal(0, 1e20, (100, len(TOKEN_VALUES)))
+    found = []
+    for pieces in (1, 7):
+        states = []
+        for part in np.array_split(np.arange(4000), pieces):
+            state = ByToken()
+            table, near = state.table(50, 4000)
+            assert near == NEAR
+            np.add.at(table, ids[part], values[part])
+            states.append(state)
+        for which in range(100):
+            states[which % pieces].add(far[which : which + 1], large[which : which + 1])
+        for other in states[1:]:
+            states[0].merge(other.ids, other.digits[: len(other.ids)])
+        found.append({int(name): states[0].digits[row].tobytes() for row, name in enumerate(states[0].ids)})
+    assert found[0] == found[1]
+    for name, digits in found[0].items():
+        sums = exact.value(np.frombuffer(digits, np.int64).reshape(len(TOKEN_VALUES), -1))
+        for w, unit in enumerate(units):
+            true = int(values[ids == name, w].sum()) * Fraction(unit) + sum((Fraction(x) for x in large[far == name, w]), Fraction(0))
+            assert sums[w] == float(true)
+
+
+def test_a_table_by_token_is_folded_before_it_could_overflow():
+    state = ByToken()
+    table, _ = state.table(1, 1 << 20)
+    half = int(2.0**61)
+    table[0] = [1, half, -half, half]
+    state.added(half * NEAR_UNIT["abs"], half * NEAR_UNIT["k3"])
+    again, near = state.table(1, 1 << 20)
+    assert again is table
+    assert (near, table[0, 1]) == (NEAR, half)
+    state.added(half * NEAR_UNIT["abs"], half * NEAR_UNIT["k3"])
+    state.table(1, 1 << 20)
+    assert not table.any()
+    assert exact.value(state.digits[:1])[0].tolist() == [1.0, half * NEAR_UNIT["abs"], -half * NEAR_UNIT["d"], half * NEAR_UNIT["k3"]]
+    assert state.table(1, 1 << 30)[1] < 0  # so many tokens have no room: each is added by itself
