@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import shlex
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,8 @@ from miles.data.store.run_dir import RunDir
 from miles.plan.judge import Finding
 from miles.report.records import Attempt, RunRecord
 from miles.slurm import checks, site, start
-from miles.slurm.states import JobState, job_state
+from miles.slurm.own_jobs import state_of
+from miles.slurm.states import JobState, watched
 from miles.slurm.submission import prepare, submit
 
 POLL_SECONDS = 2.0
@@ -72,7 +72,7 @@ def submit_run(run: RunDir, config: RunConfig, console: Console) -> Callable[[],
 
     def wait() -> int:
         try:
-            return follow(run, [str(entry["job_id"]) for entry in entries], before, console)
+            return follow(run, entries, before, console)
         except KeyboardInterrupt:
             console.print(f"no longer followed; the job goes on, and ends with: miles-submit cancel {folder}")
             raise
@@ -80,22 +80,19 @@ def submit_run(run: RunDir, config: RunConfig, console: Console) -> Callable[[],
     return wait
 
 
-def follow(run: RunDir, jobs: list[str], before: int, console: Console) -> int:
+def follow(run: RunDir, entries: list[dict[str, Any]], before: int, console: Console) -> int:
     """Show the progress until none of the jobs has anything to do; returns the exit code of the newest attempt after `before`, else of the job."""
     progress, said = Progress(), ""
+    states: list[JobState] = []
     try:
-        while True:
-            states = [job_state(job) for job in jobs]
-            if all(state.over for state in states):
-                break
-            words = "; ".join(f"job {state.job_id} {state.state.lower()}{': ' + state.reason if state.reason else ''}" for state in states if not state.over)
-            answer = ask_service(_newest(run))
+        for states in watched(lambda: [state_of(entry) for entry in entries], progress.say, POLL_SECONDS):
+            words = "; ".join(state.words for state in states if not state.over)
+            answer = ask_service(_newest(run)) if words else None
             if answer is not None:
                 progress.update({name: value for name, value in answer.items() if name not in ("message", "notices")})
-            elif words != said:
+            elif words and words != said:
                 progress.say(words)
                 said = words
-            time.sleep(POLL_SECONDS)
     finally:
         progress.close(None)
     return _end(run, states, before, console)
@@ -107,9 +104,9 @@ def _end(run: RunDir, states: list[JobState], before: int, console: Console) -> 
     if attempt is not None and attempt.epoch > before and attempt.outcome is not None:
         code, reason = int(attempt.outcome["code"]), str(attempt.outcome["reason"])
     else:
-        ended = [state for state in states if state.exit_code is not None]
-        code = next((state.exit_code for state in ended if state.exit_code), None) or (OK if ended else AGAIN)
-        reason = full(run.path) if code == WRONG and no_room(run.path) else "; ".join(f"job {state.job_id} {state.state.lower()}{': ' + state.reason if state.reason else ''}" for state in states)
+        well = all(state.state == "COMPLETED" for state in states)  # one that was cancelled before it began has exit code 0, too
+        code = next((state.exit_code for state in states if state.exit_code), None) or (OK if well else AGAIN)
+        reason = full(run.path) if code == WRONG and no_room(run.path) else "; ".join(state.words for state in states)
     console.print(f"finished: {run.path}" if code == OK else f"ended with exit code {code}: {reason}; {run.path}")
     return code
 

@@ -15,13 +15,16 @@ from miles.cli.run import make, refuse_errors, refuse_foreign, write_run
 from miles.cli.status import state_of as summary_of
 from miles.cli.submit import refuse
 from miles.config.exits import OK, UserError
+from miles.config.schema import RunConfig
+from miles.data.store.epoch import newest_epoch
 from miles.data.store.run_dir import RunDir
 from miles.report.scales import number
 from miles.slurm import sweep as sweeps
 from miles.slurm.all_or_none import AllOrNone
+from miles.slurm.checks import in_use
 from miles.slurm.own_jobs import alive, array_state, state_of
 from miles.slurm.records import submitted
-from miles.slurm.sole import only_launcher
+from miles.slurm.sole import alone, only_launcher
 from miles.slurm.states import FORGOTTEN
 
 
@@ -33,10 +36,8 @@ def sweep(words: list[str], folder: Path | None, most: int | None, as_json: bool
     if configs[0].cluster.executor != "slurm":
         raise UserError(f"cluster.executor: {configs[0].cluster.executor} has no queue; compose with a cluster, such as clusters/h200, or start the runs one by one")
     root = (folder or Path("runs") / f"{configs[0].name}-sweep").absolute()
-    if (root / sweeps.FILE).exists():
-        raise UserError(f"{root}: holds a sweep already; its state: miles-submit status {root}; choose another --run-dir for a new one")
-    refuse_foreign(root)
     runs = [RunDir(root / member.name) for member in members]
+    refuse_taken(root, runs)
     for run, config, member in zip(runs, configs, members, strict=True):
         try:
             refuse_errors(config, console, run)
@@ -45,6 +46,38 @@ def sweep(words: list[str], folder: Path | None, most: int | None, as_json: bool
     array = sweeps.one_array(configs)
     for run, config in zip(runs[:1] if array else runs, configs, strict=False):
         refuse(config, run, console)
+    make(RunDir(root))
+    with alone(root, "another command is submitting a sweep here; choose another --run-dir, or wait for it"):
+        refuse_taken(root, runs)  # once more: the command that held it before may have submitted one since
+        job, ids = _submit(root, runs, configs, members, array, most, console)
+    if as_json:
+        print(json.dumps({"folder": str(root), **sweeps.read_record(root)}, indent=1, ensure_ascii=False))
+        return OK
+    for index, (run, member) in enumerate(zip(runs, members, strict=True)):
+        print(f"{f'{job}_{index}' if array else ', '.join(map(str, ids[index]))}  {run.path}  {' '.join(member.words)}")
+    how = f"one array, job {job}" if array else "a job each" if configs[0].cluster.placement != "jobs" else "jobs of their own"
+    console.print(f"submitted {len(runs)} runs as {how}{f', at most {most} at a time' if most else ''}; follow them with: miles-submit status {shlex.quote(str(root))}")
+    return OK
+
+
+def refuse_taken(root: Path, runs: list[RunDir]) -> None:
+    """A sweep needs a folder of its own, or one in which the same was begun and taken back. UserError: neither."""
+    if (root / sweeps.FILE).exists():
+        raise UserError(f"{root}: holds a sweep already; its state: miles-submit status {root}; choose another --run-dir for a new one")
+    if not root.is_dir() or not all(_taken_back(entry, runs) for entry in root.iterdir()):
+        refuse_foreign(root)
+
+
+def _taken_back(entry: Path, runs: list[RunDir]) -> bool:
+    """Whether it is what a sweep of these runs left that was stopped before its end: no attempt began, and no job will make one."""
+    if entry.name == "array.sbatch":
+        return True
+    run = next((run for run in runs if run.path == entry), None)
+    return run is not None and run.path.is_dir() and not newest_epoch(run) and not any(in_use(run))
+
+
+def _submit(root: Path, runs: list[RunDir], configs: list[RunConfig], members: list[sweeps.Member], array: bool, most: int | None, console: Console) -> tuple[int | None, list[list[int]]]:
+    """Write all, submit all or none; returns (the array's job, []) or (None, the jobs of each run)."""
     for run, config in zip(runs, configs, strict=True):
         make(run)
         with only_launcher(run):
@@ -59,15 +92,9 @@ def sweep(words: list[str], folder: Path | None, most: int | None, as_json: bool
     except BaseException:
         if jobs.taken_back:
             (root / sweeps.FILE).unlink()
+            console.print(f"no run of the sweep is submitted{'; the jobs that were are cancelled' if jobs.jobs else ''}")
         raise
-    if as_json:
-        print(json.dumps({"folder": str(root), **sweeps.read_record(root)}, indent=1, ensure_ascii=False))
-        return OK
-    for index, (run, member) in enumerate(zip(runs, members, strict=True)):
-        print(f"{f'{job}_{index}' if array else ', '.join(map(str, ids[index]))}  {run.path}  {' '.join(member.words)}")
-    how = f"one array, job {job}" if array else "a job each" if configs[0].cluster.placement != "jobs" else "jobs of their own"
-    console.print(f"submitted {len(runs)} runs as {how}{f', at most {most} at a time' if most else ''}; follow them with: miles-submit status {shlex.quote(str(root))}")
-    return OK
+    return job, ids
 
 
 def status(root: Path, as_json: bool) -> int:

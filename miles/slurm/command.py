@@ -23,6 +23,7 @@ OF_PROCESSES = frozenset(
         )
     }
 )
+HIDDEN_TOO = {"SCONTROL_ALL": "1", "SINFO_ALL": "1", "SQUEUE_ALL": "1"}  # a run may be in a partition that is hidden, and Slurm then denies its nodes and jobs
 TIMEOUT_SECONDS = 60.0
 HINT = 'Try "'  # Try "sbatch --help" for more information
 NOISE = ("Batch job submission failed: ", "allocation failure: ")
@@ -47,7 +48,7 @@ def slurm_command(
     if conf and not Path(conf).is_file():  # Slurm's commands would wait for it, then blame the controller
         raise UserError(f"{name}: SLURM_CONF={conf}: no such file; set it to your cluster's slurm.conf, or unset it")
     try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=timeout, input=input, env=clean_environment(), start_new_session=own_session)
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=timeout, input=input, env=clean_environment() | HIDDEN_TOO, start_new_session=own_session)
     except FileNotFoundError:
         raise UserError(f"{name}: command not found; is this a node of a Slurm cluster? Without Slurm, set cluster.executor: local") from None
     except subprocess.TimeoutExpired:

@@ -15,9 +15,17 @@ from miles.slurm.command import slurm_command
 from miles.slurm.states import JobState, Marks, from_controller, job_state
 
 
-def entry_of(run: RunDir, job: int, name: str, groups: Sequence[str], cluster: str) -> dict[str, Any]:
-    """The entry of job.json for a job that has just been submitted, or is this one."""
-    part = next(iter(queue.parts(job)), None)
+def entry_of(run: RunDir, job: int, name: str, groups: Sequence[str], cluster: str, seconds: float | None = None) -> dict[str, Any]:
+    """The entry of job.json for a job that has just been submitted, or is this one.
+
+    seconds: Slurm is asked once, for at most so long; None: while its controller restarts, too, and UserError where it doesn't answer.
+    """
+    try:
+        part = next(iter(queue.parts(job, seconds)), None)
+    except UserError:
+        if seconds is None:
+            raise
+        part = None  # it has the job all the same
     return {
         "job_id": job,
         "name": name,
@@ -25,7 +33,7 @@ def entry_of(run: RunDir, job: int, name: str, groups: Sequence[str], cluster: s
         "time": time.time(),
         "cluster": cluster,
         "submitted": part.submitted if part else "",
-        "output": part.output if part else str(records.folder(run).absolute() / f"{job}.log"),  # a controller that has lost it already: as in the script
+        "output": part.output if part else str(records.folder(run).absolute() / f"{job}.log"),  # as in the script
         "run_dir": str(run.path.absolute()),
     }
 

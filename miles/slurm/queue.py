@@ -70,7 +70,7 @@ def parse(said: str) -> list[Part]:
 
 
 def _squeue(job: int | str, seconds: float | None, *words: str) -> str:
-    command = ["squeue", "--noheader", "--all", "--states=all", f"--jobs={job}", *words]
+    command = ["squeue", "--noheader", "--states=all", f"--jobs={job}", *words]
     done: subprocess.CompletedProcess[str] = patiently(command, check=False) if seconds is None else slurm_command(command, timeout=seconds, check=False)
     if not done.returncode:
         return done.stdout

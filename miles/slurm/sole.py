@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
 
@@ -15,18 +16,25 @@ from miles.data.store.run_dir import RunDir
 
 
 @contextlib.contextmanager
-def only_launcher(run: RunDir) -> Iterator[None]:
-    """Two launchers on one run would only fence each other off: the second is refused, from the first's start on."""
-    handle = os.open(run.path, os.O_RDONLY | os.O_DIRECTORY)
+def alone(folder: Path, otherwise: str) -> Iterator[None]:
+    """Hold a folder that is there. UserError, in these words: another process does."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"{run.path}: this run is going on; follow it with `miles-submit logs -f {run.path}`") from None
-        refuse_if_running(run)
+            raise UserError(f"{folder}: {otherwise}") from None
         yield
     finally:
         os.close(handle)
+
+
+@contextlib.contextmanager
+def only_launcher(run: RunDir) -> Iterator[None]:
+    """Two launchers on one run would only fence each other off: the second is refused, from the first's start on."""
+    with alone(run.path, f"this run is going on; follow it with `miles-submit logs -f {run.path}`"):
+        refuse_if_running(run)
+        yield
 
 
 def refuse_if_running(run: RunDir) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from miles.config.exits import AGAIN, WRONG, UserError
@@ -83,6 +84,11 @@ class JobState:
         return self.state not in ALIVE
 
     @property
+    def words(self) -> str:
+        """Its id, its state, and the reason."""
+        return f"job {self.job_id} {self.state.lower()}{': ' + self.reason if self.reason else ''}"
+
+    @property
     def meant(self) -> str:
         """What a run's own exit code says, since Slurm calls every code but 0 a failure; empty where it says nothing more than Slurm does."""
         return ENDINGS.get(self.exit_code or 0, "") if self.state == "FAILED" else ""
@@ -119,6 +125,24 @@ def job_state(job_id: str, marks: Marks | None = None) -> JobState:
     where = f" of cluster {marks.cluster}" if marks and marks.cluster else ""
     reason = f"Slurm no longer knows job {job_id}{where}: its controller forgets ended jobs, and there is no record of it in the accounting"
     return JobState(job_id, FORGOTTEN, reason, (), "", 0, None)
+
+
+def watched(ask: Callable[[], list[JobState]], say: Callable[[str], None], every: float) -> Iterator[list[JobState]]:
+    """The states of jobs, asked again every so many seconds until all are over; those come last. While Slurm doesn't answer that is said: the jobs go on."""
+    said = ""
+    while True:
+        try:
+            states = ask()
+        except UserError as error:
+            if said != str(error):
+                say(f"warning: {error}; asked again until it answers")
+            said = str(error)
+        else:
+            said = ""
+            yield states
+            if all(state.over for state in states):
+                return
+        time.sleep(every)
 
 
 def from_controller(job_id: str, marks: Marks | None = None) -> JobState | None:

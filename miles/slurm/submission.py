@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from miles.config.exits import UserError
 from miles.config.placement import NodeGroup, node_groups
 from miles.config.schema import RunConfig
 from miles.data.store.files import seal_bytes
 from miles.data.store.run_dir import RunDir
 from miles.slurm.all_or_none import AllOrNone
+from miles.slurm.command import TIMEOUT_SECONDS
 from miles.slurm.own_jobs import cluster_name, entry_of
 from miles.slurm.records import begin_chain, folder, forget, left_out, note
 from miles.slurm.script import script
@@ -88,11 +90,14 @@ def submit(run: RunDir, submissions: Sequence[Submission]) -> list[dict[str, Any
     try:
         with jobs:
             for each, path in zip(submissions, files, strict=True):
-                entries.append(entry_of(run, jobs.sbatch(command(each, path)), each.name, each.groups, cluster))
+                entries.append(entry_of(run, jobs.sbatch(command(each, path)), each.name, each.groups, cluster, TIMEOUT_SECONDS))
                 note(run, entries[-1])
-    except BaseException:
+    except BaseException as error:
         if jobs.taken_back:
             forget(run, jobs.jobs)
+        elif isinstance(error, UserError):
+            known = ", ".join(map(str, jobs.jobs))
+            raise UserError(f"{error}; what was submitted before could not be cancelled (job {known}): miles-submit cancel {shlex.quote(str(run.path))}") from error
         raise
     return entries
 

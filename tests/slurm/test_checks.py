@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pwd
 import subprocess
 import sys
 import tempfile
@@ -107,6 +108,29 @@ def test_limits_of_a_partition(here: Cluster, tmp_path: Path, monkeypatch: pytes
         assert capsys.readouterr() == ("", f"miles-submit: {found[1]}\n")
     finally:
         here.run(["scontrol", "update", "PartitionName=gb300", "MaxTime=INFINITE", "MaxNodes=UNLIMITED", "AllowAccounts=ALL"])
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can ask as somebody whom Slurm hides a partition from")
+def test_a_hidden_partition_is_there(here: Cluster) -> None:
+    """Slurm denies it and its nodes to those who don't ask for all; jobs run in it all the same."""
+    ask = f"""
+import os, sys
+from miles.slurm import site
+from miles.slurm.srun import addresses
+os.setuid({pwd.getpwnam("nobody").pw_uid})
+found = site.ask()
+os.environ["SLURM_JOB_NODELIST"] = "infer[0-1]"
+print("h200" in found.partitions, sorted(node.name for node in found.within(["h200"])), sorted(addresses()))
+"""
+    over_nodes = ("h200", "low", "high")
+    try:
+        for name in over_nodes:
+            here.run(["scontrol", "update", f"PartitionName={name}", "Hidden=YES"])
+        said = here.run([sys.executable, "-c", ask], env=here.env() | {"PYTHONPATH": os.pathsep.join(sys.path)}).stdout
+    finally:
+        for name in over_nodes:
+            here.run(["scontrol", "update", f"PartitionName={name}", "Hidden=NO"])
+    assert said == "True ['infer0', 'infer1', 'infer2', 'infer3'] ['infer0', 'infer1']\n"
 
 
 def test_nodes_that_are_down_are_a_warning(here: Cluster, tmp_path: Path) -> None:

@@ -133,6 +133,31 @@ def test_an_interrupted_command_leaves_no_job_that_nobody_knows(empty: Cluster, 
         assert (command.returncode, queue(empty), known) == (128 + number, [], []), said
 
 
+def test_a_controller_that_goes_as_soon_as_it_has_the_job(empty: Cluster, tmp_path: Path) -> None:
+    """The job is on record; `--wait` follows it from when Slurm answers again, and calls no job that was cancelled finished."""
+    folder, controller = tmp_path / "run", empty.daemons()["slurmctld"].pid
+    sbatch = tmp_path / "bin" / "sbatch"
+    sbatch.parent.mkdir()
+    goes = f'case "$*" in *test-only*) ;; *) kill {controller}; while kill -0 {controller}; do sleep 0.05; done 2>/dev/null;; esac'
+    sbatch.write_text(f'#!/bin/bash\n{shutil.which("sbatch", path=empty.env()["PATH"])} "$@" || exit\n{goes}\n')
+    sbatch.chmod(0o755)
+    environment = with_path(empty, REPOSITORY)
+    environment["PATH"] = f"{sbatch.parent}:{environment['PATH']}"
+    words = [sys.executable, "-m", "miles.cli", "run", *HELD, "--run-dir", str(folder), "--wait"]
+    command = subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        until(lambda: submitted(RunDir(folder)), "the job is on record")
+    finally:
+        empty._start_controller()
+    (entry,) = submitted(RunDir(folder))
+    assert (queue(empty), entry["output"]) == ([entry["job_id"]], f"{folder}/slurm/{entry['job_id']}.log")
+    assert command.stdout is not None, "a pipe"
+    until(lambda: "held by its user" in command.stdout.readline(), "the command is told")
+    empty.run(["scancel", str(entry["job_id"])])
+    rest = command.communicate(timeout=60)[0]
+    assert (command.returncode, rest.count("finished"), rest.count(f"job {entry['job_id']} cancelled")) == (AGAIN, 0, 1), rest
+
+
 def test_a_signal_while_jobs_are_made(empty: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     """SIGTERM, also when it comes after the last of them, and when a later one is refused; handlers are as before afterwards."""
     monkeypatch.setenv("SLURM_CONF", str(empty.conf))

@@ -17,7 +17,7 @@ from miles.slurm.own_jobs import entry_of
 from miles.slurm.queue import parse
 from miles.slurm.records import note
 from miles.slurm.script import directive
-from miles.slurm.states import FORGOTTEN, JobState, from_accounting, from_controller, job_state, of_parts, parse_accounting, words
+from miles.slurm.states import FORGOTTEN, JobState, from_accounting, from_controller, job_state, of_parts, parse_accounting, watched, words
 
 # squeue's lines of a job's parts: of Slurm 22.05, which prints what wait() says, and of 24.11.
 CONTROLLER = (
@@ -29,6 +29,21 @@ ACCOUNTING = """17+0|17|PREEMPTED|0:0|train[0-1]|None
 17+0|17|FAILED|9:0|train[2-3]|NonZeroExitCode
 17+1|18|CANCELLED by 1000|0:0|infer1|None
 """
+
+
+def test_a_silent_controller_is_waited_out() -> None:
+    """While it is silent that is said once; the states of jobs that are over come last."""
+    running, over = (JobState("7", state, "", (), "", 0, code) for state, code in (("RUNNING", None), ("COMPLETED", 0)))
+    answers: list[JobState | None] = [running, None, None, over]
+
+    def ask() -> list[JobState]:
+        if (answer := answers.pop(0)) is None:
+            raise UserError("squeue: silent")
+        return [answer]
+
+    said: list[str] = []
+    assert list(watched(ask, said.append, 0.0)) == [[running], [over]]
+    assert said == ["warning: squeue: silent; asked again until it answers"]
 
 
 def test_components_of_a_job_in_the_controller() -> None:

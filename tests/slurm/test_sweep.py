@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -101,3 +102,32 @@ def test_jobs_of_their_own_wait_for_each_other(slurm: Cluster, tmp_path: Path) -
         over(slurm)
     (found,) = json.loads(miles(slurm, "doctor", said["runs"][0]["run_dir"], "--json").stdout)["diagnoses"][:1]
     assert found["cause"] == "cancelled"
+
+
+def test_one_command_a_folder_and_what_it_took_back_may_be_done_again(slurm: Cluster, tmp_path: Path) -> None:
+    """Ctrl-C leaves no job and says so; of the same command, given twice at once, one submits every run once."""
+    root = tmp_path / "sweep"
+    words = ["recipes/tiny", *SLURM, "cluster.placement=het", "cluster.groups.rollout.partition=h200", "cluster.groups.all.sbatch={hold: null}", "seed=1,2,3"]
+
+    def begun() -> subprocess.Popen[str]:
+        environment = slurm.env() | {"PYTHONPATH": str(REPOSITORY)}
+        return subprocess.Popen([sys.executable, "-m", "miles.cli", "sweep", *words, "--run-dir", str(root)], env=environment, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    command, deadline = begun(), time.monotonic() + 60
+    while not (root / "seed=1" / "slurm" / "job.json").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    command.send_signal(signal.SIGINT)
+    assert command.communicate(timeout=60) == ("", "no run of the sweep is submitted; the jobs that were are cancelled\n")
+    assert command.returncode == 130
+    over(slurm)
+    both = [begun(), begun()]
+    said = [each.communicate(timeout=120) for each in both]
+    try:
+        assert sorted(each.returncode for each in both) == [0, 78], said
+        queued = {int(job.partition("+")[0]) for job in slurm.run(["squeue", "-h", "-o", "%i"]).stdout.split()}
+        assert queued == {job for each in json.loads((root / "sweep.json").read_text())["runs"] for job in each["jobs"]}
+        assert len(queued) == 3
+    finally:
+        miles(slurm, "cancel", str(root), check=False)
+        over(slurm)

@@ -20,7 +20,7 @@ from miles.slurm.all_or_none import AllOrNone
 from miles.slurm.command import slurm_command
 from miles.slurm.preflight.files import LOGIN, canary_write
 from miles.slurm.script import script
-from miles.slurm.states import job_state
+from miles.slurm.states import JobState, job_state, watched
 from miles.slurm.submission import Submission, batch_python, without
 
 BATCH = "miles.slurm.preflight.batch"
@@ -91,15 +91,12 @@ def cancel(jobs: list[int]) -> None:
 def results(folder: Path, jobs: list[int], say: Callable[[str], None]) -> list[dict[str, Any]]:
     """Wait for the jobs; returns their results. TryAgain: a job ended without one. say: hears why they wait."""
     said, found = "", []
-    while True:
-        states = [job_state(str(job)) for job in jobs]
-        if all(state.over for state in states):
-            break
-        words = "; ".join(f"job {state.job_id} {state.state.lower()}{': ' + state.reason if state.reason else ''}" for state in states if not state.over)
-        if words != said:
+    states: list[JobState] = []
+    for states in watched(lambda: [job_state(str(job)) for job in jobs], say, POLL_SECONDS):
+        words = "; ".join(state.words for state in states if not state.over)
+        if words and words != said:
             say(words)
             said = words
-        time.sleep(POLL_SECONDS)
     for state in states:
         path = folder / f"result.{state.job_id}.json"
         until = time.monotonic() + LATE_SECONDS
