@@ -86,6 +86,8 @@ def test_a_recipe_takes_the_file_and_it_is_never_written_over(tmp_path, run_tool
     code, out, err = run_tool(tmp_path / "run", "--recommend", target)
     assert code == 0, err
     assert f"setting: {target}" in out
+    assert out.splitlines()[0].startswith("noise: k3 is 0.0"), "the verdict comes first"
+    assert len(out.splitlines()) < 75, "two screens at most"
     before, after = load_config(["recipes/tiny"]), load_config(["recipes/tiny", target])
     assert (before.algorithm.use_tis, after.algorithm.use_tis, after.algorithm.tis_clip) == (False, True, 1.5)
     assert after.model_copy(update={"algorithm": before.algorithm}) == before, "nothing else is set"

@@ -125,7 +125,7 @@ def correction_rows(rows: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
 def corrections_section(found: Mapping[str, Any]) -> Section:
     """What each setting would have done, and the recommended one as YAML."""
     best = found["recommendation"]
-    said = f"Recommended: {best['reason']}." if best["settings"] else f"{best['reason'][:1].upper()}{best['reason'][1:]}."
+    said = f"Recommended because {best['reason']}." if best["settings"] else f"{best['reason'][:1].upper()}{best['reason'][1:]}."
     yaml = [] if not best["settings"] else [Markup("<pre><code>{}</code></pre>").format(overlay_text(best["settings"]))]
     note = (
         "What each setting would have done to these tokens. Effective sample size: (Σw)² / (N Σw²), of tokens or of sequences, with weight 0 for what is masked or dropped; "

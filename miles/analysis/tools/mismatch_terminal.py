@@ -43,7 +43,7 @@ def show(found: Mapping[str, Any], pieces: Any, out: Console) -> None:
     rows = [[each[0], each[2], each[3] + each[4], *each[5:]] for each in correction_rows([*settings, *([chosen] if chosen else [])])]
     columns = ["setting", "clipped %", "tokens out %", "sequences out %", "effective sample size", "bias"]
     print_table(out, "what corrections would have done (data: with bounds from it)", columns, rows)
-    out.print(Text(f"{'recommended: ' if chosen else ''}{found['recommendation']['reason']}"), soft_wrap=True)
+    out.print(Text(f"{'recommended because ' if chosen else ''}{found['recommendation']['reason']}"), soft_wrap=True)
     rows = []
     for each in found["worst_tokens"][:5]:
         texts, at = pieces(each["token_ids"]), each["at"]
