@@ -43,7 +43,7 @@ def test_every_family_keeps_every_bit(tmp_path, family):
     assert verify(source, tmp_path / "td").equal
 
 
-@pytest.mark.parametrize(("family", "layers"), [("deepseek_v3", 1), ("deepseek_v32", 1), ("glm4_moe", 2)])
+@pytest.mark.parametrize(("family", "layers"), [("deepseek_v3", 1), ("deepseek_v32", 1), ("glm4_moe", 2), ("glm4_moe_lite", 1)])
 def test_mtp_layers_keep_every_bit(tmp_path, family, layers):
     source = write_model(tmp_path / "hf", family, layers)
     hf_to_torch_dist(source, tmp_path / "td", Options(mtp_layers=layers))

@@ -20,6 +20,7 @@ from shared import say
 from miles.config.exits import UserError
 from miles.convert.hf_to_torch_dist import hf_to_torch_dist
 from miles.convert.look import inspect
+from miles.convert.quantize import Target, quantize
 from miles.convert.verify import verify
 
 KILLS = 20  # at steps on the disk, and again as many by the clock
@@ -143,24 +144,41 @@ def in_mount(script: str, *args: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*space, "bash", "-euc", script, "bash", *map(str, args)], capture_output=True, text=True)
 
 
-def test_a_full_disk_is_one_line_and_with_room_the_same_command_goes_on(tmp_path: Path) -> None:
-    source = write_model(tmp_path / "hf", "qwen3", vocab_size=40_000, tie_word_embeddings=False)
+SCRIPTS = {  # words of each script, and the name of its result that makes it whole
+    "hf_to_torch_dist": ("--hf {source} --output {target}", "latest_checkpointed_iteration.txt"),
+    "torch_dist_to_hf": ("--torch-dist {source} --output {target}", "config.json"),
+    "quantize": ("{source} {target} --method int4", "config.json"),
+}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_full_disk_is_one_line_and_with_room_the_same_command_goes_on(tmp_path: Path, name: str) -> None:
+    model = write_model(tmp_path / "hf", "qwen3", vocab_size=40_000, tie_word_embeddings=False)
+    hf_to_torch_dist(model, tmp_path / "td")
+    words, last = SCRIPTS[name]
     (tmp_path / "disk").mkdir()
+    source = tmp_path / "td" if name == "torch_dist_to_hf" else model
+    command = [sys.executable, TOOL.with_name(f"{name}.py"), *words.format(source=source, target=tmp_path / "disk" / "made").split()]
     script = """
-        mount -t tmpfs -o size=4m small "$4"
-        "$1" "$2" --hf "$3" --output "$4/td" 2>"$5/said" || echo "code $?"
-        find "$4" -name .metadata -o -name latest_checkpointed_iteration.txt
-        mount -o remount,size=40m "$4"
-        "$1" "$2" --hf "$3" --output "$4/td" 2>"$5/again"
-        cp -r "$4/td" "$5/td"
+        disk=$1 said=$2 last=$3; shift 3
+        mount -t tmpfs -o size=4m small "$disk"
+        "$@" 2>"$said/said" || echo "code $?"
+        find "$disk" -name .metadata -o -name "$last"
+        mount -o remount,size=40m "$disk"
+        "$@" 2>"$said/again"
+        cp -r "$disk/made" "$said/made"
     """
-    done = in_mount(script, sys.executable, TOOL, source, tmp_path / "disk", tmp_path)
+    done = in_mount(script, tmp_path / "disk", tmp_path, last, *command)
     assert done.returncode == 0, done.stderr + (tmp_path / "again").read_text()
     assert done.stdout.splitlines()[0] == "code 78"
     assert len(done.stdout.splitlines()) == 2, "the second line is the good end's; a full disk leaves nothing that looks whole"
     (line,) = (tmp_path / "said").read_text().splitlines()
-    assert line.startswith(f"error: disk full at {tmp_path}/disk/td/release/.convert/__")
-    assert verify(source, tmp_path / "td").equal
+    assert line.startswith(f"error: disk full at {tmp_path}/disk/made/")
+    if name == "quantize":
+        quantize(model, tmp_path / "calm", Target("int4"))
+        assert {path.name: path.read_bytes() for path in (tmp_path / "made").glob("*.*")} == {path.name: path.read_bytes() for path in (tmp_path / "calm").glob("*.*")}
+    else:
+        assert verify(model, tmp_path / "made").equal
 
 
 def test_a_file_system_without_direct_writes_will_do(tmp_path: Path) -> None:
