@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 from exported import lines_of
+from script import script
 from shard_rows import rows_of
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "report"))
@@ -122,15 +123,15 @@ def test_an_imported_run_is_compared_by_its_batches(lively: Any, tmp_path: Path)
     assert all(math.isfinite(value) and value > 0 for row in both["metrics"]["mismatch_k3"]["values"] for value in row)
 
 
-def test_the_tool_tells_draws_and_fails_for_ci(runs: tuple[Path, Path, Path], tmp_path: Path) -> None:
+def test_the_tool_tells_draws_and_fails_for_ci(runs: tuple[Path, Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first, noisy, again = map(str, runs)
     told = subprocess.run([*TOOL, first, noisy, "--html", str(tmp_path / "page.html"), "--same"], capture_output=True, text=True, check=False)
     assert told.returncode == 1
     assert "FAILED: the runs differ: rollout/raw_reward at rollout step" in told.stderr
     assert "train.optimizer.lr" in told.stdout
     assert "Mismatch, mean |d|" in (tmp_path / "page.html").read_text()
-    same = subprocess.run([*TOOL, first, again, "--same", "--json"], capture_output=True, text=True, check=True)
-    assert json.loads(same.stdout)["first_difference"]["metrics"]["step"] is None
+    assert script("compare_runs", first, again, "--same", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["first_difference"]["metrics"]["step"] is None
 
 
 def test_what_can_not_be_compared(runs: tuple[Path, Path, Path], tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from made_runs import random_run
+from script import script
 from shard_rows import Row, rows_of
 
 from miles.analysis.rollout_stats import loops, repeated_share, rollout_stats
@@ -101,17 +102,17 @@ def test_a_loop_is_a_short_piece_to_the_end(token: list[int], is_loop: bool) -> 
     assert loops(np.array(token, np.int32)) is is_loop
 
 
-def test_the_tool_prints_tables_json_and_a_page(lively: Any, tmp_path: Path) -> None:
+def test_the_tool_prints_tables_json_and_a_page(lively: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, _ = lively
-    tool = [sys.executable, ROOT / "tools/analyze/rollout_stats.py"]
-    told = subprocess.run([*tool, folder, "--html", tmp_path / "page.html"], capture_output=True, text=True, check=True)
-    assert "96 samples" in told.stdout
-    assert "http://node-1:30003" in told.stdout
+    assert script("rollout_stats", folder, "--html", tmp_path / "page.html") == 0
+    told = capsys.readouterr().out
+    assert "96 samples" in told
+    assert "http://node-1:30003" in told
     page = (tmp_path / "page.html").read_text()
     assert "Groups of one reward" in page
     assert "http://" not in page.replace("http://node-", "")  # nothing is loaded
-    shown = subprocess.run([*tool, folder, "--json", "--first", "3"], capture_output=True, text=True, check=True)
-    assert json.loads(shown.stdout) == json.loads(json.dumps(rollout_stats(folder, 3)))
+    assert script("rollout_stats", folder, "--json", "--first", 3) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(rollout_stats(folder, 3)))
 
 
 @pytest.mark.parametrize(("arguments", "said"), [

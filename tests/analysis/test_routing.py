@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
@@ -13,12 +11,11 @@ import numpy as np
 import pytest
 from made_runs import random_run
 from planted import plant
+from script import script
 from shard_rows import rows_of
 
 from miles.analysis.routing import routing
 from miles.config.exits import UserError
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def balance(counts: list[int]) -> dict[str, Any]:
@@ -107,8 +104,8 @@ def test_routes_that_retention_took_are_told_apart(tmp_path: Path) -> None:
         routing(tmp_path)
 
 
-def test_the_tool_tells_and_draws(lively: Any, tmp_path: Path) -> None:
+def test_the_tool_tells_and_draws(lively: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, _ = lively
-    told = subprocess.run([sys.executable, ROOT / "tools/analyze/routing.py", folder, "--html", tmp_path / "page.html"], capture_output=True, text=True, check=True)
-    assert "2 layers, 2 of 8 experts" in told.stdout
+    assert script("routing", folder, "--html", tmp_path / "page.html") == 0
+    assert "2 layers, 2 of 8 experts" in capsys.readouterr().out
     assert "Load of each expert" in (tmp_path / "page.html").read_text()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
@@ -14,13 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from made_runs import Made, make_sample, make_train, write_run
 from planted import plant
+from script import script
 from shard_rows import Row, rows_of
 
 from miles.analysis.batches import Block
 from miles.analysis.speculative import rounds_of, speculative
 from miles.config.exits import UserError
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def walk(flags: list[int]) -> list[tuple[int, int, int, bool]]:
@@ -95,7 +92,7 @@ def test_verifications_never_cross_sequences(sequences: list[list[int]]) -> None
     assert list(zip(found.row.tolist(), found.position.tolist(), found.last.tolist(), found.accepted.tolist(), found.ended.tolist(), strict=True)) == expected
 
 
-def test_counts_of_samples_where_tokens_have_no_marks(tmp_path: Path) -> None:
+def test_counts_of_samples_where_tokens_have_no_marks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     random, made = np.random.default_rng(0), []
     for draw in range(3):
         sample = make_sample(random, draw, 0, 4, 20, 3, metadata={"spec_info": {"completion_token_num": 20, "spec_verify_ct": 5 + draw, "spec_accept_token_num": 15, "spec_draft_token_num": 30}})
@@ -104,8 +101,8 @@ def test_counts_of_samples_where_tokens_have_no_marks(tmp_path: Path) -> None:
     found = speculative(tmp_path)
     assert found["total"] is None
     assert [(row["step"], row["accept_length"], row["accepted_share"]) for row in found["reported_by_samples"]] == [(1, 40 / 12, 0.5), (2, 20 / 6, 0.5)]
-    told = subprocess.run([sys.executable, ROOT / "tools/analyze/speculative.py", tmp_path], capture_output=True, text=True, check=True)
-    assert "accept length 3.333, as samples report" in told.stdout
+    assert script("speculative", tmp_path) == 0
+    assert "accept length 3.333, as samples report" in capsys.readouterr().out
 
 
 def test_nothing_drafted_is_no_result(tmp_path: Path) -> None:
@@ -116,10 +113,10 @@ def test_nothing_drafted_is_no_result(tmp_path: Path) -> None:
         speculative(tmp_path)
 
 
-def test_the_tool_tells_and_draws(lively: Any, tmp_path: Path) -> None:
+def test_the_tool_tells_and_draws(lively: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, _ = lively
-    told = subprocess.run([sys.executable, ROOT / "tools/analyze/speculative.py", folder, "--html", tmp_path / "page.html"], capture_output=True, text=True, check=True)
-    assert "by weight version" in told.stdout
+    assert script("speculative", folder, "--html", tmp_path / "page.html") == 0
+    assert "by weight version" in capsys.readouterr().out
     assert "Accept length along the response" in (tmp_path / "page.html").read_text()
 
 

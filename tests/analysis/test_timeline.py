@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,12 +10,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from script import script
 
 from miles.analysis.timeline import Interval, chrome_trace, length, read_timeline, timeline, tracks, union, write_trace
 from miles.config.exits import UserError
 from miles.report.gantt import coarse
 
-ROOT = Path(__file__).resolve().parents[2]
 EVENTS = {
     "trainer.0.1": [("wait", 1, 100, 104), ("train", 1, 104, 107), ("sync", 1, 107, 108), ("step", 1, 100, 108), ("wait", 2, 108, 110), ("train", 2, 110, 111)],
     "worker.0.1": [("generate", 1, 100, 103), ("seal", 1, 103, 103.5), ("generate", 2, 103.5, 109), ("seal", 2, 109, 109.5)],
@@ -121,15 +119,14 @@ def test_a_long_run_is_a_picture_of_bounded_size() -> None:
     assert {bar[2] for bar in found[:-1]} == {"generate"}  # two of three
 
 
-def test_the_tool_tells_draws_and_refuses(run: Path, tmp_path: Path) -> None:
-    tool = [sys.executable, ROOT / "tools/analyze/timeline.py"]
-    told = subprocess.run([*tool, run, "--html", tmp_path / "page.html", "--chrome", tmp_path / "trace.json"], capture_output=True, text=True, check=True)
-    assert "2 attempts" in told.stdout
-    assert "Between attempts" in told.stdout
+def test_the_tool_tells_draws_and_refuses(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert script("timeline", run, "--html", tmp_path / "page.html", "--chrome", tmp_path / "trace.json") == 0
+    told = capsys.readouterr().out
+    assert "2 attempts" in told
+    assert "Between attempts" in told
     assert (tmp_path / "page.html").read_text().count("<rect") > 10
     assert json.loads((tmp_path / "trace.json").read_text())["displayTimeUnit"] == "ms"
-    shown = subprocess.run([*tool, run, "--json"], capture_output=True, text=True, check=True)
-    assert json.loads(shown.stdout) == timeline(run, read_timeline(run))
-    empty = subprocess.run([*tool, tmp_path], capture_output=True, text=True, check=False)
-    assert (empty.returncode, empty.stdout) == (78, "")
-    assert "nothing to analyse: events/ holds no phase" in empty.stderr
+    assert script("timeline", run, "--json") == 0
+    assert json.loads(capsys.readouterr().out) == timeline(run, read_timeline(run))
+    with pytest.raises(UserError, match="nothing to analyse: events/ holds no phase"):
+        script("timeline", tmp_path)

@@ -16,6 +16,7 @@ sys.path[: not sys.flags.safe_path] = [__file__.rpartition("/tools/")[0] or "."]
 
 from miles.config.exits import UserError  # noqa: E402
 from miles.convert.command import parser, run, say  # noqa: E402
+from miles.data.importers.written import check_target  # noqa: E402
 
 
 def main() -> int:
@@ -35,6 +36,7 @@ def main() -> int:
         train += sorted((given.dumps / "train_data").glob("*.pt"))
     if given.samples_per_prompt < 1:
         raise UserError(f"--samples-per-prompt: 1 or more expected, {given.samples_per_prompt} found")
+    check_target(given.output)  # before torch is loaded
     try:
         from miles.data.importers.dumps import import_dumps
     except ModuleNotFoundError as error:

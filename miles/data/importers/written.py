@@ -49,6 +49,14 @@ class Counts:
     trained: int = 0  # samples in a train record
 
 
+def check_target(target: Path) -> None:
+    """UserError unless nothing is there, or an empty folder."""
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        raise UserError(f"{target}: is there already, and is no folder; give the name of a new run directory")
+    if target.is_dir() and any(target.iterdir()):
+        raise UserError(f"{target}: is not empty, and an import writes over nothing; give the name of a new run directory")
+
+
 class RunWriter:
     """Writes a run directory at `target`, which must not exist or be an empty folder: UserError else, and nothing is touched.
 
@@ -57,11 +65,7 @@ class RunWriter:
 
     def __init__(self, target: Path, facts: dict[str, Any], shard_tokens: int = SHARD_TOKENS) -> None:
         self.target, self.facts, self.counts = target.absolute(), facts, Counts()
-        if target.is_symlink() or target.exists():
-            if not target.is_dir() or target.is_symlink():
-                raise UserError(f"{target}: is there already, and is no folder; give the name of a new run directory")
-            if any(target.iterdir()):
-                raise UserError(f"{target}: is not empty, and an import writes over nothing; give the name of a new run directory")
+        check_target(target)
         make_folder(self.target.parent)
         self._run = RunDir(self.target.parent / f".{self.target.name}.{os.getpid()}.{secrets.token_hex(4)}.import")
         self._shard_tokens = shard_tokens
