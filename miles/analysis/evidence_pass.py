@@ -25,9 +25,9 @@ from miles.analysis.evidence import (
     Evidence,
 )  # fmt: skip
 from miles.analysis.load import Loaded
-from miles.analysis.sequence_kernels import FIRST, PART, PARTS, first_look, second_look
+from miles.analysis.sequence_kernels import FIRST, PART, PARTS, TERMS, first_look, second_look
 
-SAMPLE = 1 << 16  # tokens of a chunk that are looked at, about: groups of siblings are drawn by their hash
+SAMPLE = 1 << 15  # tokens of a chunk that are looked at, about: groups of siblings are drawn by their hash
 LEAST_CLEAR = 8  # clear tokens without which a sequence's mean logarithm says too little
 SHIFTS = 0.6  # a sequence is shifted where its neighbours' log-probs are nearer than that, relative to its own
 EXPLODES = (3, 0.25)  # far tokens, and their share from the first one on
@@ -50,15 +50,16 @@ class EvidencePass:
         if not len(chosen):
             return
         where = (loaded.shard_start[chosen], loaded.train_start[chosen], loaded.length[chosen])
-        tokens = (columns["rollout_logprob"], columns["loss_mask"], columns["train_logprob"], columns["entropy"], columns["kept_mass"].astype(np.float32))
+        tokens = (columns["rollout_logprob"], columns["loss_mask"], columns["train_logprob"])
+        terms = np.empty((int(where[2].sum()), TERMS))
         first = np.zeros((len(chosen), len(FIRST)))
-        first_look(*tokens, *where, first, evidence.zeros)
+        first_look(*tokens, columns["entropy"], columns["kept_mass"].astype(np.float32), *where, first, evidence.zeros, terms)
         look = dict(zip(FIRST, first.T, strict=True))
         kind = _kinds(look)
         slopes = _slopes(first[kind == 0].sum(0))
         run_first, run_start, run_version = version_runs(loaded, chosen)
         parts, by_run = np.zeros((len(chosen), len(PARTS), len(PART))), np.zeros((len(run_start), len(PART)))
-        second_look(*tokens, columns["route_miss"], *where, run_first, run_start, slopes, parts, by_run)
+        second_look(*tokens, columns["route_miss"], terms, *where, run_first, run_start, slopes, parts, by_run)
         logs, enough = _mean_logs(parts)
         versions = np.diff(run_first)
         otherwise = parts[:, PARTS.index("routed_otherwise"), 0] > 0

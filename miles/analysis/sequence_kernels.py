@@ -15,6 +15,9 @@ CLEAR = 1e-3  # of unit noise: tokens surer than that say nothing of the noise's
 FLOOR = 1e-13  # below the rounding of float32: so that equal bits have a logarithm
 EARLY = 16  # tokens that count: the beginning of a response
 BITS = 24  # of a float32's mantissa
+LOWEST = -30  # exponent of two below which a log-prob's rounding is taken for that of this one
+SQUARES = 4.0 ** np.arange(LOWEST, 129)  # of powers of two
+TERMS = 4  # of a token: d, x, s and its unit noise, kept from the first look for the second
 
 # Of a sequence, before the slopes are known. held: d within ±HELD; x: mu + entropy; s: log of the kept mass (0 where not recorded).
 FIRST = (
@@ -40,8 +43,11 @@ def unit_noise(mu, entropy):
 
 
 @kernel
-def first_look(mu, mask, o, entropy, kept, mu_start, o_start, length, found, zeros):
-    """found f64 [S, len(FIRST)] is set; zeros i64 [2, BITS] counts mantissas of mu and o by the zeros they end with. kept f16 or empty."""
+def first_look(mu, mask, o, entropy, kept, mu_start, o_start, length, found, zeros, terms):
+    """found f64 [S, len(FIRST)] is set, and terms f64 [tokens that count, TERMS]; zeros i64 [2, BITS] counts mantissas of mu and o by the
+    zeros they end with. kept f16 or empty. Returns how many tokens count.
+    """
+    number = 0
     bits = np.empty(1, np.float32)
     for i in range(len(length)):
         row = found[i]
@@ -101,22 +107,27 @@ def first_look(mu, mask, o, entropy, kept, mu_start, o_start, length, found, zer
             row[23] += x * x * held * held
             row[24] += s * s * held * held
             row[17] += math.expm1(min(max(d, -LIMIT), LIMIT))
-            row[19] += unit_noise(u, h)
+            g = unit_noise(u, h)
+            row[19] += g
+            terms[number, 0], terms[number, 1], terms[number, 2], terms[number, 3] = d, x, s, g
+            number += 1
             for side in range(2):
                 bits[0] = v if side else u
                 whole = np.int64(bits.view(np.uint32)[0])
-                power = max(int((whole >> 23) & 0xFF) - 127, -30)
-                row[21 + side] += 4.0**power
+                power = max(int((whole >> 23) & 0xFF) - 127, LOWEST)
+                row[21 + side] += SQUARES[power - LOWEST]
                 if power >= -10:
                     fraction, count = whole & 0x7FFFFF, 0
                     while count < BITS - 1 and not (fraction >> count) & 1:
                         count += 1
                     zeros[side, count] += 1
+    return number
 
 
 @kernel
-def second_look(mu, mask, o, entropy, kept, miss, mu_start, o_start, length, run_first, run_start, slopes, found, by_run):
-    """found f64 [S, len(PARTS), len(PART)] and by_run f64 [V, len(PART)], by runs of one weight version, are set. miss u8 or empty."""
+def second_look(mu, mask, o, miss, terms, mu_start, o_start, length, run_first, run_start, slopes, found, by_run):
+    """found f64 [S, len(PARTS), len(PART)] and by_run f64 [V, len(PART)], by runs of one weight version, are set. miss u8 or empty; terms of first_look."""
+    number = 0
     for i in range(len(length)):
         rows = found[i]
         rows[:] = 0.0
@@ -128,23 +139,14 @@ def second_look(mu, mask, o, entropy, kept, miss, mu_start, o_start, length, run
                 run += 1
             other = len(miss) > 0 and miss[b] > 0
             otherwise = otherwise or other
-            if not mask[a]:
+            if not (mask[a] and abs(mu[a]) <= HUGE and abs(o[b]) <= HUGE):
                 continue
-            u, v = mu[a], o[b]
-            if not (abs(u) <= HUGE and abs(v) <= HUGE):
-                continue
-            h = np.float64(entropy[b]) if len(entropy) else np.nan
-            r = np.float64(v) - np.float64(u)
-            if h == h:
-                r -= slopes[0] * (u + h)
-            if len(kept):
-                k = np.float64(kept[a])
-                if k > 0:
-                    r -= slopes[1] * math.log(min(k, 1.0))
-            g = unit_noise(u, h)
+            r = terms[number, 0] - slopes[0] * terms[number, 1] - slopes[1] * terms[number, 2]
+            g = terms[number, 3]
+            number += 1
             r2 = min(r * r, 1e30)
-            size = math.log(r2 / max(g, CLEAR) + FLOOR)
             clear = g > CLEAR
+            size = math.log(r2 / g + FLOOR) if clear else 0.0
             _add(rows[0], r2, g, clear, size)
             _add(rows[1 if seen < EARLY else 2], r2, g, clear, size)
             if len(miss):

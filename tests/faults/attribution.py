@@ -55,7 +55,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What was found, the leading cause first, with shares."""
+    """What was found, the leading cause first, with shares; nothing where all bits are equal."""
 
     trial: Trial
     found: list[tuple[str, float]]
@@ -63,7 +63,9 @@ class Outcome:
     @property
     def good(self) -> bool:
         names = [name for name, _ in self.found]
-        return names[0] in self.trial.right and (self.trial.right != {"noise"} or names == ["noise"])
+        if self.trial.right == {"noise"}:
+            return names in (["noise"], [])
+        return bool(names) and names[0] in self.trial.right
 
 
 def run(trial: Trial) -> Outcome:

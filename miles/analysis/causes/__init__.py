@@ -8,6 +8,7 @@ from miles.analysis.evidence import Evidence
 
 NOISE = "noise"
 FAULTS = ("token ids differ", "shifted by one", "temperature", "top-p or top-k", "one engine off", "one rank off", "one node off")  # to be mended, whatever their size
+LOUD = 0.3  # on a logit: more than 8-bit arithmetic makes
 LEAST = 0.002  # of Σ d²: a smaller share is not worth a name
 
 
@@ -18,7 +19,9 @@ def attribute(evidence: Evidence) -> list[Cause]:
         return []
     off = copies.find(case)
     elsewhere = min(sum(each.far for each in off), case.classes["exploded"]["d2"])
-    found = [token_ids.look(case, elsewhere), shifted.look(case), temperature.look(case), top_p.look(case)]
+    filtered = top_p.look(case)
+    scaled = None if filtered and not top_p.recorded(case) else temperature.look(case)
+    found = [token_ids.look(case, elsewhere), shifted.look(case), scaled, filtered]
     found += [copies.describe(each) for each in off]
     found += [lag.look(case), routing.look(case)]
     left = case.total - sum(each.variance for each in found if each)
@@ -32,9 +35,11 @@ def attribute(evidence: Evidence) -> list[Cause]:
 
 def _noise(case: Case, share: float) -> Cause:
     level = (max(share, 0.0) * case.total / max(sum(each["noise"] for each in case.classes.values()), 1e-300)) ** 0.5
+    evidence = [f"what is left is as from noise of {level:.2g} on every logit (bf16 activations: some hundredths; fp32: a millionth)"]
+    if level > LOUD:
+        evidence.append("arithmetic hardly makes that much: it may come from what the run doesn't record, as other routes (route_miss) or weights")
     return Cause(
-        NOISE, share, [f"what is left is as from noise of {level:.2g} on every logit (bf16 activations: some hundredths; fp32: a millionth)"],
-        "see the verdict; equal kernels and precision on both sides would take it away", "score one batch twice with the trainer, and once more with the engine",
+        NOISE, share, evidence, "see the verdict; equal kernels and precision on both sides would take it away", "score one batch twice with the trainer, and once more with the engine"
     )  # fmt: skip
 
 

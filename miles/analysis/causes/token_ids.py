@@ -27,6 +27,8 @@ def look(case: Case, explained_elsewhere: float) -> Found | None:
             f"in {exploded['sequences']:.0f} of {case.sequences} sequences d explodes at some token and stays so: "
             f"{100 * exploded['far'] / max(exploded['after'], 1):.0f} % of the tokens from there on are off by more than 3 nats"
         )
+        if not case.parts["routed_alike"]["tokens"] and not case.parts["routed_otherwise"]["tokens"]:
+            evidence.append("where tokens were routed is not recorded: if the model has experts, other routes could look alike")
         if exploded["missing_tail"]:
             evidence.append(f"{exploded['missing_tail']:.0f} of their last tokens have no log-prob of the trainer: its sequences are shorter")
     if prompts := _other_prompts(case):
