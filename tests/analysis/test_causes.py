@@ -32,3 +32,10 @@ def test_a_strong_cause_leads(cause: str, tmp_path: Path) -> None:
 def test_equal_bits_have_no_cause(tmp_path: Path) -> None:
     plant(tmp_path, "clean", 0.0, 7, noise=NO_NOISE, steps=1, sequences=16, response=32)
     assert attribute(analyze(tmp_path, Alone()).evidence) == []
+
+
+def test_top_p_is_seen_without_its_kept_mass_and_is_no_temperature(tmp_path: Path) -> None:
+    plant(tmp_path, "top_p", 0.1, 7, recorded=set(), **SMALL)
+    found = attribute(analyze(tmp_path, Alone()).evidence)
+    assert [each.name for each in found] == ["top-p or top-k", "noise"]
+    assert found[0].share > 0.9
