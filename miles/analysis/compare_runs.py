@@ -158,7 +158,8 @@ def _first_batch(paths: list[Path], first: int | None, last: int | None) -> dict
             break
         seen = [contents(path, step, open_aspects) for path in paths]
         for aspect in open_aspects:
-            if any(each[aspect] != seen[0][aspect] for each in seen[1:]):
+            values = [each[aspect] for each in seen]
+            if None not in values and len(set(values)) > 1:
                 found[aspect] = step
     return {"compared": len(common), "first": found}
 

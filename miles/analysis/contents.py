@@ -21,12 +21,12 @@ COLUMN = {"tokens": "token_id", "rollout_logprobs": "rollout_logprob"}
 
 
 def contents(path: Path, step: int, aspects: Sequence[str]) -> dict[str, Any]:
-    """A value of each aspect (of ASPECTS) of a step's batch: weights as its checksum, the others as a hash over (draw, sample) in order."""
+    """A value of each aspect (of ASPECTS) of a step's batch: weights as its checksum, the others as a hash over (draw, sample) in order; None where nothing is recorded."""
     opened = open_step(path, step)
     try:
         found: dict[str, Any] = {aspect: opened.manifest.policy.weight_checksum for aspect in aspects if aspect == "weights"}
         rows = {aspect: _rows(opened, aspect) for aspect in aspects if aspect != "weights"}
-        return found | {aspect: _joined(each) for aspect, each in rows.items()}
+        return found | {aspect: _joined(each) if each else None for aspect, each in rows.items()}
     finally:
         opened.close()
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from miles.analysis.batches import Block, batches, blocks_of, parts_of, versions_of
 from miles.analysis.source import Part, Step
+from miles.config.exits import UserError
 from miles.data.sample import Flag, Status
 from miles.data.store.manifest import Kind
 
@@ -32,6 +33,8 @@ def rollout_stats(path: Path, first: int | None = None, last: int | None = None,
         steps.append({"step": step.step, **figures(here), "dropped": len(step.manifest.dropped)})
         tables.append(here)
     whole = _joined(tables)
+    if not len(whole["step"]):
+        raise UserError(f"{path}: nothing to analyse: its {len(steps)} {kind} batches hold no sequence")
     found: dict[str, Any] = {"schema": SCHEMA, "run": str(path), "kind": kind, "total": figures(whole), "steps": steps, "dropped": dict(dropped)}
     for name, known in labels.items():
         rows = [(label, whole[name] == index) for index, label in enumerate(known)]

@@ -108,6 +108,12 @@ def test_three_runs_and_steps_that_one_lacks(runs: tuple[Path, Path, Path], tmp_
     assert differs(compare([first, tmp_path / "short"])) == ["1 steps are in one run alone"]
 
 
+def test_a_run_without_train_records_differs_in_nothing_of_them(runs: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    shutil.copytree(runs[0], tmp_path / "rollouts")
+    shutil.rmtree(tmp_path / "rollouts/train")
+    assert differs(compare([runs[0], tmp_path / "rollouts"])) == []
+
+
 def test_an_imported_run_is_compared_by_its_batches(lively: Any, tmp_path: Path) -> None:
     (tmp_path / "export.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines_of(lively[0])))
     import_jsonl([tmp_path / "export.jsonl"], tmp_path / "theirs")

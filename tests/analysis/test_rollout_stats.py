@@ -19,7 +19,9 @@ from shard_rows import Row, rows_of
 
 from miles.analysis.rollout_stats import loops, repeated_share, rollout_stats
 from miles.config.exits import UserError
-from miles.data.store.manifest import read_manifest, seal_manifest
+from miles.data.store.manifest import Manifest, Policy, ShardEntry, read_manifest, seal_manifest
+from miles.data.store.run_dir import RunDir
+from miles.data.store.shard import write_shard
 
 ROOT = Path(__file__).resolve().parents[2]
 STATUS = {1: "completed", 2: "truncated"}
@@ -132,6 +134,15 @@ def test_what_is_no_run_is_named(lively: Any, tmp_path: Path) -> None:
         rollout_stats(tmp_path / "nowhere")
     with pytest.raises(UserError, match="it holds no eval batch"):
         rollout_stats(lively[0], kind="eval")
+
+
+def test_batches_without_a_sequence_are_no_result(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    empty = write_shard(run.batch(1) / "rollout.0.h5", [])
+    entry = ShardEntry(name=empty.name, bytes=empty.bytes, xxh3=empty.xxh3, sequences=0, tokens=0)
+    seal_manifest(run.batch(1), Manifest(run_id="run", epoch=1, step=1, kind="rollout", policy=Policy(weight_version=0, weight_checksum=""), shards=[entry]))
+    with pytest.raises(UserError, match="nothing to analyse: its 1 rollout batches hold no sequence"):
+        rollout_stats(tmp_path)
 
 
 def test_a_shard_that_is_cut_off_is_named(tmp_path: Path) -> None:
