@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from rich.console import Console
@@ -24,15 +25,16 @@ def cancel(run_dir: Path, now: bool) -> int:
     jobs = alive(run)
     if not jobs:
         raise UserError(f"{run_dir}: none of its jobs waits or runs, so there is nothing to cancel")
+    folder = shlex.quote(str(run.path))
     records.cancel(run, [int(state.job_id) for state in jobs])  # first: one that is about to start ends at once
     for state in sorted(jobs, key=lambda state: state.state == "RUNNING"):  # those that wait would start when a running one ends
         if state.state == "RUNNING" and not now:
             slurm_command(["scancel", "--batch", "--signal=USR2", state.job_id])
-            console.print(f"job {state.job_id} was asked to save and end; follow it with: miles-submit status {run.path}")
+            console.print(f"job {state.job_id} was asked to save and end; follow it with: miles-submit status {folder}")
         else:
             slurm_command(["scancel", state.job_id])
             console.print(f"job {state.job_id} ({state.state.lower()}) is cancelled")
-    console.print(f"go on later with: miles-submit resume {run.path}")
+    console.print(f"go on later with: miles-submit resume {folder}")
     return OK
 
 

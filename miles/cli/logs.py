@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
 import time
@@ -160,7 +161,9 @@ class Jobs:
         if time.monotonic() - self.asked > every:
             from miles.slurm.own_jobs import alive
 
-            self.asked, self.answer = time.monotonic(), not alive(self.run)
+            with contextlib.suppress(UserError):  # no Slurm here, or it doesn't answer: the logs still speak
+                self.answer = not alive(self.run)
+            self.asked = time.monotonic()
         return self.answer
 
 

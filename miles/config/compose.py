@@ -86,7 +86,7 @@ def configs_dir() -> Path:
 def _find(path: Path, beside: Path | None, problem: str) -> Path:
     """The file that `path` names, with or without .yaml: as given (or beside the file that names it), then in configs/."""
     folders = [beside if beside is not None else Path(), configs_dir()]
-    names = [path] if path.suffix in (".yaml", ".yml") else [path.with_name(path.name + ".yaml"), path]
+    names = [path] if path.suffix in (".yaml", ".yml") or not path.name else [path.with_name(path.name + ".yaml"), path]  # "." and "/" have no name
     for folder in folders:
         for name in names:
             if (folder / name).is_file():

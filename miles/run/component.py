@@ -139,10 +139,11 @@ class Signals:
 
     def _terminate(self, signum: int, frame: Any) -> None:
         if not self.asks:
-            raise Stopped
+            self._end(signum, frame)
         self.asked = True  # however often: Slurm may say it several times
 
     def _end(self, signum: int, frame: Any) -> None:
+        self.ignore()  # said again while the outcome is made, it would cost that
         raise Stopped
 
     @staticmethod

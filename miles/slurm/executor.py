@@ -142,7 +142,7 @@ class HetSlurmExecutor(Executor):
             group, tasks = resolved[name]
             options: dict[str, Any] = {"job-name": job["job_name"], "signal": f"USR2@{job['signal_delay_s']}"}
             if not number:
-                options |= {"output": f"{self.folder}/%j_log.out", "open-mode": "append"}
+                options |= {"output": f"{str(self.folder).replace('%', '%%')}/%j_log.out", "open-mode": "append"}
             blocks.append({**options, **sbatch_options(group, "cuda"), "ntasks-per-node": tasks, **group.ask.sbatch})
             step = {
                 "het_group": number if len(payloads) > 1 else None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,7 +33,7 @@ def alone(folder: Path, otherwise: str) -> Iterator[None]:
 @contextlib.contextmanager
 def only_launcher(run: RunDir) -> Iterator[None]:
     """Two launchers on one run would only fence each other off: the second is refused, from the first's start on."""
-    with alone(run.path, f"this run is going on; follow it with `miles-submit logs -f {run.path}`"):
+    with alone(run.path, f"this run is going on; follow it with `miles-submit logs -f {shlex.quote(str(run.path))}`"):
         refuse_if_running(run)
         yield
 
@@ -54,4 +55,4 @@ def refuse_if_running(run: RunDir) -> None:
     except httpx.HTTPError:
         return
     if reply.status_code == 200 and reply.json().get("run") is not None:
-        raise UserError(f"{run.path}: this run is going on (attempt {latest.name}); follow it with `miles-submit logs -f {run.path}`")
+        raise UserError(f"{run.path}: this run is going on (attempt {latest.name}); follow it with `miles-submit logs -f {shlex.quote(str(run.path))}`")

@@ -16,6 +16,7 @@ from demo_run import begin_attempt, empty_run, end_attempt
 from miles.cli.logs import logs
 from miles.config.exits import UserError
 from miles.data.store.run_dir import RunDir
+from miles.slurm.records import note
 
 FOLLOW = "import sys; from pathlib import Path; from miles.cli.logs import logs; sys.exit(logs(Path(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else None, True, 5))"
 
@@ -33,6 +34,17 @@ def run(tmp_path: Path) -> RunDir:
 def write(run: RunDir, epoch: int, name: str, text: str) -> None:
     with (run.attempt(epoch) / "logs" / f"{name}.log").open("a") as file:
         file.write(text)
+
+
+def test_a_submitted_run_is_followed_where_slurm_is_silent(run: RunDir, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or not there: its files still speak."""
+    monkeypatch.setenv("SLURM_CONF", "/nope/slurm.conf")
+    entry = {"job_id": 7, "name": "run", "groups": ["all"], "time": 0.0, "cluster": "mini", "submitted": "", "output": str(run.path / "slurm" / "7.log"), "run_dir": str(run.path)}
+    note(run, entry)
+    begun = threading.Timer(1.0, lambda: end_attempt(run, 1, 0, "finished"))
+    begun.start()
+    assert logs(run.path, "trainer", True, 1) == 0
+    assert capsys.readouterr().out == "train 39999\n── attempt 1 ended: finished (exit code 0) ──\n"
 
 
 def test_last_lines_of_one_component(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:

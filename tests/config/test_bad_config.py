@@ -116,6 +116,8 @@ FILES = [  # text of recipe.yaml, and parts of the line
 LINES = [  # command line, and parts of the line
     ("missing.yaml", ["missing.yaml: no such file"]),
     ("recipe.yml2", ["recipe.yml2: no such file"]),
+    (".", [".: is a folder, not a recipe"]),
+    ("/", ["/: is a folder, not a recipe"]),
     ("clusters/locall", ["clusters/locall: no such file; did you mean clusters/local?"]),
     ("train.optimizer.lr=fast", ['train.optimizer.lr=fast: expected a number, got "fast"']),
     ("train.optimizr.lr=1", ["train.optimizr.lr: unknown key; did you mean train.optimizer.lr?"]),

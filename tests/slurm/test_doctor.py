@@ -169,6 +169,12 @@ def test_pending_for_ever_is_told_from_a_queue() -> None:
     assert never.mend.startswith("mend what the reason names")
 
 
+def test_nothing_is_guessed_of_a_job_that_never_left_the_queue() -> None:
+    """Neither that its script could not begin, where it was cancelled or forgotten without a word; a job that failed did begin."""
+    causes = {state: [each.cause for each in diagnose(replace(DEAD, attempts=(), jobs=(replace(job(state), nodes=""),)))] for state in ("CANCELLED", "FORGOTTEN", "FAILED")}
+    assert causes == {"CANCELLED": ["cancelled"], "FORGOTTEN": ["forgotten"], "FAILED": ["never_started"]}
+
+
 def test_nothing_known_fits() -> None:
     assert diagnose(ended(code=75, role="train", rank=0, reason="component train was stopped")) == []
 

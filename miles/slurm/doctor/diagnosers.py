@@ -224,6 +224,8 @@ def never_started(seen: Evidence) -> Diagnosis | None:
     if seen.attempts or seen.job is None or not seen.job.over:
         return None
     said = tuple(line for line in seen.logs if line.where.startswith("slurm/"))[-3:]
+    if not said and not seen.job.nodes and seen.job.state in ("CANCELLED", FORGOTTEN):  # it was still queued, for all that is known
+        return None
     where = "the last lines of its output are the evidence" if said else "it left no output: its script could not even begin (setup lines, interpreter, or the folder is not seen on its first node)"
     mend = "mend what the output says; look at cluster.slurm.python and cluster.groups.all.setup; `miles-submit preflight RUN` tests the nodes"
     return Diagnosis("never_started", 45, f"job {seen.job.job_id} ended before any attempt began, {where}", mend, (*said, _slurm(seen)))
