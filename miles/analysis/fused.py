@@ -477,8 +477,8 @@ def _resample(identity, value, bootstrap, poisson):
     """Each replicate takes the sequence 0, 1, 2, ... times (Poisson of mean 1), by a hash of the sequence and the replicate."""
     for k in range(len(bootstrap)):
         u = (_mix(identity + np.uint64(k + 1) * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(11)) * 2.0**-53
-        times = 0.0
+        times = 0
         for reach in poisson:
-            times += 1.0 if u >= reach else 0.0
+            times += int(u >= reach)
         for w in range(WAYS):
-            bootstrap[k, w] += times * value[w]
+            bootstrap[k, w] += np.float64(times) * value[w]
