@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from miles.config.exits import OK, UserError
+from miles.data.call import call
 from miles.data.store.run_dir import RunDir
 from miles.report.records import RunRecord, read_run, read_small_json
 from miles.report.scales import number
@@ -74,14 +75,7 @@ def call_service(record: RunRecord, method: str, path: str) -> dict[str, Any] | 
         return None  # not started yet, or another user's run: the files still speak
     if service is None or not token or not isinstance(service.get("url"), str) or not record.run_dir.is_at(service.get("run_dir", "")):
         return None  # the last: a copy's address is the original's
-    import httpx  # dear, and of no use where nothing lives
-
-    try:
-        reply = httpx.request(method, service["url"] + path, headers={"Authorization": f"Bearer {token}"}, timeout=ASK_SECONDS, trust_env=False)
-        answer = reply.json() if reply.status_code == 200 else None
-    except (httpx.HTTPError, ValueError):
-        return None
-    return answer if isinstance(answer, dict) else None
+    return call(service["url"], token, method, path, seconds=ASK_SECONDS)
 
 
 def rows(summary: Summary) -> list[tuple[str, str]]:

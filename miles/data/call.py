@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 
 def call(url: str, token: str, method: str, path: str, body: dict[str, Any] | None = None, seconds: float = 2.0) -> dict[str, Any] | None:
-    """Its answer; None where it isn't there, is busy for so long, or refuses. Never through a proxy.
+    """Its answer; None where it isn't there, is busy for so long [s], refuses, or is another program by now. Never through a proxy.
 
     By the standard library: httpx, which the roles use, takes a quarter of a second to import, while a run is being started.
     """
@@ -24,5 +24,8 @@ def call(url: str, token: str, method: str, path: str, body: dict[str, Any] | No
         return None
     finally:
         connection.close()
-    answer: dict[str, Any] | None = json.loads(content) if reply.status == 200 else None
-    return answer
+    try:
+        answer = json.loads(content) if reply.status == 200 else None
+    except ValueError:
+        return None
+    return answer if isinstance(answer, dict) else None

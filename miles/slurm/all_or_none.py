@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import threading
 from collections.abc import Sequence
@@ -37,7 +38,9 @@ class AllOrNone:
         """Run an `sbatch --parsable …` command; returns the job's id. UserError: refused. KeyboardInterrupt or SystemExit: a signal came before."""
         self.heed()
         said = slurm_command(words, timeout=SUBMIT_SECONDS, own_session=True).stdout
-        self.jobs.append(int(said.split(";")[0]))
+        if (found := re.search(r"^(\d+)(;\S*)?$", said, re.MULTILINE)) is None:  # a site's own sbatch may say more
+            raise UserError(f"sbatch --parsable took the job and named no id, but {said.strip()!r}: find it with squeue")
+        self.jobs.append(int(found[1]))
         return self.jobs[-1]
 
     def heed(self) -> None:

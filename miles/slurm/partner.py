@@ -13,6 +13,7 @@ from typing import Any
 
 from miles.config.exits import UserError
 from miles.config.schema import RunConfig
+from miles.data.call import call
 from miles.data.store.epoch import newest_epoch
 from miles.data.store.run_dir import RunDir
 from miles.slurm import queue
@@ -41,14 +42,12 @@ def find(run: RunDir) -> Found | None:
     folder = run.attempt(epoch)
     if epoch == 0 or (folder / "exit.json").exists():
         return None
-    import httpx  # dear, and only for placement jobs
-
     try:
         url, token = str(json.loads((folder / "service.json").read_text())["url"]), (folder / "token").read_text()
-        reply = httpx.get(f"{url}/status", headers={"Authorization": f"Bearer {token}"}, timeout=HANDSHAKE_SECONDS, trust_env=False)
-    except (FileNotFoundError, ValueError, httpx.HTTPError):  # being written, or starting
+    except (FileNotFoundError, ValueError):  # being written
         return None
-    return Found(epoch, url, token) if reply.status_code == 200 and reply.json().get("epoch") == epoch else None
+    status = call(url, token, "GET", "/status", seconds=HANDSHAKE_SECONDS)
+    return Found(epoch, url, token) if status is not None and status.get("epoch") == epoch else None
 
 
 def job_of(run: RunDir, group: str) -> tuple[int | None, str]:

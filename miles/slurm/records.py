@@ -45,8 +45,8 @@ def note(run: RunDir, entry: Mapping[str, Any]) -> None:
     with _locked(run):
         others = [each for each in _submissions(run) if each["job_id"] != entry["job_id"] or not run.is_at(each["run_dir"])]
         seal_json(folder(run) / "job.json", {"submissions": [*others, entry]})
-    if entry["job_id"] in (known := cancelled(run)):  # an earlier job that had the id
-        seal_json(folder(run) / "cancelled.json", {"jobs": sorted(known - {entry["job_id"]})})
+        if entry["job_id"] in (known := cancelled(run)):  # an earlier job that had the id
+            seal_json(folder(run) / "cancelled.json", {"jobs": sorted(known - {entry["job_id"]})})
 
 
 def forget(run: RunDir, jobs: Iterable[int]) -> None:
@@ -125,7 +125,8 @@ def cancelled(run: RunDir) -> set[int]:
 
 def cancel(run: RunDir, jobs: Iterable[int]) -> None:
     """Remember that the user cancelled jobs."""
-    seal_json(folder(run) / "cancelled.json", {"jobs": sorted(cancelled(run) | set(jobs))})
+    with _locked(run):
+        seal_json(folder(run) / "cancelled.json", {"jobs": sorted(cancelled(run) | set(jobs))})
 
 
 def chain_began(run: RunDir) -> int:

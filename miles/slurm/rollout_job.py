@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from typing import Any
 
-import httpx
-
 from miles.config.exits import AGAIN, OK
+from miles.data.call import call
 from miles.data.store.epoch import newest_epoch
 from miles.slurm.attempt import SUPERVISE, Component, wait_for
 from miles.slurm.partner import Found, Waiting, find
@@ -85,9 +83,8 @@ class RolloutJob(TrainerJob):
         """The component failed while its attempt goes on: again on these nodes, on others, or, where it would only fail again, not at all."""
         self.say(f"attempt {found.epoch}: {outcome['reason']}")
         if outcome["code"] != AGAIN:  # the trainer would wait in vain
-            headers = {"Authorization": f"Bearer {found.token}"}
-            with contextlib.suppress(httpx.HTTPError):  # it has ended already
-                httpx.post(f"{found.url}/finish", json={"exit": outcome["code"], "message": outcome["reason"]}, headers=headers, timeout=10.0, trust_env=False)
+            # No answer: it has ended already.
+            call(found.url, found.token, "POST", "/finish", {"exit": outcome["code"], "message": outcome["reason"]}, seconds=10.0)
             return int(outcome["code"])
         failed = self.failed(outcome)
         self.exclude(failed, found.epoch)

@@ -9,9 +9,8 @@ import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
-
 from miles.config.exits import UserError
+from miles.data.call import call
 from miles.data.store.files import Damaged, read_json
 from miles.data.store.run_dir import RunDir
 
@@ -49,10 +48,6 @@ def refuse_if_running(run: RunDir) -> None:
         return
     if not run.is_at(service["run_dir"]):  # a copy: the original goes on
         return
-    headers = {"Authorization": f"Bearer {(latest / 'token').read_text()}"}
-    try:
-        reply = httpx.get(service["url"] + "/status", headers=headers, timeout=2.0, trust_env=False)
-    except httpx.HTTPError:
-        return
-    if reply.status_code == 200 and reply.json().get("run") is not None:
+    status = call(service["url"], (latest / "token").read_text(), "GET", "/status")
+    if status is not None and status.get("run") is not None:
         raise UserError(f"{run.path}: this run is going on (attempt {latest.name}); follow it with `miles-submit logs -f {shlex.quote(str(run.path))}`")

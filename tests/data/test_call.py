@@ -20,6 +20,11 @@ class Echo(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(json.dumps({"path": self.path, "body": json.loads(body) if body else None}).encode())
 
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b"<html>")
+
     def log_message(self, format: str, *args: object) -> None:
         return
 
@@ -45,3 +50,7 @@ def test_a_refusal_or_nobody_is_none(server: str) -> None:
         assert call(url, "secret", "POST", "/stop") is None
         silent.listen()
         assert call(url, "secret", "POST", "/stop", seconds=0.2) is None
+
+
+def test_what_another_program_says_is_no_answer(server: str) -> None:
+    assert call(server, "secret", "GET", "/status") is None

@@ -184,6 +184,13 @@ def test_a_signal_while_jobs_are_made(empty: Cluster, monkeypatch: pytest.Monkey
     assert (len(jobs.jobs), queue(empty), signal.getsignal(signal.SIGTERM)) == (1, [], before)
 
 
+def test_a_sites_sbatch_may_say_more_than_the_id() -> None:
+    jobs = AllOrNone()
+    assert jobs.sbatch(["printf", "%s\\n", "project: x, 3 h left", "4711;cluster"]) == 4711
+    with pytest.raises(UserError, match=r"named no id, but 'Submitted batch job 12': find it with squeue"):
+        jobs.sbatch(["echo", "Submitted batch job 12"])
+
+
 def test_a_run_submitted_by_hand_is_known(empty: Cluster, say: Say, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It notes itself as it starts: status, doctor and cancel find its job, as that of `run` would be."""
     folder = tmp_path / "run"

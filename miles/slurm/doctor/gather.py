@@ -6,7 +6,6 @@ import contextlib
 import fcntl
 import os
 import re
-import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from miles.config.compose import load_config
 from miles.config.exits import UserError
 from miles.config.placement import components, node_groups, part, processes
 from miles.config.schema import RunConfig
+from miles.data.call import call
 from miles.data.store.epoch import newest_epoch
 from miles.data.store.files import Damaged, read_json
 from miles.data.store.run_dir import RunDir, newest_complete_checkpoint, read_provenance
@@ -77,11 +77,7 @@ def _lives(run: RunDir, attempts: tuple[Ended, ...], jobs: tuple[JobState, ...])
         service = read_json(folder / "service.json")
         if not run.is_at(service["run_dir"]):  # a copy: the original lives
             return False
-        headers = {"Authorization": f"Bearer {(folder / 'token').read_text().strip()}"}
-        request = urllib.request.Request(f"{service['url']}/status", headers=headers)
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        with opener.open(request, timeout=ASK_SECONDS) as reply:
-            return bool(reply.status == 200)
+        return call(service["url"], (folder / "token").read_text(), "GET", "/status", seconds=ASK_SECONDS) is not None
     except (OSError, Damaged, KeyError, ValueError):  # nothing answers from here
         return False
 
