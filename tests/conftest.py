@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 from xdist.scheduler import LoadScopeScheduling
+
+# What a script starts in the background inherits that Ctrl-C is ignored, and so would the commands that are tested with one.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 HERE = Path(__file__).parent
 # The longest first, so that no worker is left alone with one at the end; Slurm's wait more than they compute, beside those that compute.
