@@ -156,6 +156,7 @@ def test_a_controller_that_goes_as_soon_as_it_has_the_job(empty: Cluster, tmp_pa
     empty.run(["scancel", str(entry["job_id"])])
     rest = command.communicate(timeout=60)[0]
     assert (command.returncode, rest.count("finished"), rest.count(f"job {entry['job_id']} cancelled")) == (AGAIN, 0, 1), rest
+    until(lambda: all(empty.node_state(node) == "idle" for node in empty.layout.nodes), "the nodes have answered the new controller")
 
 
 def test_a_signal_while_jobs_are_made(empty: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,9 +195,11 @@ def test_a_sites_sbatch_may_say_more_than_the_id() -> None:
 def test_a_run_submitted_by_hand_is_known(empty: Cluster, say: Say, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It notes itself as it starts: status, doctor and cancel find its job, as that of `run` would be."""
     folder = tmp_path / "run"
-    (tmp_path / "own.py").write_text("import time\n\n\ndef build(folder, seed):\n    time.sleep(600)\n")
+    (tmp_path / "builds_slowly.py").write_text("import time\n\n\ndef build(folder, seed):\n    time.sleep(600)\n")
     monkeypatch.syspath_prepend(tmp_path)
-    (line,) = say("render", str(folder), *WORDS, "model.build=own.build").stdout.splitlines()
+    rendered = say("render", str(folder), *WORDS, "model.build=builds_slowly.build")
+    assert rendered.returncode == 0, rendered.stderr
+    (line,) = rendered.stdout.splitlines()
     made = empty.run(shlex.split(line), env=with_path(empty, REPOSITORY, tmp_path), cwd=tmp_path)
     job = int(made.stdout)
     until(lambda: submitted(RunDir(folder)), "the job notes itself")
