@@ -11,9 +11,9 @@ from rich.table import Table
 from rich.text import Text
 
 from miles.config.exits import OK, UserError
-from miles.data.call import call
+from miles.data.service_call import call_attempt
 from miles.data.store.run_dir import RunDir
-from miles.report.records import RunRecord, read_run, read_small_json
+from miles.report.records import RunRecord, read_run
 from miles.report.scales import number
 from miles.report.summary import Summary, duration, merge_service, summarise
 from miles.slurm.records import submitted
@@ -67,15 +67,7 @@ def call_service(record: RunRecord, method: str, path: str) -> dict[str, Any] | 
     """A call to the newest attempt's service; None when the attempt has ended or nothing answers from here."""
     if not record.attempts or record.attempts[-1].outcome is not None or record.attempts[-1].damaged:
         return None
-    folder = record.attempts[-1].folder
-    service = read_small_json(folder / "service.json")
-    try:
-        token = (folder / "token").read_text().strip()
-    except (FileNotFoundError, PermissionError):
-        return None  # not started yet, or another user's run: the files still speak
-    if service is None or not token or not isinstance(service.get("url"), str) or not record.run_dir.is_at(service.get("run_dir", "")):
-        return None  # the last: a copy's address is the original's
-    return call(service["url"], token, method, path, seconds=ASK_SECONDS)
+    return call_attempt(record.run_dir, record.attempts[-1].folder, method, path, ASK_SECONDS)
 
 
 def rows(summary: Summary) -> list[tuple[str, str]]:

@@ -22,7 +22,7 @@ from typing import IO, Any
 
 from miles.config.exits import AGAIN, OK, WRONG, first_cause
 from miles.config.process import Process
-from miles.data.call import call
+from miles.data.service_call import call
 from miles.data.store.start_list import StartList
 from miles.engine.child import die_with_parent
 from miles.run.environment import Node, environment

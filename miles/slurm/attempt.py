@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from miles.config.exits import AGAIN, OK, WRONG, disk_full, first_cause, full, no_room
 from miles.config.placement import components, part, processes
 from miles.config.schema import RunConfig
-from miles.data.call import call
+from miles.data.service_call import call
 from miles.data.store.epoch import Fence, new_epoch
 from miles.data.store.files import seal_json
 from miles.data.store.import_roots import import_roots

@@ -13,7 +13,7 @@ from typing import Any
 
 from miles.config.exits import UserError
 from miles.config.schema import RunConfig
-from miles.data.call import call
+from miles.data.service_call import call
 from miles.data.store.epoch import newest_epoch
 from miles.data.store.run_dir import RunDir
 from miles.slurm import queue

@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 from miles.config.exits import AGAIN, OK
-from miles.data.call import call
+from miles.data.service_call import call
 from miles.data.store.epoch import newest_epoch
 from miles.slurm.attempt import SUPERVISE, Component, wait_for
 from miles.slurm.partner import Found, Waiting, find

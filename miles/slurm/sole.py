@@ -10,8 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from miles.config.exits import UserError
-from miles.data.call import call
-from miles.data.store.files import Damaged, read_json
+from miles.data.service_call import call_attempt
 from miles.data.store.run_dir import RunDir
 
 
@@ -42,12 +41,6 @@ def refuse_if_running(run: RunDir) -> None:
     latest = run.latest.resolve()
     if (latest / "exit.json").exists():
         return
-    try:
-        service = read_json(latest / "service.json")
-    except (FileNotFoundError, Damaged):  # the launcher was killed before it started anything
-        return
-    if not run.is_at(service["run_dir"]):  # a copy: the original goes on
-        return
-    status = call(service["url"], (latest / "token").read_text(), "GET", "/status")
+    status = call_attempt(run, latest, "GET", "/status")
     if status is not None and status.get("run") is not None:
         raise UserError(f"{run.path}: this run is going on (attempt {latest.name}); follow it with `miles-submit logs -f {shlex.quote(str(run.path))}`")

@@ -13,7 +13,7 @@ from miles.config.compose import load_config
 from miles.config.exits import UserError
 from miles.config.placement import components, node_groups, part, processes
 from miles.config.schema import RunConfig
-from miles.data.call import call
+from miles.data.service_call import call_attempt
 from miles.data.store.epoch import newest_epoch
 from miles.data.store.files import Damaged, read_json
 from miles.data.store.run_dir import RunDir, newest_complete_checkpoint, read_provenance
@@ -21,7 +21,6 @@ from miles.slurm import nodes, own_jobs, records
 from miles.slurm.doctor.evidence import Ended, Evidence, Line
 from miles.slurm.states import JobState
 
-ASK_SECONDS = 2.0
 TAIL_BYTES = 1 << 20  # of a log: a run's end is at its end
 ROLE_LOG = re.compile(r"(service|trainer|engine|worker)\.(\d+)\.log")
 
@@ -72,14 +71,7 @@ def _lives(run: RunDir, attempts: tuple[Ended, ...], jobs: tuple[JobState, ...])
         return True
     finally:
         os.close(handle)
-    folder = run.attempt(attempts[-1].epoch)
-    try:
-        service = read_json(folder / "service.json")
-        if not run.is_at(service["run_dir"]):  # a copy: the original lives
-            return False
-        return call(service["url"], (folder / "token").read_text(), "GET", "/status", seconds=ASK_SECONDS) is not None
-    except (OSError, Damaged, KeyError, ValueError):  # nothing answers from here
-        return False
+    return call_attempt(run, run.attempt(attempts[-1].epoch), "GET", "/status") is not None
 
 
 def homes(config: RunConfig, names: tuple[str, ...]) -> dict[str, str]:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import http.client
 import json
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
+
+from miles.data.store.files import Damaged, read_json
+from miles.data.store.run_dir import RunDir
 
 
 def call(url: str, token: str, method: str, path: str, body: dict[str, Any] | None = None, seconds: float = 2.0) -> dict[str, Any] | None:
@@ -29,3 +33,17 @@ def call(url: str, token: str, method: str, path: str, body: dict[str, Any] | No
     except ValueError:
         return None
     return answer if isinstance(answer, dict) else None
+
+
+def call_attempt(run: RunDir, attempt: Path, method: str, path: str, seconds: float = 2.0) -> dict[str, Any] | None:
+    """call() of an attempt's service, whose address and token its folder has; None, too, where these are not there yet, not whole or another user's.
+
+    Nobody asks in the name of a copied run: the address in it is the original's.
+    """
+    try:
+        service, token = read_json(attempt / "service.json"), (attempt / "token").read_text().strip()
+    except (FileNotFoundError, PermissionError, Damaged):
+        return None
+    if not isinstance(service, dict) or not isinstance(service.get("url"), str) or not run.is_at(service.get("run_dir", "")):
+        return None
+    return call(service["url"], token, method, path, seconds=seconds)

@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from miles.data.call import call
+from miles.data.service_call import call
 
 
 class Echo(BaseHTTPRequestHandler):
