@@ -27,7 +27,7 @@ from miles.report.records import read_run, require_run_dir
 from miles.report.refresh import Refresher
 from miles.report.summary import summarise
 from miles.slurm.launch import launch
-from miles.slurm.meeting import free_port
+from miles.slurm.meeting import hold_port
 from miles.slurm.progress import finished
 from miles.slurm.sole import only_launcher
 from miles.slurm.submission import by_hand, prepare, write
@@ -70,7 +70,7 @@ def run(words: list[str], run_dir: Path | None, wait: bool = False) -> int:
     if submitted:
         refuse(config, folder, console)
     else:
-        free_port(bind_host(config.cluster.host), config.cluster.port)
+        hold_port(bind_host(config.cluster.host), config.cluster.port).close()
     make(folder)
     with only_launcher(folder):
         if resuming:

@@ -55,7 +55,7 @@ class Attempt:
     def __init__(
         self, run: RunDir, config: RunConfig, say: Callable[[str], None], start: Start, restart: bool = False, after: int | None = None, **more: Any
     ) -> None:
-        host, port = own_address(config.cluster)
+        host, port, self.port = own_address(config.cluster)  # held until the attempt is closed: its service comes to it seconds later
         self.run, self.config, self.say, self.start = run, config, say, start
         self.noticed: list[str] = []
         self.epoch = new_epoch(run, after)
@@ -166,6 +166,7 @@ class Attempt:
             late = time.monotonic() - self.stop_asked > self.stop_seconds
             reason = {"reason": "stopped on request" + (", before it could save: what came after the last checkpoint is done again" if late else "")}
         stopped = early or bool(self.stop_asked)
+        self.port.close()
         try:
             seal_json(self.folder / "exit.json", {**outcome, **reason, "stopped": stopped, **more, "time": time.time()})
         except OSError as error:

@@ -22,15 +22,17 @@ class Meeting:
     token: str
 
 
-def free_port(host: str, wanted: int) -> int:
-    """A TCP port to bind on host: the wanted one if it is free, any free one for 0."""
-    with socket.socket(family_of(host), socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, wanted))
-        except OSError as error:
-            raise UserError(f"cluster.port: {host}:{wanted} can't be used ({error.strerror}); choose another, or 0 for a free one") from error
-        return int(probe.getsockname()[1])
+def hold_port(host: str, wanted: int) -> socket.socket:
+    """A socket bound to a free TCP port of host: the wanted one, or any for 0. While it is open the kernel gives that port to nobody of its own
+    accord, be it a server or a connection; who asks for it by number and with SO_REUSEADDR, as our service does, can listen there."""
+    holder = socket.socket(family_of(host), socket.SOCK_STREAM)
+    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        holder.bind((host, wanted))
+    except OSError as error:
+        holder.close()
+        raise UserError(f"cluster.port: {host}:{wanted} can't be used ({error.strerror}); choose another, or 0 for a free one") from error
+    return holder
 
 
 def open_meeting(folder: Path, host: str, port: int) -> Meeting:
@@ -44,7 +46,8 @@ def open_meeting(folder: Path, host: str, port: int) -> Meeting:
     return Meeting(url, token)
 
 
-def own_address(cluster: Cluster) -> tuple[str, int]:
-    """(host, port) that this machine's rollout service can have. UserError when a port of the user's is taken."""
+def own_address(cluster: Cluster) -> tuple[str, int, socket.socket]:
+    """(host, port) that this machine's rollout service can have, and what holds the port for it. UserError when a port of the user's is taken."""
     host = bind_host(cluster.host)
-    return host, free_port(host, cluster.port)
+    holder = hold_port(host, cluster.port)
+    return host, int(holder.getsockname()[1]), holder

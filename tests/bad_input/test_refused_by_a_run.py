@@ -212,10 +212,12 @@ def test_a_second_launcher_and_an_early_interrupt(tiny_model: Path, tmp_path: Pa
     with (folder / "out").open("wb") as out:
         first = subprocess.Popen(command("run recipe num_rollout=50 --run-dir here"), cwd=folder, env={**os.environ, "PYTHONPATH": str(inputs.ROOT)}, stderr=out, start_new_session=True)
     until(lambda: (here / "attempts/000001/service.json").exists(), "the first attempt")
-    before = inputs.tree(here, but=("attempts", "provenance.json", "events", "report"))
+    written = ("attempts", "batches", "checkpoints", "events", "hf", "metrics.jsonl", "provenance.json", "report", "sync", "train")  # by the first, meanwhile
+    before = inputs.tree(here, but=written)
     second = inputs.submit(folder, "run recipe num_rollout=60 --run-dir here")
     inputs.fault_line(second, [f"{here}: this run is going on; follow it with `miles-submit logs -f {here}`"])
-    assert inputs.tree(here, but=("attempts", "provenance.json", "events", "batches", "sync", "report")) == before
+    assert inputs.tree(here, but=written) == before
+    assert "run.yaml" in before
     assert first.poll() is None
 
     first.send_signal(signal.SIGINT)

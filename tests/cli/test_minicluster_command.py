@@ -28,7 +28,7 @@ def folder() -> Iterator[Path]:
 
 def miles(*words: str, path: str | None = None) -> subprocess.CompletedProcess[str]:
     variables = os.environ | ({"PATH": path} if path is not None else {})
-    return subprocess.run([sys.executable, "-m", "miles.cli", "minicluster", *words], capture_output=True, text=True, env=variables, timeout=60)
+    return subprocess.run([sys.executable, "-m", "miles.cli", "minicluster", *words], capture_output=True, text=True, env=variables, timeout=180)
 
 
 def test_up_use_status_down(folder: Path) -> None:

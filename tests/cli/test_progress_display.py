@@ -194,7 +194,7 @@ def on_terminal(width: int, **environment: str) -> str:
     keep = {key: value for key, value in os.environ.items() if key not in ("NO_COLOR", "COLUMNS", "FORCE_COLOR")}
     process = subprocess.Popen([sys.executable, "-c", SHOW, repr(STATUS)], stdin=follower, stdout=follower, stderr=follower, env={**keep, "TERM": "xterm-256color", **environment})
     os.close(follower)
-    sent, deadline = b"", time.monotonic() + 30
+    sent, deadline = b"", time.monotonic() + 120
     while time.monotonic() < deadline:
         if select.select([leader], [], [], 0.1)[0]:
             try:
@@ -204,7 +204,7 @@ def on_terminal(width: int, **environment: str) -> str:
             sent += part
         elif process.poll() is not None:
             break
-    assert process.wait(timeout=10) == 0, sent.decode()
+    assert process.wait(timeout=60) == 0, sent.decode()
     os.close(leader)
     return sent.decode()
 

@@ -149,8 +149,9 @@ def test_stages_of_a_life(tmp_path: Path) -> None:
     assert (state_of(run.path).state, state_of(run.path).attempts) == ("new", 0)
     epoch = begin_attempt(run)
     assert state_of(run.path).state == "starting"
-    record_step(run, epoch, 1, "sft", time.time() - 4)
-    record_step(run, epoch, 2, "sft", time.time())
+    now = time.time()
+    record_step(run, epoch, 1, "sft", now - 4)
+    record_step(run, epoch, 2, "sft", now)
     found = state_of(run.path)
     assert (found.state, found.alive) == ("running", False)
     assert found.seconds_per_step == pytest.approx(4, abs=0.5)

@@ -82,4 +82,4 @@ def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     process, url = start_embedded(folder, root / "engine.log", "--max-running-requests", "16", "--context-length", "4096", *more)
     yield Served("embedded", url, TOKEN, folder, other, exact="--no-batch-invariant" not in more)
     process.terminate()
-    assert process.wait(timeout=30) == 0, (root / "engine.log").read_text()[-2000:]
+    assert process.wait(timeout=60) == 0, (root / "engine.log").read_text()[-2000:]

@@ -7,6 +7,7 @@ from typing import Any
 
 import httpx
 import pytest
+from at_work import until_running
 
 from miles.engine.client import EngineClient, EngineError
 
@@ -21,7 +22,7 @@ def long_request(rid: str, tokens: int = 3000) -> dict[str, Any]:
 
 async def in_flight(client: EngineClient, names: list[str], tokens: int = 3000) -> list[asyncio.Task[Any]]:
     tasks = [asyncio.create_task(client.generate(long_request(name, tokens))) for name in names]
-    await asyncio.sleep(0.7)
+    await until_running(client, len(names))
     assert not any(task.done() for task in tasks), "the requests are still running"
     return tasks
 
@@ -91,7 +92,7 @@ def test_pause_abort_ends_what_runs_and_blocks_what_comes(engine):
         running = await in_flight(client, ["pa-0", "pa-1"])
         await client.pause("abort")
         for task in running:
-            reply = await asyncio.wait_for(task, 5)
+            reply = await asyncio.wait_for(task, 60)
             assert reply["meta_info"]["finish_reason"]["type"] == "abort"
             check_partial(reply)
         late = asyncio.create_task(client.generate(long_request("pa-late", 4)))
@@ -99,7 +100,7 @@ def test_pause_abort_ends_what_runs_and_blocks_what_comes(engine):
         assert not late.done()
         await client.flush()
         await client.resume()
-        assert len((await asyncio.wait_for(late, 30))["output_ids"]) == 4
+        assert len((await asyncio.wait_for(late, 60))["output_ids"]) == 4
 
     engine.run(body)
 
@@ -113,7 +114,7 @@ def test_a_pause_that_keeps_requests_does_not_change_them(engine, mode):
         whole = await client.generate(long_request("undisturbed", tokens))
         await client.flush()
         tasks = [asyncio.create_task(client.generate(long_request(f"keep-{mode}", tokens)))]
-        await asyncio.sleep(0.15)
+        await until_running(client, 1)
         await client.pause(mode)
         late = asyncio.create_task(client.generate(long_request(f"late-{mode}", 4)))
         await asyncio.sleep(0.5)
@@ -132,7 +133,7 @@ def test_a_pause_that_keeps_requests_does_not_change_them(engine, mode):
         if engine.exact:
             assert reply["output_ids"] == whole["output_ids"]
             assert reply["meta_info"]["output_token_logprobs"] == whole["meta_info"]["output_token_logprobs"]
-        assert len((await asyncio.wait_for(late, 30))["output_ids"]) == 4
+        assert len((await asyncio.wait_for(late, 60))["output_ids"]) == 4
 
     engine.run(body)
 
@@ -173,7 +174,7 @@ def test_a_client_that_leaves_aborts_its_request(engine):
     async def body(client: EngineClient) -> None:
         (task,) = await in_flight(client, ["leaver"])
         task.cancel()
-        await client.flush(timeout=20)  # succeeds only once nothing runs
+        await client.flush(timeout=60)  # succeeds only once nothing runs
 
     engine.run(body)
 

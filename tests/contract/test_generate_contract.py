@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from at_work import until_running
 from transformers import AutoConfig
 
 from miles.engine.client import EngineClient, EngineError
@@ -232,7 +233,7 @@ def test_error_bodies_have_sglang_s_shapes(engine):
 def test_a_live_rid_can_not_be_used_twice(engine):
     async def body(client: EngineClient) -> None:
         long = asyncio.create_task(client.generate(payload(sampling={"max_new_tokens": 3000}, rid="twice")))
-        await asyncio.sleep(0.5)
+        await until_running(client, 1)
         with pytest.raises(EngineError, match="twice") as caught:
             await client.generate(payload(rid="twice"))
         assert caught.value.status == 400

@@ -6,6 +6,7 @@ import asyncio
 from typing import Any
 
 import pytest
+from at_work import until_running
 
 from miles.engine.client import EngineClient, EngineError
 
@@ -77,7 +78,7 @@ def test_an_update_during_a_pause_happens_at_once(engine):
 def test_an_update_in_place_keeps_running_requests(engine):
     async def body(client: EngineClient) -> None:
         running = asyncio.create_task(client.generate({"input_ids": PROMPT, "sampling_params": {"max_new_tokens": 2000, "ignore_eos": True}}))
-        await asyncio.sleep(0.5)
+        await until_running(client, 1)
         await client.pause("in_place")
         await client.update_from_disk(engine.other, "in-place", flush_cache=False)
         await client.resume()
@@ -92,9 +93,9 @@ def test_an_update_in_place_keeps_running_requests(engine):
 def test_an_update_without_pause_waits_for_running_requests(engine):
     async def body(client: EngineClient) -> None:
         running = asyncio.create_task(client.generate({"input_ids": PROMPT, "sampling_params": {"max_new_tokens": 300, "ignore_eos": True}}))
-        await asyncio.sleep(0.1)
+        await until_running(client, 1)
         await client.update_from_disk(engine.other, "after")
-        assert running.done() or (await asyncio.wait_for(running, 5))
+        assert running.done() or (await asyncio.wait_for(running, 60))
         assert (await running)["meta_info"]["finish_reason"]["type"] == "length"
 
     engine.run(body)

@@ -6,7 +6,6 @@ import json
 import os
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ from miles.config.compose import load_config
 from miles.data.store.epoch import new_epoch
 from miles.data.store.run_dir import RunDir
 from miles.recipes.quickstart import EOS, make_tokenizer
+from miles.slurm.meeting import hold_port
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
 REPOSITORY = Path(__file__).parents[2]
@@ -62,11 +62,9 @@ class Attempt:
         self.run = RunDir(folder)
         self.epoch = new_epoch(self.run)
         (self.run.attempt(self.epoch) / "logs").mkdir()
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.port = hold_port("127.0.0.1", 0)  # for the service, which comes to it later
         self.token = secrets.token_hex(8)
-        self.url = f"http://127.0.0.1:{self.port}"
+        self.url = f"http://127.0.0.1:{self.port.getsockname()[1]}"
         self.environment = environment or {}
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self.http = httpx.Client(base_url=self.url, headers={"Authorization": f"Bearer {self.token}"}, timeout=40.0, trust_env=False)
@@ -89,7 +87,7 @@ class Attempt:
             self.processes[name] = subprocess.Popen([sys.executable, "-m", f"miles.run.{name}"], env=env, stdout=log, stderr=subprocess.STDOUT)
             log.close()
         if wait and (not names or "service" in names):
-            self.wait_for(lambda: self.alive("service") is False or self.healthy(), 60)
+            self.wait_for(lambda: self.alive("service") is False or self.healthy())
             if self.healthy():
                 self.post("/value", key="model", value=str(self.model))
                 self.post("/value", key="resumed", value=None)
@@ -113,7 +111,7 @@ class Attempt:
     def post(self, path: str, **fields: Any) -> httpx.Response:
         return self.http.post(path, json={"epoch": self.epoch, **fields})
 
-    def batch(self, kind: str, step: int, seconds: float = 60.0, **more: Any) -> Path:
+    def batch(self, kind: str, step: int, seconds: float = 180.0, **more: Any) -> Path:
         """Folder of the sealed batch, as the trainer gets it."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
@@ -126,13 +124,13 @@ class Attempt:
     def status(self) -> dict[str, Any]:
         return dict(self.http.get("/status").json())
 
-    def wait_for(self, ready: Callable[[], Any], seconds: float = 30.0) -> None:
+    def wait_for(self, ready: Callable[[], Any], seconds: float = 120.0) -> None:
         deadline = time.monotonic() + seconds
         while not ready():
             assert time.monotonic() < deadline, f"waited {seconds} s\n{self.logs()}"
             time.sleep(0.02)
 
-    def code(self, name: str, seconds: float = 30.0) -> int:
+    def code(self, name: str, seconds: float = 120.0) -> int:
         """Exit code of a process that ends by itself."""
         try:
             return self.processes[name].wait(seconds)
@@ -148,6 +146,7 @@ class Attempt:
     def close(self) -> None:
         self.kill()
         self.http.close()
+        self.port.close()
 
 
 @pytest.fixture

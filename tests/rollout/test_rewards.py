@@ -99,35 +99,34 @@ def test_no_reward_is_for_generate_functions_that_score() -> None:
 
 
 def test_a_slow_function_does_not_hold_the_loop() -> None:
-    async def body() -> float:
-        scorer = Scorer(Reward(path="scripted.reward_slow", timeout=1.5), RunConfig())
-        longest, last = 0.0, time.monotonic()
+    async def body() -> int:
+        scorer, turns = Scorer(Reward(path="scripted.reward_slow", timeout=1.5), RunConfig()), 0
         task = asyncio.create_task(scorer.score(Draw(5, "p"), group("x", "a")))
         while not task.done():
             await asyncio.sleep(0.01)
-            longest, last = max(longest, time.monotonic() - last), time.monotonic()
+            turns += 1
         with pytest.raises(UserError, match=r"no answer in 1.5 s; raise rollout.reward.timeout"):
             await task
         await scorer.close()
-        return longest
+        return turns
 
-    assert asyncio.run(body()) < 1.0  # a held loop would show the 2.5 s of the call
+    assert asyncio.run(body()) > 10  # in the 2.5 s of the call; a loop that it held would turn once or twice
 
 
 def test_time_in_the_queue_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Six groups of half a second in one process: the last waits for 2.5 s, and the start of the process comes on top."""
+    """Six groups of half a second in one process: the last is answered after 3 s, and the start of the process comes on top."""
     monkeypatch.setattr(rewards, "MAX_PROCESSES", 1)
     groups = [group("x", "a") for _ in range(6)]
 
     async def body() -> float:
-        scorer = Scorer(Reward(path="scripted.reward_half_second", timeout=0.5), RunConfig())
+        scorer = Scorer(Reward(path="scripted.reward_half_second", timeout=1.5), RunConfig())
         began = time.monotonic()
         await asyncio.gather(*(scorer.score(Draw(number, "p"), samples) for number, samples in enumerate(groups)))
         seconds = time.monotonic() - began
         await scorer.close()
         return seconds
 
-    assert asyncio.run(body()) > 3.0  # longer than timeout and grace (1 s) together
+    assert asyncio.run(body()) >= 3.0  # longer than timeout and grace (1 s) together
     assert [samples[0].reward for samples in groups] == [1.0] * 6
 
 
@@ -153,17 +152,18 @@ def test_a_module_that_only_the_process_cannot_import(tmp_path: Path, monkeypatc
 
 
 class Judge(BaseHTTPRequestHandler):
-    """A reward server: answers as its list of replies says (status 0: not within a second), and keeps what it was asked."""
+    """A reward server: answers as its list of replies says (status 0: not while the test lasts), and keeps what it was asked."""
 
     replies: list[tuple[int, str]] = []
     asked: list[dict[str, str]] = []
     pause = 0.0
+    over = threading.Event()
 
     def do_POST(self) -> None:
         Judge.asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
         status, body = Judge.replies.pop(0)
         if status == 0:
-            time.sleep(1.0)
+            Judge.over.wait()
             return
         time.sleep(Judge.pause)
         self.send_response(status)
@@ -177,9 +177,11 @@ class Judge(BaseHTTPRequestHandler):
 @pytest.fixture
 def judge() -> Iterator[str]:
     Judge.replies, Judge.asked = [], []
+    Judge.over.clear()
     server = ThreadingHTTPServer(("127.0.0.1", 0), Judge)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}/score"
+    Judge.over.set()
     server.shutdown()
     server.server_close()
 
@@ -200,8 +202,8 @@ def test_remote_rm_with_an_object_and_a_hiccup(judge: str, monkeypatch: pytest.M
 
 def test_remote_rm_has_the_whole_timeout_for_each_try(judge: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(builtin_rewards, "RM_PAUSE_SECONDS", 0.01)
-    Judge.replies = [(0, ""), (0, ""), (0, ""), (200, "0.5")]
-    assert score(Reward(type="remote_rm", url=judge, timeout=0.6), group("gold", "mine")) == [0.5]
+    Judge.replies = [(0, ""), (0, ""), (200, "0.5")]
+    assert score(Reward(type="remote_rm", url=judge, timeout=2), group("gold", "mine")) == [0.5]
 
 
 def test_remote_rm_that_never_answers_is_an_outage(judge: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,15 +211,18 @@ def test_remote_rm_that_never_answers_is_an_outage(judge: str, monkeypatch: pyte
     Judge.replies = [(0, "")] * 4
     with pytest.raises(TryAgain, match=r"failed 4 times \(no answer in 0.3 s\)"):
         score(Reward(type="remote_rm", url=judge, timeout=0.3), group("gold", "mine"))
-    assert len(Judge.asked) == 4
+    deadline = time.monotonic() + 60
+    while len(Judge.asked) < 4:  # it may read a question after its asker has gone
+        assert time.monotonic() < deadline, Judge.asked
+        time.sleep(0.01)
 
 
 def test_remote_rm_waiting_for_a_connection_is_not_late(judge: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(builtin_rewards, "RM_TRIES", 1)
     monkeypatch.setattr(rewards, "CONNECTIONS", 1)
-    monkeypatch.setattr(Judge, "pause", 0.3)
+    monkeypatch.setattr(Judge, "pause", 0.6)
     Judge.replies = [(200, "1")] * 4
-    assert score(Reward(type="remote_rm", url=judge, timeout=0.9), group("gold", "a", "b", "c", "d")) == [1.0] * 4
+    assert score(Reward(type="remote_rm", url=judge, timeout=2), group("gold", "a", "b", "c", "d")) == [1.0] * 4
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,7 @@ def test_siblings_of_a_sample_that_fails_end_first(tmp_path: Path, tokenizer_fol
             await worker._make(Draw(0, "1 + 1 =", "2"), worker._context(JOB), aside)
         assert sorted(over) == ["sleeper", "thread"]
         for _ in range(worker.capacity):
-            await asyncio.wait_for(worker._places.acquire(), 1)
+            await asyncio.wait_for(worker._places.acquire(), 30)
         aside.close()
 
     monkeypatch.setattr(Aside, "put", put_slowly)
@@ -73,9 +73,10 @@ def test_siblings_of_a_sample_that_fails_end_first(tmp_path: Path, tokenizer_fol
 
 def test_a_cancelled_task_ends_with_its_thread() -> None:
     over: list[str] = []
+    may_end = threading.Event()
 
     def slow() -> None:
-        time.sleep(0.3)
+        assert may_end.wait(60)
         over.append("thread")
 
     async def body() -> None:
@@ -83,6 +84,9 @@ def test_a_cancelled_task_ends_with_its_thread() -> None:
         for _ in range(2):
             await asyncio.sleep(0.05)
             task.cancel()
+        await asyncio.sleep(0.05)
+        assert not task.done()
+        may_end.set()
         with pytest.raises(asyncio.CancelledError):
             await task
         assert over == ["thread"]

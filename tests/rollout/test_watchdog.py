@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import pytest
 from miles.rollout.watchdog import Watchdog
 
 RANK = """
-import time
+import os, time
 from miles.run.coordinator import Coordinator
 from miles.run.role import main
 from miles.training.progress import HERE
@@ -29,10 +28,14 @@ def train(role):
     service = Coordinator(role)
     service.register()
     service.keep_alive(1.0, HERE)
-    service.peers("trainer", 2)
+    with HERE.waiting():
+        service.peers("trainer", 2)
     for step in range(3 if role.rank == 1 else 4):
         with HERE.doing("train", step):
             time.sleep(0.05)
+    while role.rank == 0 and not os.path.exists(os.environ["GATE"]):
+        time.sleep(0.05)
+        HERE.tick()
     user_function_that_never_ends()
 
 main("trainer", train)
@@ -113,22 +116,23 @@ def test_a_rank_that_never_spoke_is_named(dog: Watchdog) -> None:
 @pytest.mark.parametrize("stopped", [False, True], ids=["never_ends", "stopped"])
 def test_stacks_are_written_and_the_attempt_ends_with_the_culprits_node(attempts, tmp_path: Path, stopped: bool) -> None:
     """The service as it is, and two ranks of which the second is behind: in a function that never ends, or stopped altogether."""
-    attempt = attempts("cluster.hang_seconds=4", "train.num_nodes=2").start("service")
-    ranks = []
+    attempt = attempts("cluster.hang_seconds=6", "train.num_nodes=2").start("service")
+    ranks, gate = [], tmp_path / "gate"  # the first rank gets on until it is there
     for rank in range(2):
         env = {
             **os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "MILES_RUN_DIR": str(attempt.folder), "MILES_EPOCH": str(attempt.epoch), "MILES_RANK": str(rank),
             "MILES_WORLD_SIZE": "2", "MILES_TOKEN": attempt.token, "MILES_SERVICE": attempt.url, "MILES_NODE_NAME": f"node{rank}",
+            "GATE": str(gate),
         }  # fmt: skip
         with (tmp_path / f"{rank}.log").open("wb") as log:
             ranks.append(subprocess.Popen([sys.executable, "-c", RANK], env=env, stdout=log, stderr=log))
     try:
         attempt.wait_for(lambda: sum(role["role"] == "trainer" for role in attempt.status()["roles"]) == 2)
         if stopped:
-            time.sleep(0.5)
             ranks[1].send_signal(signal.SIGSTOP)
+        gate.touch()
         assert attempt.code("service") == 75
-        assert ranks[0].wait(10) == 75
+        assert ranks[0].wait(60) == 75
     finally:
         for rank in ranks:
             rank.kill()

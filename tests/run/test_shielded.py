@@ -18,13 +18,13 @@ BODY = "import os, signal; os.kill(os.getpid(), signal.SIGTERM); print('lives', 
 
 @pytest.mark.parametrize("first", ["", POOL, SERVER], ids=["plain", "multiprocessing", "server"])
 def test_term_does_nothing(first: str) -> None:
-    done = subprocess.run([sys.executable, "-c", first + BODY], preexec_fn=shielded, capture_output=True, text=True, timeout=30, env=os.environ)
+    done = subprocess.run([sys.executable, "-c", first + BODY], preexec_fn=shielded, capture_output=True, text=True, timeout=120, env=os.environ)
     assert (done.returncode, done.stdout) == (0, "lives\n")
 
 
 def test_what_it_starts_is_shielded_too() -> None:
     before = signal.getsignal(signal.SIGTERM)
     inner = [sys.executable, "-c", BODY]
-    done = subprocess.run([sys.executable, "-c", f"import subprocess; subprocess.run({inner!r}, check=True)"], preexec_fn=shielded, capture_output=True, text=True, timeout=30)
+    done = subprocess.run([sys.executable, "-c", f"import subprocess; subprocess.run({inner!r}, check=True)"], preexec_fn=shielded, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout) == (0, "lives\n")
     assert signal.getsignal(signal.SIGTERM) is before

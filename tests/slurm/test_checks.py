@@ -218,6 +218,6 @@ def test_a_run_directory_without_permission(here: Cluster) -> None:
         folder = Path(name)
         folder.chmod(0o555)
         words = [*plain, sys.executable, "-m", "miles.cli", "run", "recipes/tiny", *HET, "--run-dir", str(folder / "run")]
-        done = subprocess.run(words, env=environment, cwd="/", capture_output=True, text=True, timeout=60)
+        done = subprocess.run(words, env=environment, cwd="/", capture_output=True, text=True, timeout=180)
         folder.chmod(0o700)
     assert (done.returncode, done.stderr) == (WRONG, f"miles-submit: --run-dir: {folder / 'run'} can't be written (no permission in {folder}); choose another --run-dir\n")

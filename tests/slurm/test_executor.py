@@ -73,7 +73,7 @@ def ended(job: HetSlurmJob[Any]) -> float:
 
 def nothing_is_left(cluster: Cluster, folder: Path) -> None:
     """No process of a job in folder, and no held node."""
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while True:
         left = [p.pid for p in everybody() if environment(p).get("SUBMITIT_FOLDER", "").startswith(str(folder))]
         held = set(cluster.run(["sinfo", "-h", "-N", "-o", "%T"]).stdout.split()) - {"idle"}
@@ -136,7 +136,7 @@ def test_one_failure_ends_all_and_is_told(cluster: Cluster, tmp_path: Path) -> N
     for case, (kind, words, state) in CASES.items():
         components = jobs[case].components
         failed = components["trainer"].task(1) if case.startswith("trainer") else components["server"]
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while not (tmp_path / "jobs" / f"{jobs[case].job_id}_end.json").exists():
             assert time.monotonic() < deadline, case
             time.sleep(0.1)
@@ -154,7 +154,7 @@ def test_one_failure_ends_all_and_is_told(cluster: Cluster, tmp_path: Path) -> N
 
 def running(job: HetSlurmJob[Any], sign: Path) -> None:
     """Wait until the server runs."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while not sign.exists():
         assert time.monotonic() < deadline, job.get_info()
         time.sleep(0.1)
@@ -191,14 +191,14 @@ def test_cancelled_while_it_waits(cluster: Cluster, tmp_path: Path) -> None:
 def test_saved_and_requeued_as_a_whole(cluster: Cluster, tmp_path: Path) -> None:
     """Both components save, the leader is requeued once, and the count goes on where it was."""
     job = executor(tmp_path).submit_components({"trainer": ("payloads.Counting", 60), "server": ("payloads.Serving", str(tmp_path))})
-    deadline, far = time.monotonic() + 60, 0
+    deadline, far = time.monotonic() + 120, 0
     while far < 2:  # each task of the trainer counts for itself
         far = sum("at 20\n" in log.read_text() for log in (tmp_path / "jobs" / "trainer").glob(f"{job.job_id}_*_log.out"))
         assert time.monotonic() < deadline
         time.sleep(0.1)
     job._interrupt()
     begun, end, restart = job.task(0).result()
-    assert 20 <= begun < 60
+    assert 20 <= begun <= 40
     assert (end, restart) == (60, "1")
     assert (tmp_path / "server saved").exists()
     assert job.components["server"].results() == [None]
@@ -259,7 +259,7 @@ def test_the_example_of_the_documentation(cluster: Cluster, tmp_path: Path, monk
     for name, text in blocks:
         (tmp_path / name).write_text(text)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ['PYTHONPATH']}")
-    done = subprocess.run([sys.executable, "submit.py"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "submit.py"], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     answer, state = done.stdout.splitlines()
     assert f"It prints `{answer}`" in section

@@ -82,7 +82,7 @@ def test_a_run_goes_on_whatever_the_cluster_does(cluster: Cluster, tmp_path: Pat
         assert epoch == 3 or stop["seconds"]["save"] is not None, "saved for the stop's sake"  # `scontrol requeue` may leave no time for it
     assert job.log.count("the stop took") == 3
     assert (job.run_dir / "report" / "index.html").is_file()
-    said, _ = follower.communicate(timeout=60)
+    said, _ = follower.communicate(timeout=180)
     assert follower.returncode == 0
     assert [f"── attempt {epoch} ──" in said for epoch in range(2, 9)] == [True] * 7
     assert said.splitlines()[-1] == "── attempt 8 ended: finished (exit code 0) ──"

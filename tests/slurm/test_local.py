@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -16,18 +17,18 @@ from miles.data.store.epoch import new_epoch
 from miles.data.store.run_dir import RunDir
 from miles.run.service import listen
 from miles.slurm.local import LocalComponent, LocalRunner
-from miles.slurm.meeting import free_port
+from miles.slurm.meeting import hold_port
 from miles.slurm.sole import refuse_if_running
 
 
-def wait_for(path: Path, seconds: float = 20.0) -> None:
+def wait_for(path: Path, seconds: float = 120.0) -> None:
     deadline = time.monotonic() + seconds
     while not path.exists():
         assert time.monotonic() < deadline, f"{path} did not appear"
         time.sleep(0.02)
 
 
-def ended(component: LocalComponent, seconds: float = 20.0) -> None:
+def ended(component: LocalComponent, seconds: float = 120.0) -> None:
     deadline = time.monotonic() + seconds
     while component.running():
         assert time.monotonic() < deadline, "the component goes on"
@@ -75,7 +76,7 @@ def test_a_killed_component_says_try_again(tmp_path: Path) -> None:
     outcome = component.outcome()
     assert outcome["code"] == 75
     assert "sleeper" in outcome["reason"]
-    gone, alive = psutil.wait_procs(children, timeout=5)
+    gone, alive = psutil.wait_procs(children, timeout=60)
     assert not alive
     assert gone
 
@@ -86,8 +87,36 @@ def test_port_in_use_is_one_line() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=rf"cluster.port: 127.0.0.1:{port} can't be used .*; choose another, or 0"):
-            free_port("127.0.0.1", port)
-    assert free_port("127.0.0.1", 0) > 0
+            hold_port("127.0.0.1", port)
+
+
+def test_a_held_port_is_given_to_nobody_else() -> None:
+    """Neither to a server nor to a connection that takes any, even where that port alone is left to them; whoever wants this one can listen there."""
+    import socket
+    import struct
+
+    own_range = 51  # IP_LOCAL_PORT_RANGE, of Linux 6.3
+
+    def takes_any(of: int) -> list[int]:
+        found = []
+        for take in (lambda made: made.bind(("127.0.0.1", 0)), lambda made: made.connect(server.getsockname())):
+            with socket.socket() as made:
+                made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                made.setsockopt(socket.IPPROTO_IP, own_range, struct.pack("I", of << 16 | of))
+                with contextlib.suppress(OSError):
+                    take(made)
+                    found.append(made.getsockname()[1])
+        return found
+
+    with socket.create_server(("127.0.0.1", 0)) as server, hold_port("127.0.0.1", 0) as holder:
+        port = holder.getsockname()[1]
+        listen("127.0.0.1", port).close()
+        try:
+            assert takes_any(port) == []
+        except OSError:
+            pytest.skip("this kernel gives no socket a range of its own")
+        holder.close()
+        assert takes_any(port)[:1] == [port]
 
 
 def test_a_free_port_that_is_lost_is_no_mistake_of_the_users() -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from jobs import REPOSITORY, with_path
+from jobs import command as command_line
 
 from miles.cli.main import main
 from miles.config.compose import load_config
@@ -24,6 +25,7 @@ from miles.data.store.run_dir import RunDir
 from miles.slurm.all_or_none import AllOrNone
 from miles.slurm.job_here import JobHere
 from miles.slurm.minicluster import Cluster
+from miles.slurm.minicluster.processes import everybody
 from miles.slurm.own_jobs import entry_of
 from miles.slurm.queue import excluded
 from miles.slurm.records import cancel, cancelled, exclude, note, submitted
@@ -63,7 +65,7 @@ def queue(cluster: Cluster) -> list[int]:
     return sorted(map(int, cluster.run(["squeue", "-h", "-o", "%A"]).stdout.split()))
 
 
-def until(condition: Callable[[], object], what: str, seconds: float = 60.0) -> None:
+def until(condition: Callable[[], object], what: str, seconds: float = 180.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, what
@@ -109,7 +111,7 @@ def test_a_copy_has_none_of_the_originals_jobs(empty: Cluster, say: Say, tmp_pat
 def test_two_commands_at_once_submit_one_job(empty: Cluster, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     both = [started(empty, "run", *HELD, "--run-dir", str(folder)) for _ in range(2)]
-    said = [each.communicate(timeout=120)[1] for each in both]
+    said = [each.communicate(timeout=300)[1] for each in both]
     assert sorted(each.returncode for each in both) == [0, 78], said
     assert queue(empty) == [entry["job_id"] for entry in submitted(RunDir(folder))]
     assert len(queue(empty)) == 1
@@ -120,12 +122,13 @@ def test_an_interrupted_command_leaves_no_job_that_nobody_knows(empty: Cluster, 
     """Ended by a signal it takes its jobs back; killed outright, all but at most the last are on record."""
     folder = tmp_path / "run"
     command = started(empty, "run", *HELD, "cluster.slurm.requeue=chain", "cluster.slurm.chain=300", "--run-dir", str(folder))
-    until(lambda: (folder / "slurm" / "job.json").exists() and len(submitted(RunDir(folder))) > 2, "jobs are submitted")
+    until(lambda: command.poll() is not None or len(submitted(RunDir(folder))) > 2, "jobs are submitted")
+    assert command.poll() is None, command.communicate()
     command.send_signal(number)
-    _, said = command.communicate(timeout=60)
+    _, said = command.communicate(timeout=180)
     known = [entry["job_id"] for entry in submitted(RunDir(folder))]
     if number == signal.SIGKILL:
-        time.sleep(0.5)  # an sbatch that it has left behind
+        until(lambda: not any(str(folder) in " ".join(command_line(each)) for each in everybody()), "the sbatch that it left behind has ended")
         assert queue(empty)[: len(known)] == known
         assert len(queue(empty)) - len(known) in (0, 1)
         assert say("cancel", str(folder)).returncode == 0
@@ -152,9 +155,10 @@ def test_a_controller_that_goes_as_soon_as_it_has_the_job(empty: Cluster, tmp_pa
     (entry,) = submitted(RunDir(folder))
     assert (queue(empty), entry["output"]) == ([entry["job_id"]], f"{folder}/slurm/{entry['job_id']}.log")
     assert command.stdout is not None, "a pipe"
-    until(lambda: "held by its user" in command.stdout.readline(), "the command is told")
+    said = "".join(iter(lambda: line if (line := command.stdout.readline()) and "held by its user" not in line else "", ""))
+    assert command.poll() is None, said
     empty.run(["scancel", str(entry["job_id"])])
-    rest = command.communicate(timeout=60)[0]
+    rest = command.communicate(timeout=180)[0]
     assert (command.returncode, rest.count("finished"), rest.count(f"job {entry['job_id']} cancelled")) == (AGAIN, 0, 1), rest
     until(lambda: all(empty.node_state(node) == "idle" for node in empty.layout.nodes), "the nodes have answered the new controller")
 

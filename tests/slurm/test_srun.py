@@ -28,10 +28,9 @@ train = runner.submit("train", "payloads.node_work", case, step=Step(0, 0, 2, op
 rollout = runner.submit("rollout", "payloads.node_work", case, step=Step(1, 1, 1, architecture=ARCHITECTURE.get(case), setup=SETUP.get(case, ())))
 loaded = sorted({"submitit", "pydantic", "numpy", "torch"} & set(sys.modules))
 began = time.monotonic()
-while case in ("terminated", "silent") and "Job completed" not in (rollout.log(0).read_text() if rollout.log(0).exists() else ""):
-    time.sleep(0.1)
 if case in ("terminated", "silent"):
-    time.sleep(2)
+    while not all((folder / "submitit" / "train" / f"at_work.{node}").exists() for node in (0, 1)):
+        time.sleep(0.1)
     train.terminate()
 if case == "silent":
     time.sleep(1)
@@ -61,7 +60,7 @@ def told(slurm: Cluster, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
         (folder / "batch.py").write_text(BATCH.replace("PYTHON", python).replace("ARCHITECTURE", repr({"architecture": "sparc"})).replace("SETUP", repr({"setup": ("true", "no-such-module load cuda")})))
         env = slurm.env() | {"PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), str(HERE), os.environ.get("PYTHONPATH", "")])}
         jobs[case] = slurm.run(["sbatch", "--parsable"], input=SCRIPT.format(folder=folder, case=case, python=sys.executable), env=env).stdout.strip()
-    deadline = time.monotonic() + 180
+    deadline = time.monotonic() + 300
     found = {}
     for case, folder in folders.items():
         while not (folder / "told.json").exists() and slurm.run(["squeue", "-h", "-j", jobs[case]], check=False).stdout:

@@ -120,7 +120,7 @@ def test_that_slurm_has_forgotten_matters_where_the_files_say_nothing(slurm: Clu
 
 def settled(job: str) -> JobState:
     """The state once it is over."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180
     while not (state := job_state(job)).over:
         assert time.monotonic() < deadline, state
         time.sleep(0.1)
@@ -146,7 +146,7 @@ def test_jobs_of_a_real_cluster(slurm_accounting: Cluster, monkeypatch: pytest.M
     for job, state, code in ((good, "COMPLETED", 0), (bad, "FAILED", 9), (held, "CANCELLED", 0), (cancelled, "CANCELLED", 0)):
         known = settled(job)
         assert (known.job_id, known.state, known.exit_code, len(known.components)) == (job, state, code, 2)
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 120
         while (recorded := from_accounting(job)) is None or not recorded.over or recorded.nodes != known.nodes:
             assert time.monotonic() < deadline, recorded
             time.sleep(0.1)

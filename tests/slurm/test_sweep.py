@@ -113,16 +113,16 @@ def test_one_command_a_folder_and_what_it_took_back_may_be_done_again(slurm: Clu
         environment = slurm.env() | {"PYTHONPATH": str(REPOSITORY)}
         return subprocess.Popen([sys.executable, "-m", "miles.cli", "sweep", *words, "--run-dir", str(root)], env=environment, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
-    command, deadline = begun(), time.monotonic() + 60
+    command, deadline = begun(), time.monotonic() + 180
     while not (root / "seed=1" / "slurm" / "job.json").exists():
         assert time.monotonic() < deadline
         time.sleep(0.02)
     command.send_signal(signal.SIGINT)
-    assert command.communicate(timeout=60) == ("", "no run of the sweep is submitted; the jobs that were are cancelled\n")
+    assert command.communicate(timeout=180) == ("", "no run of the sweep is submitted; the jobs that were are cancelled\n")
     assert command.returncode == 130
     over(slurm)
     both = [begun(), begun()]
-    said = [each.communicate(timeout=120) for each in both]
+    said = [each.communicate(timeout=300) for each in both]
     try:
         assert sorted(each.returncode for each in both) == [0, 78], said
         queued = {int(job.partition("+")[0]) for job in slurm.run(["squeue", "-h", "-o", "%i"]).stdout.split()}

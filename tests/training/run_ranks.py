@@ -5,11 +5,12 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+from miles.slurm.meeting import hold_port
 
 HERE = Path(__file__).parent
 
@@ -17,15 +18,13 @@ HERE = Path(__file__).parent
 def run(world: int, function: str, folder: Path, **arguments: Any) -> list[Any]:
     """Results of module.function(ranks, **arguments) on every rank, each a fresh process. A failing rank fails the test with its output."""
     folder.mkdir(parents=True, exist_ok=True)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parents[1]}"}
     processes = []
-    for rank in range(world):
-        command = [sys.executable, __file__, str(rank), str(world), str(port), function, json.dumps(arguments), str(folder)]
-        processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
-    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    with hold_port("127.0.0.1", 0) as holder:  # the first rank comes to it once it has loaded torch
+        for rank in range(world):
+            command = [sys.executable, __file__, str(rank), str(world), str(holder.getsockname()[1]), function, json.dumps(arguments), str(folder)]
+            processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+        outputs = [process.communicate(timeout=300)[0] for process in processes]
     for process, output in zip(processes, outputs, strict=True):
         assert process.returncode == 0, output
     return [json.loads((folder / f"result.{rank}.json").read_text()) for rank in range(world)]
