@@ -32,7 +32,7 @@ def attach(run_dir: Path, component: str | None, node: int, command: list[str], 
     of_group = {int(entry["job_id"]) for entry in records.submitted(run) if not apart or place.group in entry["groups"]}
     running = [state for state in alive(run) if state.state == "RUNNING" and int(state.job_id) in of_group]
     if not running:
-        raise UserError(f"{run_dir}: no job of component {name} runs now; look at: miles-submit status {run_dir}")
+        raise UserError(f"{run_dir}: no job of component {name} runs now; look at: miles-submit status {run.quoted}")
     group = 0 if apart else groups.index(place.group)
     which = [f"--het-group={group}"] if len(running[-1].components) > 1 else []
     nodes = slurm_command(["scontrol", "show", "hostnames", running[-1].components[group].nodes]).stdout.split()

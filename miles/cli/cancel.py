@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 
 from rich.console import Console
@@ -25,7 +24,7 @@ def cancel(run_dir: Path, now: bool) -> int:
     jobs = alive(run)
     if not jobs:
         raise UserError(f"{run_dir}: none of its jobs waits or runs, so there is nothing to cancel")
-    folder = shlex.quote(str(run.path))
+    folder = run.quoted
     records.cancel(run, [int(state.job_id) for state in jobs])  # first: one that is about to start ends at once
     for state in sorted(jobs, key=lambda state: state.state == "RUNNING"):  # those that wait would start when a running one ends
         if state.state == "RUNNING" and not now:
@@ -44,5 +43,5 @@ def _cancel_here(run: RunDir, now: bool, console: Console) -> int:
         raise UserError("--now is for jobs; on this machine, press Ctrl-C twice where the run was started")
     if call_service(read_run(run.path), "POST", "/stop") is None:
         raise UserError(f"{run.path}: does not run, or not on this machine")
-    console.print(f"asked to save and end; follow it with: miles-submit status {run.path}")
+    console.print(f"asked to save and end; follow it with: miles-submit status {run.quoted}")
     return OK

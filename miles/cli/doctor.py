@@ -16,6 +16,7 @@ from miles.slurm.doctor.evidence import Diagnosis, Evidence, Line
 from miles.slurm.doctor.gather import gather
 
 SHOWN = 300  # characters of a line of evidence
+SHORT = 40  # of one that may stand there twice
 
 
 def doctor(run_dir: Path, as_json: bool) -> int:
@@ -27,8 +28,9 @@ def doctor(run_dir: Path, as_json: bool) -> int:
         print(json.dumps(whole, indent=1, ensure_ascii=False))
         return OK
     console = Console(highlight=False, emoji=False, markup=False, soft_wrap=True)
+    said: set[str] = set()
     for number, each in enumerate(found, 1):
-        _show(console, number, each, shlex.quote(str(run_dir)))
+        _show(console, number, each, shlex.quote(str(run_dir)), said)
     if not found:
         console.print("nothing known fits. Where to look:")
         for place in places(seen):
@@ -44,11 +46,14 @@ def places(seen: Evidence) -> list[str]:
     return [*([seen.last.where] if seen.last and seen.last.outcome else []), *logs, *(f"sacct -j {job}; scontrol show job {job}" for job in seen.submitted[-1:])]
 
 
-def _show(console: Console, number: int, each: Diagnosis, run: str) -> None:
+def _show(console: Console, number: int, each: Diagnosis, run: str, said: set[str]) -> None:
+    """said: what was printed so far; a sentence is printed once, however many files have it."""
     where = f" [node {each.node}]" if each.node else ""
     console.print(f"{number}. {each.happened}{where}", style="bold" if number == 1 else "")
+    said.add(each.happened)
     for line in each.evidence:
-        console.print(f"     {_text(line)}", style="dim")
+        console.print(f"     {line.where}: as said above" if line.text in said and len(line.text) > SHORT else f"     {_text(line)}", style="dim")
+        said.add(line.text)
     console.print(f"   what to do: {each.mend.replace('RUN`', f'{run}`')}")
 
 

@@ -20,13 +20,14 @@ def with_jobs(run: RunDir, summary: Summary, jobs: list[JobState]) -> Summary:
     """A run whose attempt has ended goes on while it has a job: it waits in the queue, or begins another attempt. Without one nothing does."""
     if not jobs and summary.state in ("running", "starting") and not summary.alive:
         summary.state, summary.seconds_left = "lost", None
-        summary.reason = full(run.path) if no_room(run.path) else f"its job has ended without a word on the attempt; look at: miles-submit doctor {run.path}"
+        summary.reason = full(run.path) if no_room(run.path) else f"its job has ended without a word on the attempt; look at: miles-submit doctor {run.quoted}"
         return summary
-    if not jobs or summary.state in ("running", "starting", "finished"):
+    more = [state for state in jobs if state.state != "COMPLETING"]  # Slurm only clears up behind such a one; if it goes on, it is queued next
+    if not more or summary.state in ("running", "starting", "finished"):
         return summary
-    running = [state for state in jobs if state.state == "RUNNING"]
+    running = [state for state in more if state.state == "RUNNING"]
     summary.state = "starting" if running else "queued"
-    summary.reason = "the job runs, and begins an attempt" if running else jobs[0].reason
+    summary.reason = "the job runs, and begins an attempt" if running else more[0].reason
     return summary
 
 

@@ -23,6 +23,7 @@ from miles.slurm.submission import Submission, by_hand, prepare
 
 STYLE = {"error": "bold red", "warning": "yellow", "note": "dim"}
 NOT_CHECKED = "not checked"
+NOT_YET = "not before the errors are mended"
 
 
 def plan(words: list[str], run_dir: Path | None, with_script: bool, as_json: bool) -> int:
@@ -69,7 +70,8 @@ def _ask(config: RunConfig, run: RunDir, submissions: list[Submission]) -> tuple
             starts[each.script], taken = start.estimate(each)
             if not taken:
                 found.append(start.refusal(each, config, starts[each.script]))
-    return found, [starts.get(each.script, NOT_CHECKED) for each in submissions]
+    refused = any(finding.level == "error" for finding in found)  # all are submitted, or none
+    return found, [NOT_YET if refused else starts[each.script] for each in submissions]
 
 
 def _memory(config: RunConfig) -> dict[str, Any] | None:

@@ -183,7 +183,7 @@ def ending(folder: RunDir, config: RunConfig, word: str) -> str:
     """What is said of a run that ended well: where it lies, or how a run that stopped early goes on."""
     if config.last_step == config.total_steps:
         return f"{word}: {folder.path}"
-    return f"stopped after step {config.last_step} of {config.total_steps} (debug.stop_after); go on with: miles-submit run {folder.path} debug.stop_after=null"
+    return f"stopped after step {config.last_step} of {config.total_steps} (debug.stop_after); go on with: miles-submit run {folder.quoted} debug.stop_after=null"
 
 
 def last_state(folder: RunDir) -> dict[str, Any] | None:
@@ -233,7 +233,7 @@ def refuse_differences(old: RunConfig, new: RunConfig, folder: RunDir) -> None:
             "(a run that is extended keeps its decay), or choose another --run-dir"
         )
     if changed:
-        raise UserError(f"{folder.path}: holds a run with another configuration ({_some(changed)}); resume it with `miles-submit run {folder.path}`, or choose another --run-dir")
+        raise UserError(f"{folder.path}: holds a run with another configuration ({_some(changed)}); resume it with `miles-submit run {folder.quoted}`, or choose another --run-dir")
 
 
 def differences(old: RunConfig, new: RunConfig) -> list[str]:

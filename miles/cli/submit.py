@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -67,7 +66,7 @@ def submit_run(run: RunDir, config: RunConfig, console: Console) -> Callable[[],
     entries = submit(run, prepare(config, run))
     for entry in entries:
         console.print(f"submitted job {entry['job_id']}: {entry['name']} ({', '.join(entry['groups'])})")
-    folder = shlex.quote(str(run.path))
+    folder = run.quoted
     console.print(f"follow it with: miles-submit status {folder}; miles-submit logs -f {folder}; its own output: {run.path}/slurm/{entries[0]['job_id']}.log")
 
     def wait() -> int:

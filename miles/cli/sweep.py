@@ -19,6 +19,7 @@ from miles.config.schema import RunConfig
 from miles.data.store.epoch import newest_epoch
 from miles.data.store.run_dir import RunDir
 from miles.report.scales import number
+from miles.slurm import records
 from miles.slurm import sweep as sweeps
 from miles.slurm.all_or_none import AllOrNone
 from miles.slurm.checks import in_use
@@ -62,15 +63,15 @@ def sweep(words: list[str], folder: Path | None, most: int | None, as_json: bool
 
 def refuse_taken(root: Path, runs: list[RunDir]) -> None:
     """A sweep needs a folder of its own, or one in which the same was begun and taken back. UserError: neither."""
-    if (root / sweeps.FILE).exists():
-        raise UserError(f"{root}: holds a sweep already; its state: miles-submit status {root}; choose another --run-dir for a new one")
+    if (root / sweeps.FILE).exists() and (sweeps.noted(sweeps.read_record(root)) or any(submitted(run) for run in runs)):
+        raise UserError(f"{root}: holds a sweep already; its state: miles-submit status {shlex.quote(str(root))}; choose another --run-dir for a new one")
     if not root.is_dir() or not all(_taken_back(entry, runs) for entry in root.iterdir()):
         refuse_foreign(root)
 
 
 def _taken_back(entry: Path, runs: list[RunDir]) -> bool:
-    """Whether it is what a sweep of these runs left that was stopped before its end: no attempt began, and no job will make one."""
-    if entry.name == "array.sbatch":
+    """Whether it is what a sweep of these runs left that was stopped or killed before it had submitted anything: no attempt began, and no job will make one."""
+    if entry.name in (sweeps.SCRIPT, sweeps.FILE):
         return True
     run = next((run for run in runs if run.path == entry), None)
     return run is not None and run.path.is_dir() and not newest_epoch(run) and not any(in_use(run))
@@ -92,7 +93,8 @@ def _submit(root: Path, runs: list[RunDir], configs: list[RunConfig], members: l
     except BaseException:
         if jobs.taken_back:
             (root / sweeps.FILE).unlink()
-            console.print(f"no run of the sweep is submitted{'; the jobs that were are cancelled' if jobs.jobs else ''}")
+            some = jobs.jobs or any((records.folder(run) / "job.json").exists() for run in runs)  # the one that was being submitted was taken back before
+            console.print(f"no run of the sweep is submitted{'; the jobs that were are cancelled' if some else ''}")
         raise
     return job, ids
 

@@ -7,6 +7,7 @@ configs/ that miles ships). Every error is one ConfigError of one line: where, w
 from __future__ import annotations
 
 import difflib
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -107,7 +108,7 @@ def _find(path: Path, beside: Path | None, problem: str) -> Path:
 def _inside(path: Path, directory: Path) -> str:
     """What to give instead of a folder."""
     if (directory / "run.yaml").is_file():
-        return f"it holds a run: resume it with `miles-submit run {path}`, or give {path / 'run.yaml'}"
+        return f"it holds a run: resume it with `miles-submit run {shlex.quote(str(path))}`, or give {path / 'run.yaml'}"
     names = [(path / found.name).with_suffix("").as_posix() for found in sorted(directory.glob("*.yaml"))]
     return f"give one of {', '.join(names)}" if names else "give a YAML file"
 

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from miles.config.exits import AGAIN, OK, WRONG
+from miles.data.store.files import Damaged, read_json
 from miles.report.figures import ACCURACY, REWARD, STEP_SECONDS, series_of, tokens_per_second
 from miles.report.records import RunRecord
 
@@ -88,6 +89,9 @@ def _judge(record: RunRecord, summary: Summary, now: float) -> None:
     summary.epoch = latest.epoch
     if latest.damaged:
         summary.state, summary.reason = "lost", f"attempt {latest.epoch} has ended, but {latest.folder / 'exit.json'} is damaged; {_again(record)}"
+    elif latest.outcome is None and (made_in := _made_elsewhere(record)) is not None:
+        summary.state = "lost"
+        summary.reason = f"attempt {latest.epoch} was made in {made_in}, of which this is a copy: nothing goes on here; {_again(record)}"
     elif latest.outcome is None:
         if now - last_written(record) <= QUIET_SECONDS:
             summary.state = "running" if record.metrics or record.events else "starting"
@@ -110,8 +114,18 @@ def _judge(record: RunRecord, summary: Summary, now: float) -> None:
         summary.seconds_left = None
 
 
+def _made_elsewhere(record: RunRecord) -> str | None:
+    """The folder in which the newest attempt was made, where this one is another."""
+    try:
+        service = read_json(record.attempts[-1].folder / "service.json")
+    except (FileNotFoundError, PermissionError, Damaged):  # not written yet, or another user's
+        return None
+    made_in = service.get("run_dir") if isinstance(service, dict) else None
+    return None if not isinstance(made_in, str) or record.run_dir.is_at(made_in) else made_in
+
+
 def _again(record: RunRecord, setting: str = "") -> str:
-    command = f"`miles-submit run {' '.join([str(record.run_dir.path), setting]).strip()}`"
+    command = f"`miles-submit run {' '.join([record.run_dir.quoted, setting]).strip()}`"
     kept = record.checkpoint is not None or record.setting("debug.rollout_only") or record.setting("debug.rescore")  # those keep their files, not checkpoints
     return f"resume with {command}" if kept else f"no checkpoint yet: {command} begins again"
 

@@ -46,6 +46,8 @@ def main(words: list[str]) -> int:
     try:
         config, job = load_config([run.run_yaml]), JobHere.read()
         note_here(run, words[1:] or [group.name for group in node_groups(config)])
+        if job.restarts:
+            say(f"job {job.id} begins again on {', '.join(job.nodes)}: it was requeued {job.restarts} time{'s' if job.restarts > 1 else ''}")
         os.environ["MILES_ADDRESSES"] = json.dumps(addresses(reachable=config.cluster.placement == "jobs"))
         os.environ["MILES_HOST"] = own_address()
         if words[1:] == ["rollout"]:

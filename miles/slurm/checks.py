@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import os
 import re
-import shlex
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -67,7 +66,7 @@ def in_use(run: RunDir) -> Iterator[Finding]:
     live = [(int(number), state) for number, _, state in (line.partition(" ") for line in queued.splitlines()) if int(number) in entries]
     live = [(job, state) for job, state in live if not state_of(entries[job]).over]  # its id may be another's by now
     if live:
-        (job, state), folder = live[0], shlex.quote(str(run.path))
+        (job, state), folder = live[0], run.quoted
         yield Finding("error", "--run-dir", f"{run.path} is in use by job {job} ({state.lower()})", f"follow it with `miles-submit status {folder}`, end it with `miles-submit cancel {folder}`, or choose another --run-dir")
 
 

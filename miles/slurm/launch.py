@@ -64,8 +64,8 @@ def launch(config: RunConfig, run: RunDir, update: Watcher, say: Callable[[str],
 def again_with(run: RunDir) -> str:
     """The command that goes on with a run, and whether it resumes or begins again."""
     if newest_complete_checkpoint(run) is None:
-        return f"no checkpoint yet, so the same command begins again: miles-submit run {run.path}"
-    return f"resume with: miles-submit run {run.path}"
+        return f"no checkpoint yet, so the same command begins again: miles-submit run {run.quoted}"
+    return f"resume with: miles-submit run {run.quoted}"
 
 
 def _stop_on_interrupt(attempt: Attempt, say: Callable[[str], None]) -> Any:

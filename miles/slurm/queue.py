@@ -58,6 +58,13 @@ def excluded(job: int | str) -> dict[str, str]:
     return {row[0]: "" if row[1] in ("(null)", "N/A") else row[1] for row in rows}
 
 
+def arrays() -> list[tuple[int, str]]:
+    """(id, batch log) of every array of ours that the controller knows. UserError: no answer."""
+    said = slurm_command(["squeue", "--me", "--noheader", "--states=all", "--Format", f"ArrayJobID:{WORD},STDOUT:{JOB}"]).stdout
+    rows = (line.split(WORD, 1) for line in said.split(f"{JOB}\n")[:-1])
+    return list({int(job): _path(output, job) for job, output in rows if job.isdecimal()}.items())
+
+
 def parse(said: str) -> list[Part]:
     """squeue's answer to FIELDS."""
     found = []

@@ -57,9 +57,9 @@ def go_on(run: RunDir, config: RunConfig, job: JobHere, say: Say, more: tuple[st
                 _without(run, following["job_id"], partial(parts_of, following), say)
             say("ended; the next job of the chain goes on")
         else:
-            say(f"ended (cluster.slurm.requeue: none); go on with: miles-submit resume {run.path}")
+            say(f"ended (cluster.slurm.requeue: none); go on with: miles-submit resume {run.quoted}")
     except UserError as error:
-        say(f"warning: {error}; go on with: miles-submit resume {run.path}")
+        say(f"warning: {error}; go on with: miles-submit resume {run.quoted}")
     return AGAIN
 
 

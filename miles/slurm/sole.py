@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,7 +30,7 @@ def alone(folder: Path, otherwise: str) -> Iterator[None]:
 @contextlib.contextmanager
 def only_launcher(run: RunDir) -> Iterator[None]:
     """Two launchers on one run would only fence each other off: the second is refused, from the first's start on."""
-    with alone(run.path, f"this run is going on; follow it with `miles-submit logs -f {shlex.quote(str(run.path))}`"):
+    with alone(run.path, f"this run is going on; follow it with `miles-submit logs -f {run.quoted}`"):
         refuse_if_running(run)
         yield
 
@@ -43,4 +42,4 @@ def refuse_if_running(run: RunDir) -> None:
         return
     status = call_attempt(run, latest, "GET", "/status")
     if status is not None and status.get("run") is not None:
-        raise UserError(f"{run.path}: this run is going on (attempt {latest.name}); follow it with `miles-submit logs -f {shlex.quote(str(run.path))}`")
+        raise UserError(f"{run.path}: this run is going on (attempt {latest.name}); follow it with `miles-submit logs -f {run.quoted}`")

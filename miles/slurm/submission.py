@@ -97,7 +97,7 @@ def submit(run: RunDir, submissions: Sequence[Submission]) -> list[dict[str, Any
             forget(run, jobs.jobs)
         elif isinstance(error, UserError):
             known = ", ".join(map(str, jobs.jobs))
-            raise UserError(f"{error}; what was submitted before could not be cancelled (job {known}): miles-submit cancel {shlex.quote(str(run.path))}") from error
+            raise UserError(f"{error}; what was submitted before could not be cancelled (job {known}): miles-submit cancel {run.quoted}") from error
         raise
     return entries
 

@@ -15,7 +15,7 @@ from miles.config.placement import node_groups
 from miles.config.schema import RunConfig
 from miles.data.store.files import read_json, seal_bytes, seal_json
 from miles.data.store.run_dir import RunDir
-from miles.slurm import records
+from miles.slurm import queue, records
 from miles.slurm.all_or_none import SUBMIT_SECONDS, AllOrNone
 from miles.slurm.command import slurm_command
 from miles.slurm.own_jobs import is_array
@@ -25,6 +25,7 @@ from miles.slurm.submission import Submission, batch_python, prepare, submit, wi
 
 TASK = "miles.slurm.sweep_task"
 FILE = "sweep.json"
+SCRIPT = "array.sbatch"
 MOST = 1000
 
 
@@ -111,7 +112,7 @@ def submit_array(jobs: AllOrNone, folder: Path, runs: Sequence[RunDir], configs:
     output = Path(str(folder).replace("%", "%%")) / "array.%A_%a.log"
     words = [batch_python(config, group), "-m", TASK, str(folder)]
     whole = script(job, config.name, [group], words, output, device=config.cluster.device)
-    path = folder / "array.sbatch"
+    path = folder / SCRIPT
     seal_bytes(path, whole.encode())
     for run in runs:
         records.folder(run).mkdir(exist_ok=True)
@@ -160,8 +161,17 @@ def write_record(folder: Path, runs: Sequence[RunDir], found: Sequence[Member], 
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """sweep.json. UserError: there is none."""
+    """sweep.json. An array that was submitted by a command which was killed before it could note that is found again. UserError: there is none."""
     if not (folder / FILE).is_file():
         raise UserError(f"{folder}: no sweep (no {FILE})")
-    return dict(read_json(folder / FILE))
+    record = dict(read_json(folder / FILE))
+    if not noted(record) and (folder / SCRIPT).exists() and (array := next((job for job, log in queue.arrays() if Path(log).parent == folder.absolute()), None)):
+        record["array"] = array
+        seal_json(folder / FILE, record)
+    return record
+
+
+def noted(record: dict[str, Any]) -> bool:
+    """Whether sweep.json says what was submitted; a command that is killed while it submits leaves one that doesn't."""
+    return record["array"] is not None or any(entry["jobs"] for entry in record["runs"])
 

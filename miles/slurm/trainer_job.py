@@ -49,7 +49,7 @@ class TrainerJob:
         restart = newest_epoch(self.run) > 0
         while self.signals.by is None:
             if (tried := fruitless(self.run, self.ours)) > self.config.cluster.restarts:
-                self.say(f"gave up after {tried} attempts without a new step (cluster.restarts); look at: miles-submit status {self.run.path}")
+                self.say(f"gave up after {tried} attempts without a new step (cluster.restarts); look at: miles-submit status {self.run.quoted}")
                 return AGAIN
             code = self.attempt(restart)
             if code is not None:
@@ -159,14 +159,14 @@ class TrainerJob:
     def leave(self) -> int:
         """End after a stop or for want of nodes; the run goes on in a later job, if it may and is set up so."""
         if self.signals.by == "user":
-            self.say(f"saved and ended; go on with: miles-submit resume {self.run.path}")
+            self.say(f"saved and ended; go on with: miles-submit resume {self.run.quoted}")
             return CANCELLED
         more: tuple[str, ...] = ()
         if self.waiting is not None and self.parted is not None:
             if self.parted != "released":
                 if self.parted == "missed":
                     self.release(self.waiting.job)
-                self.say(f"ended; go on with: miles-submit resume {self.run.path}")
+                self.say(f"ended; go on with: miles-submit resume {self.run.quoted}")
                 return AGAIN
             more = (f"Dependency=after:{self.waiting.job}",)  # our nodes are held again once the other has its own
         return requeue.go_on(self.run, self.config, self.job, self.say, more)

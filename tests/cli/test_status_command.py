@@ -175,7 +175,9 @@ def test_a_living_service_is_asked_with_the_token(tmp_path: Path, service: tuple
     answer.clear()
     assert state_of(run.path).alive, "an answer may lack every key"
     shutil.copytree(run.path, tmp_path / "copy", symlinks=True)
-    assert not state_of(tmp_path / "copy").alive, "the service is the original's"
+    copied = state_of(tmp_path / "copy")
+    assert not copied.alive, "the service is the original's"
+    assert (copied.state, copied.reason.partition(":")[0]) == ("lost", f"attempt 1 was made in {run.path}, of which this is a copy")
     assert call_service(read_run(tmp_path / "copy"), "POST", "/stop") is None
 
 

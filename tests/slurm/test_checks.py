@@ -79,6 +79,13 @@ def test_what_slurm_alone_refuses_has_its_key(here: Cluster, tmp_path: Path, mon
     assert not (tmp_path / "run").exists()
 
 
+def test_a_plan_that_slurm_refuses_names_no_start(here: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nor for the job of the two that it would take: all are submitted, or none."""
+    words = ["recipes/tiny", *HET, "cluster.placement=jobs", "cluster.groups.rollout.mem=9000G", "--run-dir", str(tmp_path / "run")]
+    assert command(monkeypatch, ["miles-submit", "plan", *words]) == WRONG
+    assert {line.partition(": ")[2] for line in capsys.readouterr().out.splitlines() if line.startswith("start ")} == {"not before the errors are mended"}
+
+
 def test_paths_that_pyxis_would_read_otherwise(here: Cluster, tmp_path: Path) -> None:
     run = config("cluster.groups.train.container_image=registry#image")
     (line,) = errors(run, tmp_path / "a,b")

@@ -6,8 +6,10 @@ from dataclasses import replace
 
 import pytest
 
+from miles.cli.doctor import doctor
 from miles.config.compose import dump_config, load_config
-from miles.config.exits import UserError
+from miles.config.exits import OK, UserError
+from miles.data.store.files import seal_json
 from miles.data.store.run_dir import RunDir
 from miles.slurm.doctor.diagnosers import diagnose
 from miles.slurm.doctor.evidence import Ended, Evidence, Line
@@ -196,6 +198,17 @@ def test_homes_of_roles_in_two_groups() -> None:
     found = homes(config, ("a", "b", "c"))
     assert found == {"service.0": "a", "trainer.0": "a", "trainer.1": "a", "trainer.2": "b", "trainer.3": "b", "engine.0": "c", "worker.0": "c"}
     assert "engine.0" not in homes(config, ("a", "b"))
+
+
+def test_a_sentence_is_said_once(tmp_path, capsys) -> None:
+    """However many files have it."""
+    reason = "data.prompt_data: /data/train.jsonl: no such file; did you mean /data/train.json?"
+    (tmp_path / "run.yaml").write_text(dump_config(load_config(["recipes/tiny"])))
+    (tmp_path / "attempts" / "000001").mkdir(parents=True)
+    seal_json(tmp_path / "attempts" / "000001" / "exit.json", {"code": 78, "role": "service", "rank": 0, "reason": reason, "killed": False})
+    assert doctor(tmp_path, as_json=False) == OK
+    said = capsys.readouterr().out
+    assert (said.count(reason), said.count("attempts/000001/exit.json: as said above")) == (1, 1)
 
 
 def test_a_folder_that_is_no_run(tmp_path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from miles.cli.jobs import job_rows, job_words
+from miles.cli.jobs import job_rows, job_words, with_jobs
 from miles.config.exits import UserError
 from miles.data.store.run_dir import RunDir
 from miles.report.summary import Summary
@@ -90,6 +90,13 @@ def test_a_job_that_completed_has_no_reason() -> None:
     state = of_parts(parse("10|N/A|N/A|COMPLETED|train0|1|0|N/A|N/A|N/A|NonZeroExitCode\x1f\x1e\n"))
     assert state is not None
     assert (state.reason, job_words(state)) == ("", "10 completed, requeued 1 time, exit code 0")
+
+
+def test_a_job_that_slurm_clears_up_behind_begins_nothing(tmp_path: Path) -> None:
+    """What the run's files say of its end stands."""
+    over, queued = (JobState("7", state, reason, (), "", 0, None) for state, reason in (("COMPLETING", ""), ("PENDING", "waits for enough free nodes")))
+    found = [with_jobs(RunDir(tmp_path), Summary("run", str(tmp_path), "failed", "a bug"), jobs) for jobs in ([over], [over, queued])]
+    assert [(each.state, each.reason) for each in found] == [("failed", "a bug"), ("queued", "waits for enough free nodes")]
 
 
 @pytest.mark.parametrize(

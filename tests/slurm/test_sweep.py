@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -83,6 +84,25 @@ def test_an_array_is_cancelled_as_a_whole(slurm: Cluster, tmp_path: Path) -> Non
     refused = [miles(slurm, *command, check=False) for command in (["cancel", str(root)], ["sweep", *words, "--run-dir", str(root)], ["doctor", str(root)])]
     assert [each.returncode for each in refused] == [78, 78, 78]
     assert all(each.stderr.count("\n") == 1 for each in refused)
+
+
+def test_an_array_whose_command_was_killed_is_found_again(slurm: Cluster, tmp_path: Path) -> None:
+    """kill -9 as soon as sbatch has the job."""
+    root, bin_folder = tmp_path / "sweep", tmp_path / "bin"
+    bin_folder.mkdir()
+    kills = 'case "$*" in *test-only*) ;; *) kill -9 $PPID;; esac'
+    (bin_folder / "sbatch").write_text(f'#!/bin/bash\n{shutil.which("sbatch", path=slurm.env()["PATH"])} "$@" || exit\n{kills}\n')
+    (bin_folder / "sbatch").chmod(0o755)
+    words = ["recipes/tiny", *SLURM, "cluster.groups.all.sbatch={hold: null}", "seed=1,2", "--run-dir", str(root)]
+    environment = slurm.env() | {"PYTHONPATH": str(REPOSITORY)}
+    killed = slurm.run([sys.executable, "-m", "miles.cli", "sweep", *words], env=environment | {"PATH": f"{bin_folder}:{environment['PATH']}"}, cwd=REPOSITORY, check=False, timeout=180)
+    assert (killed.returncode, killed.stdout, json.loads((root / "sweep.json").read_text())["array"]) == (-signal.SIGKILL, "", None)
+    (array,) = set(slurm.run(["squeue", "-h", "-o", "%F"]).stdout.split())
+    assert "holds a sweep already" in miles(slurm, "sweep", *words, check=False).stderr
+    found = json.loads(miles(slurm, "status", str(root), "--json").stdout)
+    assert (found["array"], [each["job"] for each in found["runs"]]) == (int(array), [f"{array}_0", f"{array}_1"])
+    assert f"2 tasks of array {array} that had not begun are cancelled" in miles(slurm, "cancel", str(root)).stderr
+    over(slurm)
 
 
 def test_jobs_of_their_own_wait_for_each_other(slurm: Cluster, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import platform
 import re
+import shlex
 import socket
 import time
 from dataclasses import dataclass
@@ -41,6 +42,11 @@ class RunDir:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "path", Path(self.path))
+
+    @property
+    def quoted(self) -> str:
+        """The folder as a shell takes it: suggested commands are pasted."""
+        return shlex.quote(str(self.path))
 
     def is_at(self, path: str | Path) -> bool:
         """Whether a path that was noted leads here (symbolic links do): of a copy it leads to the original."""

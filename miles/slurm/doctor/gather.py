@@ -28,7 +28,7 @@ ROLE_LOG = re.compile(r"(service|trainer|engine|worker)\.(\d+)\.log")
 def gather(run: RunDir) -> Evidence:
     """Everything at hand. UserError: the folder is no run directory, or its run.yaml can't be read."""
     if (run.path / "sweep.json").is_file():
-        raise UserError(f"{run.path}: a sweep; give one of its runs, which `miles-submit status {run.path}` lists")
+        raise UserError(f"{run.path}: a sweep; give one of its runs, which `miles-submit status {run.quoted}` lists")
     if not run.run_yaml.is_file():
         raise UserError(f"{run.path}: not a run directory (no run.yaml); give the folder that --run-dir named")
     config = load_config([run.run_yaml])
