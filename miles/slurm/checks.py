@@ -39,7 +39,7 @@ def refused(config: RunConfig, run: RunDir, site: Site) -> list[Finding]:
 
 
 def files(config: RunConfig, run: RunDir) -> Iterator[Finding]:
-    """What needs no Slurm to be seen: a run directory that can't be written, images that are not there."""
+    """What needs no Slurm to be seen: a run directory that can't be written, images and interpreters that are not there."""
     there = next(each for each in (run.path, *run.path.parents) if each.exists())
     if there.is_dir() and not os.access(there, os.W_OK | os.X_OK):
         yield Finding("error", "--run-dir", f"{run.path} can't be written (no permission in {there})", "choose another --run-dir")
@@ -52,6 +52,11 @@ def files(config: RunConfig, run: RunDir) -> Iterator[Finding]:
             yield Finding("error", f"cluster.groups.{group.name}.container_image", f"{image}: no such file", "import it first (docs/slurm.md), or name an image of a registry")
         if image and (sign := next((sign for sign in str(run.path) if sign in ":,"), None)) is not None:
             yield Finding("error", "--run-dir", f"{run.path} holds {sign!r}, which divides container mounts (group {group.name} has an image)", "choose another --run-dir")
+    named = {f"cluster.groups.{group.name}.python": group.ask.python for group in node_groups(config) if not group.ask.container_image}
+    for where, python in {**named, "cluster.slurm.python": config.cluster.slurm.python}.items():
+        # Of a tree that only the nodes have nothing can be said here.
+        if python and (path := Path(python)).is_absolute() and not path.exists() and path.parents[-2].exists():
+            yield Finding("warning", where, f"{python} is not on this machine; without it on the nodes, too, nothing starts", "")
 
 
 def in_use(run: RunDir) -> Iterator[Finding]:

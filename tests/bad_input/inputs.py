@@ -62,7 +62,7 @@ def replace(path: Path, content: str | bytes) -> None:
 def submit(folder: Path, words: str | list[str], **environment: str) -> subprocess.CompletedProcess[str]:
     """`miles-submit` with the words, in the folder, to its end."""
     command = [sys.executable, "-m", "miles.cli", *(words.split() if isinstance(words, str) else words)]
-    return subprocess.run(command, cwd=folder, env=_environment() | environment, capture_output=True, text=True, timeout=200, stdin=subprocess.DEVNULL)
+    return subprocess.run(command, cwd=folder, env=_environment() | environment, capture_output=True, text=True, timeout=480, stdin=subprocess.DEVNULL)
 
 
 def submit_all(commands: list[tuple[Path, list[str]]], at_once: int) -> list[subprocess.CompletedProcess[str]]:
@@ -71,7 +71,7 @@ def submit_all(commands: list[tuple[Path, list[str]]], at_once: int) -> list[sub
         return []
     asked = commands[0][0].with_name("commands.json")
     asked.write_text(json.dumps([{"folder": str(folder), "words": words} for folder, words in commands]))
-    subprocess.run([sys.executable, str(Path(__file__).with_name("commands.py")), str(asked), str(at_once)], env=_environment(), check=True, timeout=300, stdin=subprocess.DEVNULL)
+    subprocess.run([sys.executable, str(Path(__file__).with_name("commands.py")), str(asked), str(at_once)], env=_environment(), check=True, timeout=600, stdin=subprocess.DEVNULL)
     return [subprocess.CompletedProcess(words, *(make(folder.with_name(folder.name + end).read_text()) for make, end in ((int, ".code"), (str, ".out"), (str, ".err")))) for folder, words in commands]
 
 

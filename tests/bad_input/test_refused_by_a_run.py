@@ -137,7 +137,7 @@ def on_small_disk(folder: Path, size: str, words: str) -> subprocess.CompletedPr
     space = ["unshare", "--mount"] if os.geteuid() == 0 else ["unshare", "--user", "--map-root-user", "--mount"]
     mount = ["sh", "-c", f'mount -t tmpfs -o size={size} small "$0" && exec "$@"', str(folder / "disk")]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(inputs.ROOT), "NO_COLOR": "1"}
-    return subprocess.run([*space, *mount, *command(words)], cwd=folder, env=env, capture_output=True, text=True, timeout=200)
+    return subprocess.run([*space, *mount, *command(words)], cwd=folder, env=env, capture_output=True, text=True, timeout=480)
 
 
 @pytest.mark.parametrize("size", ["8k", "400k", "1600k"])

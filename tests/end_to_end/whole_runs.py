@@ -27,7 +27,7 @@ STEPS = ["recipes/tiny", "num_rollout=6", "warm_start.steps=2", "checkpoint.save
 TWO_RANKS = [*STEPS, "train.num_gpus_per_node=2", "train.num_steps_per_rollout=2", "algorithm.use_kl_loss=true", "algorithm.kl_loss_coef=0.05"]
 # The same world on two nodes, each with an engine and a worker of its own.
 TWO_NODES = [*(word for word in TWO_RANKS if "gpus_per_node" not in word), "train.num_nodes=2", "rollout.num_gpus=2"]
-PATIENCE = 240.0
+PATIENCE = 480.0
 STUCK = str(Path(__file__).parent / "stuck")  # for PYTHONPATH: sitecustomize.py there says what it does
 
 

@@ -20,7 +20,7 @@ from miles.slurm.minicluster.processes import Process, environment
 from miles.slurm.records import submitted
 
 REPOSITORY = Path(__file__).parents[2]
-PATIENCE = 240.0
+PATIENCE = 480.0
 # Hardly anybody is rewarded in so few steps: without the entropy bonus most rollouts would move no weight, and equal bits would say little.
 SHORT = ["num_rollout=1", "warm_start.steps=0", "eval.interval=null", "checkpoint.save_hf=false"]
 STEPS = ["recipes/tiny", "num_rollout=3", "warm_start.steps=1", "checkpoint.save_interval=1000", "eval.interval=2", "algorithm.entropy_coef=0.01", "rollout.generate_path=holds.generate"]

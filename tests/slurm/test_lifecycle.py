@@ -34,7 +34,7 @@ def test_a_run_goes_on_whatever_the_cluster_does(cluster: Cluster, tmp_path: Pat
     monkeypatch.setenv("STUCK", f"{HANGS}:0:4")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([runs.STUCK, *filter(None, [os.environ.get("PYTHONPATH")])]))
     holds = {1: 1, 2: 2, 3: 2, 4: 3, 5: 3, 7: 4}
-    job = Job(cluster, tmp_path / "run", HET[0], *LOW, *TIME, "cluster.hang_seconds=20", steps=LONGER, hold=holds)
+    job = Job(cluster, tmp_path / "run", HET[0], *LOW, *TIME, "cluster.hang_seconds=30", steps=LONGER, hold=holds)
     follower = job.follow("trainer")
 
     job.until(lambda: job.ending(1), "the time limit is near")

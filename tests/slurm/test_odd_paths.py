@@ -22,6 +22,21 @@ def test_a_run_directory_that_slurm_would_misread(tmp_path: Path, name: str) -> 
     assert list(files(load_config(["recipes/tiny"], ["cluster.executor=slurm"]), RunDir(tmp_path / "a b%j"))) == []
 
 
+def test_an_interpreter_that_is_not_there(tmp_path: Path) -> None:
+    """A warning, where the nodes may have what the login node hasn't; none for a tree that is on the nodes alone, or in an image."""
+
+    def warned(*words: str) -> list[tuple[str, str]]:
+        return [(found.where, found.level) for found in files(load_config(["recipes/tiny"], ["cluster.executor=slurm", *words]), RunDir(tmp_path / "run"))]
+
+    python = tmp_path / "bin" / "python"
+    assert warned(f"cluster.groups.all.python={python}", f"cluster.slurm.python={python}") == [("cluster.groups.all.python", "warning"), ("cluster.slurm.python", "warning")]
+    assert warned("cluster.groups.all.python=/nowhere/at/all/python") == warned("cluster.groups.all.python=python3.11") == []
+    assert warned(f"cluster.groups.all.python={python}", "cluster.groups.all.container_image=registry#image") == []
+    python.parent.mkdir()
+    python.touch()
+    assert warned(f"cluster.groups.all.python={python}") == []
+
+
 @pytest.mark.parametrize("content", [None, "[]", "{}", '{"nodes": ["a"]}', '{"nodes": {"a b": 1}}', "nodes"])
 def test_an_exclude_file_that_is_none(tmp_path: Path, content: str | None) -> None:
     path = tmp_path / "list"
