@@ -146,7 +146,7 @@ def test_jobs_of_a_real_cluster(slurm_accounting: Cluster, monkeypatch: pytest.M
 
     comment = """it's a # "quoted" $HOME JobState=FAILED 'x'"""
     good, bad = submit("true", directive("comment", comment).removeprefix("#SBATCH ")), submit("exit 9")
-    held, cancelled = submit("sleep 1000", "--hold"), submit("sleep 1000")
+    held, cancelled = submit("sleep 1000", "--hold"), submit("sleep 1000", "--begin=now+1hour")  # one that ran would have the signal's code
     assert f"Comment={comment} " in slurm_accounting.run(["scontrol", "-o", "show", "job", good]).stdout
     assert (job_state(held).state, job_state(held).reason, job_state(held).over) == ("PENDING", "held by its user; release it with scontrol release", False)
     slurm_accounting.run(["scancel", held, cancelled])
