@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from miles.analysis import exact, fused
-from miles.analysis.load import Loaded
+from miles.analysis.load import Loaded, numbers_of
 from miles.analysis.slices import TOKEN_SLICES, VERSIONS
 from miles.analysis.state import ODD, SEEN, WORST_FIELDS, State
 from miles.analysis.terms import BINS, COUNTS, REPLICATES, SEQUENCE_HISTOGRAMS, SEQUENCE_SUMS, SUMS, TOKEN_VALUES, VALUES, WORST
@@ -31,6 +30,8 @@ def add_core(state: State, loaded: Loaded) -> None:
     state.counts += counts
     state.histogram += histogram
     state.greatest = max(state.greatest, float(top))
+    if counts[COUNTS.index("masked")] != counts[COUNTS.index("tokens")]:
+        fused.classify(columns["rollout_logprob"], columns["train_logprob"], columns["loss_mask"], loaded.shard_start, loaded.train_start, loaded.length, state.odd)
     _seen(state, loaded)
 
 
@@ -95,15 +96,6 @@ def _seen(state: State, loaded: Loaded) -> None:
         state.seen[SEEN.index(name)] += count
 
 
-def numbers_of(loaded: Loaded, name: str, dtype: type) -> NDArray[Any]:
-    """A number of each sequence, out of its shard."""
-    found: NDArray[Any] = np.zeros(len(loaded.row), dtype)
-    for index, part in enumerate(loaded.parts):
-        mine = loaded.part_of == index
-        found[mine] = part.numbers[name][loaded.row[mine]]
-    return found
-
-
 def _runs(loaded: Loaded) -> tuple[list[int], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
     """Weight versions in the chunk; of each sequence first and past-last run; of each run start and place among the versions."""
     first, start, version = version_runs(loaded, np.arange(len(loaded.row)))
@@ -160,6 +152,12 @@ def _identity(loaded: Loaded) -> NDArray[np.uint64]:
     draw, sample = (numbers_of(loaded, name, np.uint64) for name in ("draw", "sample"))
     with np.errstate(over="ignore"):
         return mixed((np.uint64(loaded.chunk.step.step) * GOLDEN + draw) * GOLDEN + sample)
+
+
+def group_hash(loaded: Loaded) -> NDArray[np.uint64]:
+    """A hash of (step, draw) of each sequence: siblings share it."""
+    with np.errstate(over="ignore"):
+        return mixed(np.uint64(loaded.chunk.step.step) * GOLDEN + numbers_of(loaded, "draw", np.uint64))
 
 
 def mixed(value: NDArray[np.uint64]) -> NDArray[np.uint64]:

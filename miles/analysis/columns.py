@@ -44,8 +44,13 @@ class Sheet:
         """Of a token array."""
         return len(self._dataset(name))
 
+    def kind(self, name: str) -> tuple[np.dtype[Any], tuple[int, ...]]:
+        """dtype and shape of a token array."""
+        data = self._dataset(name)
+        return data.dtype, tuple(data.shape)
+
     def read(self, name: str, start: int, into: NDArray[Any]) -> None:
-        """Fill `into` with the values from `start` on."""
+        """Fill `into`, which lies in one piece, with the rows from `start` on."""
         if not len(into):
             return
         if name not in self._columns:
@@ -57,9 +62,9 @@ class Sheet:
             with reading(self.path):
                 data.read_direct(into, np.s_[start : start + len(into)])
             return
-        view, done = memoryview(into.view(np.uint8).data), 0
+        view, done = memoryview(into.reshape(-1).view(np.uint8).data), 0
         while done < len(view):
-            count = os.preadv(self._raw, [view[done:]], place + start * into.itemsize + done)
+            count = os.preadv(self._raw, [view[done:]], place + start * into.strides[0] + done)
             if not count:
                 raise Damaged(f"{self.path}: ends within /{name}")
             done += count

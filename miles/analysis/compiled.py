@@ -11,7 +11,7 @@ from numba import config, njit
 from miles.precision.kernel_cache import cache_folder
 
 SOURCES = (
-    "compiled.py", "corrections.py", "exact.py", "fused.py", "lane_sum.py", "lanes.py", "sequence_kernels.py", "slices.py", "terms.py", "weights_pass.py",
+    "boundaries.py", "compiled.py", "corrections.py", "exact.py", "expert_kernel.py", "fused.py", "lane_sum.py", "lanes.py", "sequence_kernels.py", "slices.py", "terms.py", "weights_pass.py",
 )  # fmt: skip
 _FOLDER = cache_folder(*(Path(__file__).parent / name for name in SOURCES))
 

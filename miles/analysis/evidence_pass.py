@@ -9,7 +9,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from miles.analysis import exact
-from miles.analysis.chunk_pass import GOLDEN, mixed, numbers_of, version_runs
+from miles.analysis.chunk_pass import group_hash, version_runs
 from miles.analysis.evidence import (
     CELL,
     CLASSES,
@@ -24,7 +24,7 @@ from miles.analysis.evidence import (
     WINDOWS,
     Evidence,
 )  # fmt: skip
-from miles.analysis.load import Loaded
+from miles.analysis.load import Loaded, numbers_of
 from miles.analysis.sequence_kernels import FIRST, PART, PARTS, TERMS, first_look, second_look
 
 SAMPLE = 1 << 15  # tokens of a chunk that are looked at, about: groups of siblings are drawn by their hash
@@ -118,9 +118,7 @@ class EvidencePass:
 
 def _chosen(loaded: Loaded) -> tuple[NDArray[np.int64], NDArray[np.uint64]]:
     """Sequences that are looked at, and the hash of (step, draw) of each: all of them where they are few."""
-    draw = numbers_of(loaded, "draw", np.uint64)
-    with np.errstate(over="ignore"):
-        key = mixed(np.uint64(loaded.chunk.step.step) * GOLDEN + draw)
+    key = group_hash(loaded)
     share = SAMPLE / max(int(loaded.length.sum()), 1)
     inside = np.flatnonzero((key >> np.uint64(32)) < share * 2.0**32)
     return inside, key[inside]

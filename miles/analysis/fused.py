@@ -14,6 +14,7 @@ from miles.analysis.terms import (
     COUNTED,
     COUNTS,
     HUGE,
+    INFINITE,
     LIMIT,
     MOMENTS,
     RING,
@@ -85,7 +86,7 @@ def scan(
     (0 to 3), identity (a hash, for the bootstrap), order (breaks ties among worst tokens). Runs of one weight version: those of
     sequence i are run_first[i] to run_first[i + 1], each with its start (tokens) and slot. sequence_slots i64 [K, S] rows of
     sequence_table f64 [., 8]. token_table i64 [V, 4] in units of NEAR_UNIT, of tokens with |d| <= near; the others are listed: far_token
-    i64 [tokens], far f64 [tokens, 4]. odd i64 [4]: NaN and infinite log-probs of the rollout, then of the trainer, under the mask.
+    i64 [tokens], far f64 [tokens, 4]. odd i64 [6]: NaN, infinite and absurd log-probs of the rollout, then of the trainer, under the mask.
     """
     lanes, tally, scratch, ring, padded, rows, probable = _working()
     greatest = np.float32(0.0)
@@ -399,19 +400,25 @@ def _bucket(x):
 
 
 @kernel
+def classify(mu, o, mask, mu_start, o_start, length, odd):
+    """odd i64 [6] of scan() is added to."""
+    for i in range(len(length)):
+        _classify(mu, o, mask, mu_start[i], o_start[i], length[i], odd)
+
+
+@kernel
 def _classify(mu, o, mask, a, b, n, odd):
     """Log-probs under the mask that can't be compared, by kind."""
     for i in range(n):
         if mask[a + i]:
             u, v = mu[a + i], o[b + i]
-            if u != u:
-                odd[0] += 1
-            elif abs(u) > HUGE:
-                odd[1] += 1
-            if v != v:
-                odd[2] += 1
-            elif abs(v) > HUGE:
-                odd[3] += 1
+            for side, value in ((0, u), (3, v)):
+                if value != value:
+                    odd[side] += 1
+                elif abs(value) > INFINITE:
+                    odd[side + 1] += 1
+                elif abs(value) > HUGE:
+                    odd[side + 2] += 1
 
 
 @kernel

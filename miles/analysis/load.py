@@ -105,6 +105,15 @@ def load(chunk: Chunk, buffers: Buffers, core: bool = False) -> Loaded:
     return Loaded(chunk, columns, shard_start, train_start, length, parts, part_of, row, sum(column.nbytes for column in columns.values()))
 
 
+def numbers_of(loaded: Loaded, name: str, dtype: type) -> NDArray[Any]:
+    """A number of each sequence, out of its shard."""
+    found: NDArray[Any] = np.zeros(len(loaded.row), dtype)
+    for index, part in enumerate(loaded.parts):
+        mine = loaded.part_of == index
+        found[mine] = part.numbers[name][loaded.row[mine]]
+    return found
+
+
 def loaded(chunks: Iterable[Chunk], core: bool = False) -> Iterator[Loaded]:
     """Chunks one after another, each read by a thread while the one before is in use. Its arrays are valid until the next is asked for."""
     sets = [Buffers() for _ in range(AHEAD + 2)]

@@ -9,12 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from miles.analysis import exact
-from miles.analysis.slices import SLICES, TOKEN_SLICES, label, position_label
+from miles.analysis.slices import BOUNDARY_SLICES, SLICES, TOKEN_SLICES, label, position_label
 from miles.analysis.state import ODD, SEEN, State
 from miles.analysis.terms import BINS, COUNTS, SEQUENCE_HISTOGRAMS, SEQUENCE_SUMS, SUMS, TAUS, TOKEN_VALUES, VALUES
 
 QUANTILES = (0.5, 0.9, 0.99, 0.999, 0.9999)
 INTERVAL = (0.025, 0.975)
+FEWEST = 8
 HALF = BINS // 2  # bins from here on are of negative numbers
 
 
@@ -23,7 +24,7 @@ def token_metrics(state: State, core: bool = False) -> dict[str, float | int | N
     s = dict(zip(SUMS, exact.value(state.sums).tolist(), strict=True))
     counts = dict(zip(COUNTS, state.counts.tolist(), strict=True))
     n = counts["tokens"]
-    found: dict[str, float | int | None] = {**counts, "not_comparable": counts["masked"] - n}
+    found: dict[str, float | int | None] = {**counts, "not_comparable": counts["masked"] - n, "absurd": int(sum(state.odd[ODD.index(f"{side}_absurd")] for side in ("rollout", "train")))}
     if not n:
         return found
     found |= ratio_metrics(np.array([n, s["d"], s["abs"], s["d2"], s["k3"], s["t"], s["t2"], counts["equal_bits"]]))
@@ -60,7 +61,7 @@ def ratio_metrics(values: NDArray[np.float64]) -> dict[str, float]:
         "ratio_mean": ratio,
         "ratio_std": math.sqrt(max(v["t2"] / n - (v["t"] / n) ** 2, 0.0)),
         "chi2_token": square - 1,
-        "ess": ratio * ratio / square,
+        "ess": ratio * ratio / square if square > 0 else 0.0,  # every ratio is lost in the rounding of 1
         "equal_share": v["equal_bits"] / n,
     }
 
@@ -71,6 +72,14 @@ def intervals(state: State) -> dict[str, list[float]]:
     if not replicates:
         return {}
     return {name: np.quantile([each[name] for each in replicates], INTERVAL).tolist() for name in replicates[0]}
+
+
+def standard_errors(state: State) -> dict[str, float]:
+    """Deviations over the bootstrap by sequence; nothing of fewer than FEWEST sequences, which don't say how much they spread."""
+    if exact.value(state.sequence_sums)[SEQUENCE_SUMS.index("sequences")] < FEWEST:
+        return {}
+    replicates = [ratio_metrics(row) for row in exact.value(state.bootstrap) if row[0]]
+    return {name: float(np.std([each[name] for each in replicates], ddof=1)) for name in replicates[0]}
 
 
 def sequence_metrics(state: State) -> dict[str, Any]:
@@ -110,7 +119,7 @@ def slices(state: State) -> dict[str, list[dict[str, Any]] | None]:
         rows = []
         for key, values in state.slices.values(name).items():
             if values[0]:
-                rows.append({"value": label(name, key) if name in TOKEN_SLICES else key, "tokens": int(values[0]), **ratio_metrics(values)})
+                rows.append({"value": label(name, key) if name in TOKEN_SLICES or name in BOUNDARY_SLICES else key, "tokens": int(values[0]), **ratio_metrics(values)})
         found[name] = rows or None
     for name, empty in (("speculative", "plain"), ("prefix_cache", "no hit"), ("entropy", "not recorded")):
         if (there := found[name]) is not None and [row["value"] for row in there] == [empty]:

@@ -57,10 +57,10 @@ def _judged(path: Path, first: int, core: bool) -> Mismatch:
     from miles.analysis.ranks import Alone
     from miles.analysis.verdict import judge
 
-    state = analyze(path, Alone(), first, core=core)
+    state = analyze(path, Alone(), first, core=core, routes=False)
     tokens, counts = measure.token_metrics(state, core), measure.counts_of(state)
     causes = [] if core else attribute(state.evidence)
-    verdict = judge(tokens, {} if core else measure.intervals(state), causes)
+    verdict = judge(tokens, {} if core else measure.standard_errors(state), causes)
     facts = f"{number(tokens['tokens'] or 0)} tokens of {counts['steps']} step{'s' if counts['steps'] != 1 else ''}" + (f", from step {first} on, totals alone" if core else "")
     rows = [(words, word(tokens[name])) for name, words in ROWS.items()]
     found = [(each.name, f"{100 * each.share:.3g} %", "; ".join(each.evidence)) for each in causes] if verdict.word != "bitwise" else []

@@ -10,6 +10,7 @@ from typing import Any
 from miles.analysis import measure, simulate
 from miles.analysis.causes import Cause
 from miles.analysis.context import worst_tokens
+from miles.analysis.experts import by_expert
 from miles.analysis.recommend import Recommendation
 from miles.analysis.state import State
 from miles.analysis.verdict import Verdict
@@ -22,7 +23,10 @@ WORDS = {
     "abs_diff_p50": "median |d|", "abs_diff_p99": "99 % of |d| below", "abs_diff_p99.99": "99.99 % of |d| below",
 }  # fmt: skip
 COLUMNS = {"tokens": "tokens", "mean_diff": "mean d", "abs_diff": "mean |d|", "kl_k3": "k3", "ratio_mean": "mean ratio", "ess": "ESS", "equal_share": "same bits"}
-ODD = {"rollout NaN": "rollout_nan", "rollout −∞": "rollout_infinite", "train NaN": "train_nan", "train −∞": "train_infinite"}
+ODD = {
+    "rollout NaN": "rollout_nan", "rollout −∞": "rollout_infinite", "rollout beyond ±1,000 nats": "rollout_absurd",
+    "train NaN": "train_nan", "train −∞": "train_infinite", "train beyond ±1,000 nats": "train_absurd",
+}  # fmt: skip
 
 
 def result(path: Path, state: State, tokens: dict[str, Any], verdict: Verdict, recommendation: Recommendation | None, causes: Sequence[Cause] = ()) -> dict[str, Any]:
@@ -37,6 +41,8 @@ def result(path: Path, state: State, tokens: dict[str, Any], verdict: Verdict, r
         "sequences": measure.sequence_metrics(state),
         "first_divergence": measure.first_divergence(state),
         "slices": measure.slices(state),
+        "experts": by_expert(state.experts),
+        "route_files_gone": len(state.experts.gone),
         "places": simulate.places(state),
         "corrections": simulate.simulated(state, tokens),
         "recommendation": asdict(recommendation),
@@ -51,6 +57,13 @@ def facts(found: Mapping[str, Any]) -> str:
     read = found["read"]
     skipped = [f"{count} {words}" for count, words in ((read["not_trained_on"], "batches not trained on"), (read["other_batches"], "supervised batches")) if count]
     return f"{read['steps']} steps, {read['sequences']} sequences, {found['tokens']['tokens']} tokens compared" + (f"; passed over: {', '.join(skipped)}" if skipped else "")
+
+
+def not_recorded(found: Mapping[str, Any]) -> list[str]:
+    """Names of slices that the run's files say nothing of."""
+    names = [name.replace("_", " ") for name, rows in found["slices"].items() if rows is None]
+    gone = f" ({found['route_files_gone']} route files are gone: retention deletes them first)" if found["route_files_gone"] else ""
+    return names if found["experts"] else [*names, f"expert{gone}"]
 
 
 def passed_over(found: Mapping[str, Any]) -> str:

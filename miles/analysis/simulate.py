@@ -73,7 +73,7 @@ def outcome(setting: Setting, classes: NDArray[np.float64], weights: NDArray[np.
     """What a setting would have done. classes f64 [MEAN_BINS, VETO_BINS, CLASS_COLUMNS], weights f64 [WEIGHT_BINS, 5].
 
     Shares: clipped (of what has a weight: tokens or sequences), masked_tokens and dropped_tokens (of tokens), dropped_sequences; effective sample size
-    (sum w)^2 / (N sum w^2); bias sum |w - rho| / sum rho. What is masked or dropped has w = 0 and counts in N. With nothing left, ess is None.
+    (sum w)^2 / (N sum w^2); bias sum |w - rho| / sum rho. What is masked or dropped has w = 0 and counts in N. With nothing left, ess is None; with no ratio left, so is bias.
     """
     found = {
         "name": setting.name, "level": setting.level, "mode": setting.mode, "low": setting.low, "high": setting.high if math.isfinite(setting.high) else None,
@@ -102,14 +102,14 @@ def outcome(setting: Setting, classes: NDArray[np.float64], weights: NDArray[np.
         w, w2 = np.where(beyond, n * weight, ratio), np.where(beyond, n * weight**2, n + 2 * t + t2)
         bias = np.where(beyond, np.abs(ratio - n * weight), 0.0)
     outside = float(n[beyond].sum() / total) if setting.mode != "off" else 0.0
-    masked = setting.mode == "mask"
+    masked, of_all = setting.mode == "mask", ratio.sum() + lost[0] + lost[1]  # 0 where every ratio is lost in the rounding of 1
     if setting.level == "sequence" and masked:
         sequences, tokens_out, masked_tokens = outside, float(weights[beyond, 1].sum() / weights[:, 1].sum()), 0.0
     else:
         tokens_out, masked_tokens = float(lost[0] / total), outside if masked else 0.0
     return found | {
         "clipped": 0.0 if masked else outside, "masked_tokens": masked_tokens, "dropped_tokens": tokens_out, "dropped_sequences": float(sequences),
-        "ess": float(w.sum() ** 2 / (total * w2.sum())) if w2.sum() else None, "bias": float((bias.sum() + lost[0] + lost[1]) / (ratio.sum() + lost[0] + lost[1])),
+        "ess": float(w.sum() ** 2 / (total * w2.sum())) if w2.sum() else None, "bias": float((bias.sum() + lost[0] + lost[1]) / of_all) if of_all > 0 else None,
         "mean_weight": float(w.sum() / total),
     }  # fmt: skip
 

@@ -19,7 +19,13 @@ TOKEN_SLICES = {
     "reward_and_advantage": 16,
     "used": 2,
 }
-SLICES = (*TOKEN_SLICES, "weight_version", "lag", "step", "engine", "train_rank", "node", "source", "prefix_cache", "status")
+BESIDE = 8  # tokens on each side of a boundary of the loss mask
+# Of tokens beside such a boundary alone: what lies beyond it; each with the nearest token and those further from it.
+BOUNDARY_SLICES = {
+    "after_boundary": ("the prompt", "tool output", "other text", "masked tokens"),
+    "before_boundary": ("the end", "tool output", "other text", "masked tokens"),
+}
+SLICES = (*TOKEN_SLICES, *BOUNDARY_SLICES, "weight_version", "lag", "step", "engine", "train_rank", "node", "source", "prefix_cache", "status")
 BASE = {name: sum(list(TOKEN_SLICES.values())[:place]) for place, name in enumerate(TOKEN_SLICES)}
 VERSIONS = sum(TOKEN_SLICES.values())
 
@@ -30,7 +36,10 @@ def position_label(bucket: int) -> str:
 
 
 def label(name: str, slot: int) -> str:
-    """What a slot of TOKEN_SLICES is called."""
+    """What a slot of TOKEN_SLICES or BOUNDARY_SLICES is called."""
+    if name in BOUNDARY_SLICES:
+        near, far = ("first", f"next {BESIDE - 1}") if name == "after_boundary" else ("last", f"{BESIDE - 1} earlier ones")
+        return f"{far if slot % 2 else near} {name.partition('_')[0]} {BOUNDARY_SLICES[name][slot // 2]}"
     if name == "position":
         return position_label(slot)
     if name == "rollout_probability":

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from miles.analysis import exact
 from miles.analysis.evidence import Evidence
+from miles.analysis.experts import Experts
 from miles.analysis.labelled import Labelled
 from miles.analysis.simulation import Simulation
 from miles.analysis.slices import POSITIONS
@@ -30,7 +31,7 @@ from miles.analysis.terms import (
 )
 
 WORST_FIELDS = np.dtype([("abs", "f4"), ("step", "i8"), ("shard", "i8"), ("row", "i8"), ("place", "i8")])
-ODD = ("rollout_nan", "rollout_infinite", "train_nan", "train_infinite")
+ODD = ("rollout_nan", "rollout_infinite", "rollout_absurd", "train_nan", "train_infinite", "train_absurd")  # absurd: finite, and beyond ±HUGE
 ADDED = ("sums", "bootstrap", "sequence_sums", "counts", "odd", "histogram", "sequence_histogram", "divergence", "seen")
 NEAR_K3 = math.expm1(NEAR) - NEAR  # the greatest of a token with |d| <= NEAR
 NEAR_PLACES = np.array([math.frexp(NEAR_UNIT[name])[1] - 1 for name in TOKEN_VALUES])  # units as powers of 2
@@ -43,7 +44,7 @@ class State:
 
     Integers: counts, odd, histogram [BINS], sequence_histogram [3, BINS], divergence [len(TAUS), 1 + POSITIONS] (0: never), seen
     (steps, sequences, tokens with those that don't count, batches not trained on, batches of another kind, bytes read).
-    Besides: the greatest |d|, the worst tokens, sums by token id, what corrections are judged by, and the evidence for causes.
+    Besides: the greatest |d|, the worst tokens, sums by token id, what corrections are judged by, the evidence for causes, and sums by expert.
     """
 
     def __init__(self) -> None:
@@ -62,8 +63,8 @@ class State:
         self.tokens = ByToken()
         self.simulation = Simulation()
         self.evidence = Evidence()
+        self.experts = Experts()
         self.recorded: set[str] = set()
-        self.notes: set[str] = set()
 
     def merge(self, other: State) -> None:
         """Add another state, of other chunks of the same run."""
@@ -75,9 +76,9 @@ class State:
         self.slices.merge(other.slices)
         self.simulation.merge(other.simulation)
         self.evidence.merge(other.evidence)
+        self.experts.merge(other.experts)
         self.tokens.merge(other.tokens.ids, other.tokens.digits[: len(other.tokens.ids)])
         self.recorded |= other.recorded
-        self.notes |= other.notes
 
     def add_worst(self, more: NDArray[Any]) -> None:
         """Keep the greatest |d| of both, ties by where they are."""
@@ -88,24 +89,25 @@ class State:
     def pack(self) -> bytes:
         """For another process."""
         arrays = {name: getattr(self, name).tobytes() for name in ADDED}
-        rest = [self.greatest, self.worst.tobytes(), sorted(self.recorded), sorted(self.notes)]
+        rest = [self.greatest, self.worst.tobytes(), sorted(self.recorded)]
         labels, slices = list(self.slices.rows), self.slices.digits[: len(self.slices.rows)].tobytes()
         tokens = [self.tokens.ids.tobytes(), self.tokens.digits[: len(self.tokens.ids)].tobytes()]
-        return bytes(msgpack.packb([arrays, rest, labels, slices, tokens, self.simulation.pack(), self.evidence.pack()]))
+        return bytes(msgpack.packb([arrays, rest, labels, slices, tokens, self.simulation.pack(), self.evidence.pack(), self.experts.pack()]))
 
     @classmethod
     def unpack(cls, content: bytes) -> State:
         """What pack() gave."""
         state = cls()
-        arrays, (greatest, worst, recorded, notes), labels, digits, (ids, sums), simulation, evidence = msgpack.unpackb(content, use_list=False)
+        arrays, (greatest, worst, recorded), labels, digits, (ids, sums), simulation, evidence, experts = msgpack.unpackb(content, use_list=False)
         for name in ADDED:
             mine = getattr(state, name)
             mine += np.frombuffer(arrays[name], mine.dtype).reshape(mine.shape)
         state.greatest, state.worst = greatest, np.frombuffer(worst, WORST_FIELDS)
-        state.recorded, state.notes = set(recorded), set(notes)
+        state.recorded = set(recorded)
         state.slices.fill(labels, digits)
         state.simulation = Simulation.unpack(simulation)
         state.evidence = Evidence.unpack(evidence)
+        state.experts = Experts.unpack(experts)
         state.tokens.merge(np.frombuffer(ids, np.int64), np.frombuffer(sums, np.int64).reshape(-1, len(TOKEN_VALUES), exact.DIGITS))
         return state
 

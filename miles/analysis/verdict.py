@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from miles.analysis.causes import FAULTS, NOISE, Cause
+from miles.analysis.terms import HUGE
 from miles.config.exits import UserError
 
 ORDER = ("bitwise", "noise", "biased", "broken")  # from the best to the worst
 BROKEN_K3, BROKEN_RATIO, BROKEN_ESS, BROKEN_ODD = 0.1, 0.1, 0.3, 0.01
 BIASED_SLOPE = 0.01
+CERTAIN = 5.0  # standard errors: a clean run is judged each time it is looked at, so 95 % would call one in twenty biased
+UNEVEN = 2.0  # times the slope's standard error under even noise: it is greatest where the log-prob is far from its mean
 FAULTY = 0.05  # of Σ d²: a fault that explains less doesn't change the word
 
 
@@ -24,8 +28,8 @@ class Verdict:
     advice: str
 
 
-def judge(tokens: dict[str, Any], intervals: dict[str, list[float]], causes: Sequence[Cause] = ()) -> Verdict:
-    """From token metrics, their intervals and the causes that were found, the leading one first. UserError where nothing can be judged: that is never a pass."""
+def judge(tokens: dict[str, Any], errors: dict[str, float], causes: Sequence[Cause] = ()) -> Verdict:
+    """From token metrics, their standard errors and the causes that were found, the leading one first. UserError where nothing can be judged: that is never a pass."""
     if not tokens["tokens"]:
         what = "no token is under the loss mask" if not tokens["masked"] else f"none of {tokens['masked']} tokens under the loss mask has both log-probs"
         raise UserError(f"nothing to compare: {what}")
@@ -41,22 +45,30 @@ def judge(tokens: dict[str, Any], intervals: dict[str, list[float]], causes: Seq
         broken.append(f"the effective sample size is {tokens['ess']:.3g} of 1, below {BROKEN_ESS}")
     if odd > BROKEN_ODD:
         broken.append(f"{100 * odd:.3g} % of the tokens under the loss mask have no finite log-prob on one side")
+    if tokens["absurd"]:
+        broken.append(f"{tokens['absurd']} log-prob{'s are' if tokens['absurd'] > 1 else ' is'} finite and beyond ±{HUGE:,.0f} nats, which no softmax gives: a filler, or memory that isn't a log-prob")
     leading = causes[0] if causes and causes[0].name != NOISE else None
     words = [f"leading cause: {leading.name}, {100 * leading.share:.3g} % of the variance"] if leading else []
     if broken:
         return Verdict("broken", broken + words, f"stop: no correction mends this; {leading.advice if leading else 'look for a bug'}")
     biased = []
-    low, high = intervals.get("ratio_mean", [1.0, 1.0])
-    if not low <= 1 <= high and abs(ratio - 1) > k3:
-        biased.append(f"the mean ratio is {ratio:.6g}, between {low:.6g} and {high:.6g}: one-sided")
+    error = errors.get("ratio_mean")
+    if error is not None and abs(ratio - 1) > max(k3, CERTAIN * error):
+        biased.append(f"the mean ratio is {ratio:.6g}, and 1 lies {abs(ratio - 1) / error:.3g} standard errors away: one-sided" if error else f"the mean ratio is {ratio:.6g}: one-sided")
     slope = tokens.get("slope")
-    if slope is not None and abs(slope - 1) > BIASED_SLOPE:
+    if slope is not None and abs(slope - 1) > max(BIASED_SLOPE, CERTAIN * _slope_error(tokens)):
         biased.append(f"the slope of the trainer's log-probs on the rollout's is {slope:.4g}, not 1: another temperature?")
     if leading and leading.name in FAULTS and leading.share > FAULTY and not biased:
         biased.append(f"k3 is {k3:.3g}, and not all of it is noise")
     if biased:
         return Verdict("biased", biased + words, leading.advice if leading else "look for a cause (sampling settings, weights, token ids) before correcting")
     return Verdict("noise", [f"k3 is {k3:.3g}, the mean ratio {ratio:.6g}", *words], _advice(k3))
+
+
+def _slope_error(tokens: dict[str, Any]) -> float:
+    """Standard error of the regression's slope, from its correlation."""
+    fit = tokens["pearson"] ** 2
+    return float(UNEVEN * abs(tokens["slope"]) * math.sqrt(max(1 - fit, 0.0) / (fit * tokens["tokens"]))) if fit else math.inf
 
 
 def _advice(k3: float) -> str:

@@ -62,6 +62,10 @@ def make_sample(random: np.random.Generator, draw: int, index: int, prompt: int,
         flags[prompt + 33 : prompt + 37] |= np.uint8(Flag.DRAFT_ACCEPTED)
         flags[prompt + 37] |= np.uint8(Flag.DRAFT_RESAMPLED)
     mask = generated & (random.random(total) < 0.9)
+    if response > 80:  # a tool's output, other text, and long spans beside them
+        mask[prompt + 45 : prompt + 75] = True
+        for start, flag in ((prompt + 50, int(Flag.TOOL_OUTPUT)), (prompt + 63, 0)):
+            mask[start : start + 3], flags[start : start + 3] = False, flag
     logprob = np.where(generated, -random.exponential(1.0, total), np.nan).astype(np.float32)
     runs = [(prompt, version)] if response else []
     if response > 20:

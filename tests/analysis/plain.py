@@ -73,12 +73,28 @@ def sliced(made: list[Any], name: str) -> dict[Any, dict[str, float]]:
     for each in made:
         part = tokens_of(each)
         for place, d, mu, o in zip(part["at"].tolist(), part["d"], part["mu"], part["o"], strict=True):
-            bags[_value(each, name, place, mu)].append((d, mu == o))
+            if (value := _value(each, name, place, mu)) is not None:
+                bags[value].append((d, mu == o))
     found = {}
     for key, rows in bags.items():
         d, equal = np.array([row[0] for row in rows]), np.array([row[1] for row in rows])
         found[key] = {"tokens": len(d), **ratio_metrics(d, equal)}
     return found
+
+
+def _beside(sample: Any, place: int, way: int) -> str | None:
+    """What lies beyond the nearest token without the mask on this side, within 8 tokens."""
+    end, far = place, 0
+    while 0 <= end + way < len(sample.loss_mask) and sample.loss_mask[end + way] and (way > 0 or end > 0):
+        end, far = end + way, far + 1
+    if far > 7:
+        return None
+    beyond = end + way
+    word = ("first" if far == 0 else "next 7") + " after " if way < 0 else ("last" if far == 0 else "7 earlier ones") + " before "
+    if beyond < sample.prompt_length or beyond == len(sample.loss_mask):
+        return word + ("the prompt" if way < 0 else "the end")
+    flags = sample.flags[beyond]
+    return word + ("tool output" if flags & 4 else "masked tokens" if flags & 1 else "other text")
 
 
 def _value(made: Any, name: str, place: int, mu: float) -> Any:
@@ -98,6 +114,8 @@ def _value(made: Any, name: str, place: int, mu: float) -> Any:
         starts = np.flatnonzero(sample.flags[: place + 1] & 2)
         since = place - starts[-1] if len(starts) else 1 << 30
         return "first of a turn" if since == 0 else "next 7 of a turn" if since < 8 else "later"
+    if name in ("after_boundary", "before_boundary"):
+        return _beside(sample, place, 1 if name == "before_boundary" else -1)
     if name == "speculative":
         return "bonus or resampled" if sample.flags[place] & 16 else "draft accepted" if sample.flags[place] & 8 else "plain"
     if name == "reward_and_advantage":

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import plain
 import pytest
 from made_runs import Made, make_sample, make_train, random_run, write_run
+from script import script
 
 from miles.analysis import measure
 from miles.analysis.analyze import analyze
 from miles.analysis.ranks import Alone
 from miles.analysis.slices import SLICES
 from miles.analysis.state import State
+from miles.analysis.verdict import judge
 
 CLOSE = 3e-6  # differences and exponentials are fp32: each term within some 1e-7 of itself
 
@@ -49,6 +52,40 @@ def test_log_probs_that_cannot_be_compared_are_counted_by_kind(run):
     expected = [np.isnan(mu).sum(), (mu <= -1e30).sum(), np.isnan(o).sum(), (o <= -1e30).sum()]
     assert min(expected[1:]) > 0
     assert [counts[name] for name in ("rollout_nan", "rollout_infinite", "train_nan", "train_infinite")] == expected
+    assert (counts["rollout_absurd"], counts["train_absurd"]) == (0, 0)
+
+
+@pytest.mark.parametrize("core", [False, True])
+@pytest.mark.parametrize(("value", "side"), [(-3e19, "train"), (-1e29, "train"), (1e29, "train"), (-1001.0, "train"), (-2e19, "rollout"), (9e5, "rollout")])
+def test_absurd_log_probs_are_counted_break_the_verdict_and_enter_no_average(tmp_path, value, side, core):
+    made = random_run(tmp_path / "sane", seed=6, noise=0.01, longest=300)
+    before = measure.token_metrics(analyze(tmp_path / "sane", Alone()))
+    for each in made:
+        each.sample.engine = "http://engine0"
+    at = next((each, place) for each in made for place in plain.tokens_of(each)["at"])
+    at[0].sample.rollout_logprob[at[1]], at[0].train["train_logprob"][at[1]] = (value, -1.0) if side == "rollout" else (-1.0, value)
+    write_run(tmp_path / "run", made)
+    state = analyze(tmp_path / "run", Alone(), core=core)
+    found = measure.token_metrics(state, core)
+    assert (found["absurd"], found["tokens"], measure.counts_of(state)[f"{side}_absurd"]) == (1, before["tokens"] - 1, 1)
+    assert found["max_abs_diff"] <= before["max_abs_diff"]
+    verdict = judge(found, {} if core else measure.standard_errors(state))
+    assert verdict.word == "broken"
+    assert any("1 log-prob is finite and beyond" in why for why in verdict.why)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_greatest_log_probs_that_count_are_judged_and_shown(tmp_path, capsys, sign):
+    made = random_run(tmp_path / "sane", seed=6, longest=300)
+    for each in made:
+        each.sample.rollout_logprob[:], each.train["train_logprob"][:] = 1000.0 * sign, -1000.0 * sign
+    write_run(tmp_path / "run", made)
+    capsys.readouterr()
+    assert script("logprob_mismatch", tmp_path / "run", "--json", "--html", tmp_path / "page.html") == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["verdict"] == "broken"
+    assert [found["tokens"][name] for name in ("absurd", "rms_diff", "max_abs_diff")] == [0, 2000.0, 2000.0]
+    assert found["tokens"]["ess"] == pytest.approx(0 if sign == 1 else 1)
 
 
 def test_quantiles_are_in_the_bin_of_the_true_one(run):
@@ -150,6 +187,6 @@ def test_little_or_no_data(tmp_path, kind):
         assert found["masked"] == 6  # the prompt's tokens have no log-prob: they are under this mask and can't be compared
         assert (found["tokens"], measure.counts_of(state)["rollout_nan"], found["slope"], found["pearson"]) == (1, 5, None, None)
     else:
-        assert found == {"masked": 0, "tokens": 0, "equal_bits": 0, "not_comparable": 0}
+        assert found == {"masked": 0, "tokens": 0, "equal_bits": 0, "not_comparable": 0, "absurd": 0}
         assert measure.sequence_metrics(state) == {"sequences": 0}
         assert all(rows is None for rows in measure.slices(state).values())

@@ -47,6 +47,7 @@ def as_numbers(state: State) -> dict:
     simple = [getattr(state, name).tobytes() for name in ("sums", "bootstrap", "sequence_sums", "counts", "odd", "histogram", "sequence_histogram", "divergence", "seen")]
     simple += [getattr(state.simulation, name).tobytes() for name in ("classes", "weights", "density")]
     simple += [repr(sorted((repr(label), state.simulation.places.digits[row].tobytes()) for label, row in state.simulation.places.rows.items()))]
+    simple += [state.experts.by_expert.tobytes(), state.experts.whole.tobytes()]
     evidence = state.evidence
     cells = sorted((repr(label), evidence.cells.digits[row].tobytes()) for label, row in evidence.cells.rows.items())
     simple += [cells, evidence.openings.tobytes(), *(getattr(evidence, name).tobytes() for name in ARRAYS)]

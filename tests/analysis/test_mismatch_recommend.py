@@ -45,7 +45,7 @@ def plain_run(folder: Path, spread: float, shift: float = 0.0, routed: bool = Fa
 def recommended(folder: Path):
     state = analyze(folder, Alone())
     tokens = measure.token_metrics(state)
-    return recommend(state, tokens, judge(tokens, measure.intervals(state))), tokens
+    return recommend(state, tokens, judge(tokens, measure.standard_errors(state))), tokens
 
 
 def test_no_setting_where_none_is_of_use(tmp_path):

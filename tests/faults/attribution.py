@@ -26,7 +26,9 @@ from planted import BF16_NOISE, CAUSES, FP32_NOISE, PAIRS, plant  # noqa: E402
 
 from miles.analysis.analyze import analyze  # noqa: E402
 from miles.analysis.causes import attribute  # noqa: E402
+from miles.analysis.measure import standard_errors, token_metrics  # noqa: E402
 from miles.analysis.ranks import Alone  # noqa: E402
+from miles.analysis.verdict import judge  # noqa: E402
 
 SIZE = {"steps": 3, "sequences": 64, "response": 80}  # some 11,000 tokens
 FP32 = ("bf16_logits", "bf16_logprob", "bf16_trainer")  # in a run whose other noise is that of fp32
@@ -55,16 +57,17 @@ class Trial:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What was found, the leading cause first, with shares; nothing where all bits are equal."""
+    """What was found, the leading cause first, with shares; nothing where all bits are equal. And the verdict's word."""
 
     trial: Trial
     found: list[tuple[str, float]]
+    verdict: str
 
     @property
     def good(self) -> bool:
         names = [name for name, _ in self.found]
         if self.trial.right == {"noise"}:
-            return names in (["noise"], [])
+            return names in (["noise"], []) and self.verdict in ("noise", "bitwise")
         return bool(names) and names[0] in self.trial.right
 
 
@@ -73,8 +76,9 @@ def run(trial: Trial) -> Outcome:
     noise = FP32_NOISE if set(trial.causes) & set(FP32) else BF16_NOISE
     with tempfile.TemporaryDirectory() as folder:
         plant(Path(folder), trial.causes, trial.magnitudes, trial.seed, noise=noise, **SIZE)
-        found = attribute(analyze(Path(folder), Alone()).evidence)
-    return Outcome(trial, [(each.name, each.share) for each in found])
+        state = analyze(Path(folder), Alone(), routes=False)
+    found = attribute(state.evidence)
+    return Outcome(trial, [(each.name, each.share) for each in found], judge(token_metrics(state), standard_errors(state), found).word)
 
 
 def run_all(trials: Iterable[Trial], processes: int) -> list[Outcome]:
@@ -113,7 +117,7 @@ def table(outcomes: list[Outcome]) -> str:
         groups.setdefault((each.trial.causes, each.trial.magnitudes), []).append(each)
     lines = []
     for (causes, sizes), found in groups.items():
-        wrong = sorted({each.found[0][0] if each.found else "nothing" for each in found if not each.good})
+        wrong = sorted({f"{each.found[0][0] if each.found else 'nothing'} ({each.verdict})" for each in found if not each.good})
         share = np.median([sum(share for name, share in each.found if name in each.trial.right) for each in found])
         words = f"{'+'.join(causes)} {'+'.join(f'{size:.4g}' for size in sizes)}: {sum(each.good for each in found)} of {len(found)}, median share {100 * share:.3g} %"
         lines.append(words + (f"; else {', '.join(wrong)}" if wrong else ""))

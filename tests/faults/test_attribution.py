@@ -1,4 +1,4 @@
-"""Planted causes above their published limits come first in at least 95 of 100 runs, alone and in pairs; clean runs have noise alone.
+"""Planted causes above their published limits come first in at least 95 of 100 runs, alone and in pairs; clean runs have noise alone, and that is the verdict.
 
 COUNT (100): runs of each kind. SHARD=i/n runs a part of each kind; its thresholds then go by what was run.
 """

@@ -33,7 +33,7 @@ def test_what_is_wrong_with_the_engine_comes_first(wrong: str, cause: str | None
     runs.run(tmp_path / "run", *WORDS)
     state = analyze(tmp_path / "run", Alone())
     causes = attribute(state.evidence)
-    verdict = judge(measure.token_metrics(state), measure.intervals(state), causes)
+    verdict = judge(measure.token_metrics(state), measure.standard_errors(state), causes)
     if cause is None:
         assert causes == []
         assert verdict.word == "bitwise"

@@ -138,7 +138,7 @@ def found_in(given, path: Path, state):
     if given.core:
         return result(path, state, tokens, judge(tokens, {}), None)
     causes = attribute(state.evidence)
-    verdict = judge(tokens, measure.intervals(state), causes)
+    verdict = judge(tokens, measure.standard_errors(state), causes)
     return result(path, state, tokens, verdict, recommend(state, tokens, verdict), causes)
 
 

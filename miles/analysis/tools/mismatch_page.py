@@ -9,9 +9,10 @@ from typing import Any
 from markupsafe import Markup
 
 from miles.analysis.recommend import overlay_text
-from miles.analysis.result import COLUMNS, WORDS, facts, passed_over
+from miles.analysis.result import COLUMNS, WORDS, facts, not_recorded, passed_over
 from miles.analysis.state import State
 from miles.analysis.tables import printable
+from miles.analysis.tools.mismatch_experts import by_expert_parts
 from miles.analysis.tools.mismatch_plots import by_slice, by_step, divergence, probabilities, ratios, who_and_when
 from miles.report.plain_page import Section, Table, Toned, Verdict, plain_page
 from miles.report.scales import number
@@ -50,6 +51,7 @@ def where_section(found: Mapping[str, Any]) -> Section:
         *by_slice(runs, "layers_routed_differently", "Mean |d| by layers routed differently", "Of a mixture of experts."),
         *divergence(runs),
         *who_and_when(found),
+        *by_expert_parts(found),
         *slice_tables(found),
     ]
     return Section("Where and since when", parts)
@@ -105,7 +107,7 @@ def slice_tables(found: Mapping[str, Any]) -> list[Table | str]:
             more = f" ({len(chosen)} of {len(rows)}, greatest mean |d|)" if len(chosen) < len(rows) else ""
             title = name.replace("_", " ")
             tables.append(Table([title, *COLUMNS.values()], [[str(row["value"]), *(row[column] for column in COLUMNS)] for row in chosen], f"By {title}{more}", folded=True))
-    missing = [name.replace("_", " ") for name, rows in found["slices"].items() if rows is None]
+    missing = not_recorded(found)
     return [*tables, f"Not recorded by this run: {', '.join(missing)}."] if missing else tables
 
 
@@ -148,7 +150,7 @@ def worst_tables(found: Mapping[str, Any], pieces: Any) -> list[Table]:
         texts, at = pieces(each["token_ids"]), each["at"]
         before, after = ("".join(texts[max(0, at - 10) : at]), "".join(texts[at + 1 : at + 6]))
         text = Markup("{}<mark>{}</mark>{}").format(printable(before), printable(texts[at]) or "␣", printable(after))
-        probabilities_ = [math.exp(max(each[name], -700.0)) for name in ("rollout_logprob", "train_logprob")]
+        probabilities_ = [math.exp(min(max(each[name], -700.0), 700.0)) for name in ("rollout_logprob", "train_logprob")]
         rows.append([text, each["abs_diff"], *probabilities_, str(each["step"]), f"{each['shard']}/{each['row']}", each["position"], each["engine"]])
     ids = [[printable(pieces([row["token_id"]])[0]), str(row["token_id"]), row["tokens"], row["mean_diff"], row["abs_diff"], row["kl_k3"]] for row in found["token_ids"]]
     tables = []

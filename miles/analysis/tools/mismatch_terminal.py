@@ -8,8 +8,11 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from miles.analysis.result import WORDS, facts, passed_over
+from miles.analysis.result import WORDS, facts, not_recorded, passed_over
 from miles.analysis.tables import print_table, printable, word
+from miles.analysis.tools.mismatch_experts import COLUMNS as EXPERT_COLUMNS
+from miles.analysis.tools.mismatch_experts import SHOWN as SHOWN_EXPERTS
+from miles.analysis.tools.mismatch_experts import expert_rows, experts_said
 from miles.analysis.tools.mismatch_page import correction_rows
 
 MAIN = ("mean_diff", "abs_diff", "abs_diff_p99", "max_abs_diff", "kl_k3", "ratio_mean", "ess", "equal_share", "slope", "pearson")
@@ -64,8 +67,9 @@ def _worst_slices(found: Mapping[str, Any], out: Console) -> None:
     telling = sorted((row for row in rows if row[-1] >= TELLING), key=lambda row: -row[-1])[:MOST]
     if telling:
         print_table(out, "where it is worst", ["by", "value", "tokens", "mean |d|", "k3", "times that of all"], telling)
-    missing = [name.replace("_", " ") for name, values in found["slices"].items() if values is None]
-    if missing:
+    if found["experts"] and found["experts"]["worst"] and whole["abs_diff"]:
+        print_table(out, experts_said(found), list(EXPERT_COLUMNS), expert_rows(found)[:SHOWN_EXPERTS])
+    if missing := not_recorded(found):
         out.print(Text(f"not recorded by this run: {', '.join(missing)}", style="dim"), soft_wrap=True)
 
 
