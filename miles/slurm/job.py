@@ -17,6 +17,7 @@ from miles.slurm.environment import HetSlurmJobEnvironment as HetSlurmJobEnviron
 from miles.slurm.states import ALIVE, JobState, job_state
 
 R = TypeVar("R")
+BEFORE = ("PENDING", "CONFIGURING", "UNKNOWN")  # states in which a job has not run
 POLL_SECONDS = 4  # at most, between two questions to Slurm
 LATE_SECONDS = 2.0  # for the result of a job that failed to show on a shared file system
 COMPLETE_SECONDS = 15.0  # of one that completed: it must be there
@@ -84,6 +85,13 @@ class HetSlurmJob(Job[R]):
         """Every component's job, the primary first."""
         told = json.loads((self.root / f"{self.job_id}_job.json").read_text())
         return {each["name"]: type(self)(self.root / each["name"], self.job_id, range(each["tasks"])) for each in told["components"]}
+
+    @property
+    def state(self) -> str:
+        """Slurm's word for the state, at most POLL_SECONDS old; asked again now where the job has left more than that word allows."""
+        known = super().state
+        outdated = known in BEFORE and (self.paths.result_pickle.exists() or self.ending.exists())
+        return self.watcher.get_state(self.job_id, mode="force") if outdated else known
 
     @property
     def _results_timeout_s(self) -> float:  # type: ignore[override]
