@@ -6,6 +6,7 @@ the disk at the end, in fsync. Written directly, the disk works from the first b
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import mmap
@@ -23,8 +24,11 @@ PAGE = 4096  # what direct writes are aligned to: in memory, in the file, in len
 
 
 def new_buffer() -> mmap.mmap:
-    """Memory for one Output at a time."""
-    return mmap.mmap(-1, BUFFER_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    """Memory for one Output at a time, in large pages where there are any: a direct write looks up and holds each page of its own."""
+    buffer = mmap.mmap(-1, BUFFER_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel built without them
+        buffer.madvise(mmap.MADV_HUGEPAGE)
+    return buffer
 
 
 class Output:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
-from miles.precision.cpu_fp8 import look_up
+from miles.precision.cpu_fp8 import dequantize
 from miles.precision.threads import launch
 
 BLOCK = 128
@@ -49,14 +47,9 @@ def dequantize_rows(codes: Tensor, scales: Tensor, first: int, out: Tensor) -> N
     begin, end = first // BLOCK, -(-(first + rows) // BLOCK)
     assert scales.shape[0] >= end, "the source is checked before"
     assert scales.shape[1] == -(-columns // BLOCK), "the source is checked before"
-    table = (scales[begin:end, :, None].float() * _every_code()).bfloat16().contiguous()
+    needed = scales[begin:end].float().contiguous()
     filled = out if out.dtype == torch.bfloat16 else torch.empty(rows, columns, dtype=torch.bfloat16)
-    args = (codes.data_ptr(), table.data_ptr(), filled.data_ptr(), rows, columns, first, BLOCK)
-    launch(look_up, rows, args, rows * columns)
+    args = (codes.data_ptr(), needed.data_ptr(), filled.data_ptr(), rows, columns, first, BLOCK)
+    launch(dequantize, rows, args, rows * columns)
     if filled is not out:
         out.copy_(filled)
-
-
-@functools.cache
-def _every_code() -> Tensor:
-    return torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()

@@ -80,6 +80,32 @@ def closest(ratio):
     return np.minimum(abs(finite[at] - ratio), abs(finite[at - 1] - ratio))
 
 
+def test_every_fp8_code_with_every_sign_and_exponent_of_a_scale_has_the_bits_of_the_product_rounded_twice():
+    kinds = np.arange(1 << 14, dtype=np.uint32) << 18  # sign, exponent and five bits of mantissa: zeros, denormal numbers, infinities, NaN are among them
+    scales = (kinds | np.random.default_rng(1).integers(0, 1 << 18, kinds.size, dtype=np.uint32)).view(np.float32)
+    scales[:: 1 << 13] = 0.0, -0.0
+    scales[[0xFF << 5, 0x1FF << 5]] = np.inf, -np.inf
+    codes = np.stack([np.arange(256, dtype=np.uint8).reshape(2, 128)] * scales.size, axis=1).reshape(2, -1)
+    found = torch.empty(codes.shape, dtype=torch.bfloat16)
+    fp8_blocks.dequantize_rows(torch.from_numpy(codes).view(torch.float8_e4m3fn), torch.from_numpy(scales)[None], 0, found)
+    with np.errstate(all="ignore"):
+        product = CODES.astype(np.float32)[codes] * np.repeat(scales, 128)
+    none = np.isnan(product)
+    assert np.array_equal(np.isnan(found.float().numpy()), none)
+    assert np.array_equal(found.float().numpy()[~none].view(np.int32), bf16(product)[~none].view(np.int32))
+
+
+@pytest.mark.parametrize("columns", [1, 31, 127, 129, 300])
+def test_rows_from_within_a_block_and_of_any_width_have_their_blocks_scales(columns):
+    generator = np.random.default_rng(columns)
+    codes = generator.integers(0, 256, (190, columns), dtype=np.uint8)
+    scales = np.exp2(generator.normal(0, 20, (3, -(-columns // 128)))).astype(np.float32)
+    found = torch.empty(codes.shape, dtype=torch.bfloat16)
+    fp8_blocks.dequantize_rows(torch.from_numpy(codes).view(torch.float8_e4m3fn), torch.from_numpy(scales), 100, found)
+    wanted = by_hand_fp8(np.concatenate([np.zeros((100, columns), np.uint8), codes]), scales)[100:]
+    assert np.array_equal(found.float().numpy(), np.where(np.isin(codes, (0x7F, 0xFF)), np.nan, wanted), equal_nan=True)
+
+
 @pytest.mark.parametrize(("method", "power_of_two"), [("fp8", False), ("fp8", True), ("int4", False)])
 def test_a_folder_is_quantised_and_turned_back_as_an_independent_computation_says(tmp_path, monkeypatch, method, power_of_two):
     monkeypatch.setattr("miles.convert.conversion.STRIP_BYTES", 20_000)  # several strips a matrix
