@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -26,17 +28,43 @@ def parser(text: str | None) -> Parser:
     return made
 
 
+def number(at_least: int) -> Callable[[str], int]:
+    """An option's whole number."""
+
+    def read(word: str) -> int:
+        found = int(word)
+        if found < at_least:
+            raise argparse.ArgumentTypeError(f"{word} is too small, at least {at_least}")
+        return found
+
+    read.__name__ = "whole number"  # argparse says "invalid whole number value"
+    return read
+
+
+def positive(word: str) -> float:
+    """An option's number above 0."""
+    found = float(word)
+    if not (found > 0 and math.isfinite(found)):
+        raise argparse.ArgumentTypeError(f"{word} is not a number above 0")
+    return found
+
+
 def run(main: Callable[[], int]) -> None:
     """Call a script's main and leave with its code; a user's mistake is one line on stderr and 78, a missing rank 75."""
     try:
         code = main()
+        sys.stdout.flush()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         code = WRONG
     except TryAgain as error:
         print(f"again: {error}", file=sys.stderr)
         code = AGAIN
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        code = AGAIN
     except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered goes nowhere
         code = OK
     except OSError as error:
         said = _disk_full(error) or file_fault(error)
@@ -44,7 +72,6 @@ def run(main: Callable[[], int]) -> None:
             raise
         print(f"error: {said}", file=sys.stderr)
         code = WRONG
-    sys.stdout.flush()
     sys.exit(code)
 
 

@@ -18,7 +18,7 @@ from miles.convert.durable import copy_durable, write_durable
 from miles.convert.hf_source import HfSource
 from miles.convert.model_files import check_quantised, config_files, examine
 from miles.convert.nan import NanWatch, nan_warnings
-from miles.convert.options import MtpLayers, Options
+from miles.convert.options import DTYPES, MtpLayers, Options
 from miles.convert.output import Output
 from miles.convert.safetensors_file import NAMES, size_of
 from miles.convert.torch_dist_writer import COMMON, COMMON_STATE, begin_tensor, write_metadata, write_object, write_tracker
@@ -66,7 +66,7 @@ class Conversion:
         if others:
             self.warnings.append(f"{len(others)} tensors beside the text model are left out, such as {others[0]}")
         self.shapes = {piece.key: piece.whole for piece in self.pieces}
-        self.dtypes = {piece.key: self._dtype(piece) for piece in self.pieces}
+        self.dtypes = self._dtypes()
         self.bytes = sum(size_of((self.dtypes[piece.key], piece.shape)) for piece in self.pieces)
         self.file_bytes = min(FILE_BYTES, max(SMALLEST_FILE, self.bytes // FILES))
         self.files = list(self._plan())
@@ -125,6 +125,8 @@ class Conversion:
                     strip.zero_()
                 else:
                     self._fill(strip, block, block.start + a - block.at, block.start + b - block.at)
+                if dtype == torch.float16 and block and bool(strip.isinf().any()):
+                    raise UserError(f"{self.hf.folder}: {block.name} has numbers beyond float16's largest, 65504; choose --dtype bfloat16 or float32")
                 yield strip, block.name if block else piece.key
 
     def _fill(self, strip: Tensor, block: Block, first: int, last: int) -> None:
@@ -139,7 +141,7 @@ class Conversion:
         dtypes = {}
         for piece in self.pieces:
             for block in piece.blocks:
-                if block.name in self.hf and self.hf.dtype(block.name) != self.dtypes[piece.key]:
+                if block.name in self.hf and _widens(self.hf.dtype(block.name), self.dtypes[piece.key]):
                     dtypes[block.name] = NAMES[self.hf.dtype(block.name)]
         return {"schema": "miles.source/1", "mtp_layers": self.options.mtp_layers, "copies": self.copies, "dtypes": dtypes}
 
@@ -160,13 +162,24 @@ class Conversion:
         if parts:
             yield parts
 
-    def _dtype(self, piece: Piece) -> torch.dtype:
-        if piece.dtype is not None:
-            return torch.float32
-        if self.options.dtype is not None:
-            return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[self.options.dtype]
-        name = self.mtp.source_of(piece.blocks[0].name)
-        return self.hf.dtype(name if name in self.hf else self.pieces[0].blocks[0].name)
+    def _dtypes(self) -> dict[str, torch.dtype]:
+        """Of each tensor: its own, the one asked for, or one that holds all numbers of the source's tensors that it is made of."""
+        found: dict[str, torch.dtype] = {}
+        for piece in self.pieces:
+            if piece.dtype is not None:
+                found[piece.key] = torch.float32
+            elif self.options.dtype is not None:
+                found[piece.key] = DTYPES[self.options.dtype]
+            else:
+                for name in {self.mtp.source_of(block.name) for block in piece.blocks}:
+                    dtype = self.hf.dtype(name if name in self.hf else self.pieces[0].blocks[0].name)
+                    found[piece.key] = torch.promote_types(found.get(piece.key, dtype), dtype)
+        return found
+
+
+def _widens(source: torch.dtype, target: torch.dtype) -> bool:
+    """Whether a tensor was given another dtype that holds all its numbers."""
+    return source != target and torch.promote_types(source, target) == target
 
 
 def strip_rows(dtype: torch.dtype, shape: tuple[int, ...], most: int | None = None) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from miles.config.exits import UserError
 from miles.config.schema import Shape
 from miles.config.yaml_file import read_yaml
 from miles.convert.conversion import FILE_BYTES, FILES, SMALLEST_FILE
+from miles.convert.options import DTYPES, check_mtp
 from miles.convert.output import BUFFER_BYTES
 from miles.models.maps.find import Known, known, known_folder
 from miles.models.maps.pieces import padded_vocabulary, pieces
@@ -25,7 +27,7 @@ OWN = {
 
 @dataclass(frozen=True)
 class Estimate:
-    """bytes: of the checkpoint at 2 bytes a number; memory: anonymous, a process; seconds: at the given GB/s."""
+    """bytes: of the checkpoint in `dtype`; memory: anonymous, a process; seconds: at the given GB/s."""
 
     family: str
     parameters: int
@@ -34,15 +36,16 @@ class Estimate:
     files: int
     memory: int
     seconds: float
+    dtype: str
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def estimate(model: str | Path, mtp_layers: int = 0, divisible_by: int = 1, workers: int = 1, rate: float = GB_PER_SECOND) -> Estimate:
-    """Of converting a folder with a config.json, or a model of configs/models, to torch_dist in bfloat16."""
-    named = configs_dir() / "models" / f"{model}.yaml"
-    found = _named(named) if named.is_file() and not Path(model).exists() else known_folder(model)
+def estimate(model: str | Path, mtp_layers: int = 0, divisible_by: int = 1, workers: int = 1, rate: float = GB_PER_SECOND, dtype: str = "bfloat16") -> Estimate:
+    """Of converting a folder with a config.json, or a model of configs/models, to torch_dist."""
+    found = _known(model)
+    check_mtp(found, mtp_layers, found.config.where)
     rows = padded_vocabulary(found.config.number("vocab_size"), divisible_by, 1)
     total, keys = 0, set()
     for piece in pieces(found, mtp_layers=mtp_layers, rows=rows):
@@ -51,9 +54,19 @@ def estimate(model: str | Path, mtp_layers: int = 0, divisible_by: int = 1, work
             count *= number
         total += count
         keys.add(piece.key)
-    amount = 2 * total
+    amount = DTYPES[dtype].itemsize * total
     files = -(-amount // min(FILE_BYTES, max(SMALLEST_FILE, amount // FILES)))
-    return Estimate(str(found.config.get("model_type")), total, len(keys), amount, files, 2 * BUFFER_BYTES * workers, amount / 1e9 / rate)
+    return Estimate(str(found.config.get("model_type")), total, len(keys), amount, files, 2 * BUFFER_BYTES * workers, amount / 1e9 / rate, dtype)
+
+
+def _known(model: str | Path) -> Known:
+    named = {file.stem: file for file in (configs_dir() / "models").glob("*.yaml")}
+    if Path(model).exists():
+        return known_folder(model)
+    if str(model) not in named:
+        near = difflib.get_close_matches(str(model), named, 1)
+        raise UserError(f"{model}: no folder, and no name of configs/models{f' ({near[0]} is one)' if near else ''}; give a folder with a config.json, or a name from there")
+    return _named(named[str(model)])
 
 
 def _named(file: Path) -> Known:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from pathlib import Path
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from miles.config.exits import UserError
 from miles.config.json_file import read_object
-from miles.convert.mapped import ReadFile
+from miles.convert.mapped import OpenFiles
 from miles.convert.safetensors_file import INDEX, Stored, read_header
 from miles.precision.fp8_blocks import SCALE, dequantize_rows, scales_shape
 
@@ -42,8 +41,7 @@ class HfSource:
         absent = sorted(set(listed) - set(self.stored))
         if absent:
             raise UserError(f"{index}: names {absent[0]}, which {listed[absent[0]]} does not hold ({len(absent)} such); restore the folder from its origin")
-        self._files: dict[Path, ReadFile] = {}
-        self._opening = threading.Lock()
+        self._files = OpenFiles()
 
     def _weight_map(self, index: Path) -> dict[str, str]:
         found = read_object(index).get("weight_map")
@@ -80,7 +78,7 @@ class HfSource:
         count = (last - first) * _width(stored)
         if not count:
             return torch.empty((last - first, *stored.shape[1:]), dtype=stored.dtype)
-        flat = self._open(stored.file).view(stored.dtype, _at(stored, first), count)
+        flat = self._files[stored.file].view(stored.dtype, _at(stored, first), count)
         return flat.view(last - first, *stored.shape[1:])
 
     def read(self, name: str, first: int, last: int, out: Tensor) -> None:
@@ -89,7 +87,7 @@ class HfSource:
         same = stored.dtype == out.dtype
         raw = out if same else torch.empty((last - first, *stored.shape[1:]), dtype=stored.dtype)
         if raw.numel():
-            self._open(stored.file).read(_at(stored, first), raw)
+            self._files[stored.file].read(_at(stored, first), raw)
         if self.quantised(name) and not same:
             dequantize_rows(raw, self.scales(name), first, out)
         elif not same:
@@ -125,12 +123,6 @@ class HfSource:
         if self.stored[scales].dtype not in (*WEIGHTS, torch.float8_e8m0fnu):
             raise UserError(f"{self.folder}: {scales} is {_word(self.stored[scales].dtype)}, scales are float32, bfloat16 or float8_e8m0fnu; restore the folder from its origin")
         return self.rows(scales, 0, self.shape(scales)[0])
-
-    def _open(self, file: Path) -> ReadFile:
-        with self._opening:
-            if file not in self._files:
-                self._files[file] = ReadFile(file)
-            return self._files[file]
 
 
 def _word(dtype: torch.dtype) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 from miles.config.exits import UserError
 from miles.convert.hf_source import HfSource
 from miles.convert.model_files import source_mtp_layers
-from miles.convert.torch_dist_source import TRACKER, TorchDistSource
+from miles.convert.torch_dist_source import TRACKER, TorchDistSource, is_model
 from miles.models.dcp_metadata import METADATA
 from miles.models.maps.find import known_folder
 
@@ -90,8 +90,3 @@ def _torch_dist(source: TorchDistSource) -> Look:
     family = json.loads(config.read_text()).get("model_type") if config.is_file() else None
     other["objects"] = len(source.objects)
     return Look("torch_dist", str(source.folder), family, mtp, total, parameters, len(source.files()), dict(dtypes), layout, dict(other), tensors)
-
-
-def is_model(key: str) -> bool:
-    """Whether a tensor is a weight of the model, not optimizer state and the like."""
-    return key.split(".")[0] in ("embedding", "decoder", "output_layer", "mtp")

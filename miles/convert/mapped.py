@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import threading
 import warnings
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from miles.config.exits import UserError
 
+KEPT = 128  # files held open, two descriptors each: many systems allow a process 1024, and a large checkpoint has more files
 # Said once a process by torch; none of these tensors is written to.
 warnings.filterwarnings("ignore", message="The given buffer is not writable")
 
@@ -37,3 +39,23 @@ class ReadFile:
             if not count:
                 raise UserError(f"{self.path}: ends at byte {offset}, though it was longer when the conversion began; restore it from its origin")
             offset, target = offset + count, target[count:]
+
+    def __del__(self) -> None:
+        """The map goes with the last tensor on its pages."""
+        self._file.close()
+
+
+class OpenFiles:
+    """Files of a checkpoint, opened when they are asked for; the newest KEPT stay open. Safe to use from several threads."""
+
+    def __init__(self) -> None:
+        self._files: dict[Path, ReadFile] = {}
+        self._lock = threading.Lock()
+
+    def __getitem__(self, path: Path) -> ReadFile:
+        with self._lock:
+            file = self._files.pop(path, None) or ReadFile(path)
+            self._files[path] = file
+            if len(self._files) > KEPT:
+                del self._files[next(iter(self._files))]
+            return file

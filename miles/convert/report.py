@@ -17,6 +17,11 @@ class Report:
     warnings: list[str] = field(default_factory=list)
 
     @property
+    def resumed(self) -> str:
+        """As a script says it."""
+        return f" ({self.resumed_files} were there already)" if self.resumed_files else ""
+
+    @property
     def warning_lines(self) -> list[str]:
         """As a script prints them."""
         return [f"warning: {line}" for line in self.warnings]

@@ -7,7 +7,6 @@ whatever the chunk's size.
 from __future__ import annotations
 
 import functools
-import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, TensorSt
 
 from miles.config.exits import UserError
 from miles.convert.archive import Described, NoArchive, describe
-from miles.convert.mapped import ReadFile
+from miles.convert.mapped import OpenFiles, ReadFile
 from miles.models.dcp_metadata import METADATA, unpickle_metadata
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -50,6 +49,11 @@ def checkpoint_folder(folder: str | Path) -> Path:
     return found
 
 
+def is_model(key: str) -> bool:
+    """Whether a tensor is a weight of the model, not optimizer state and the like."""
+    return key.split(".")[0] in ("embedding", "decoder", "output_layer", "mtp")
+
+
 class TorchDistSource:
     """Tensors by their Megatron names. UserError, one line, for a checkpoint that is not whole."""
 
@@ -63,8 +67,7 @@ class TorchDistSource:
         self.dtypes: dict[str, torch.dtype] = {}
         self.objects: list[str] = []
         self._parts: dict[str, dict[tuple[int, ...], list[Chunk]]] = {}
-        self._files: dict[str, ReadFile] = {}
-        self._opening = threading.Lock()
+        self._files = OpenFiles()
         self._described = functools.lru_cache(maxsize=1024)(self._describe)
         places = {(index.fqn, tuple(index.offset or ())): info for index, info in (metadata.storage_data or {}).items()}
         for key, entry in metadata.state_dict_metadata.items():
@@ -125,7 +128,7 @@ class TorchDistSource:
             last = tuple(min(a + n, b + m) for a, n, b, m in zip(start, size, chunk.offsets, chunk.sizes, strict=True))
             if any(a >= b for a, b in zip(first, last, strict=True)):
                 continue
-            file, dtype = self._open(chunk.file), self.dtypes[key]
+            file, dtype = self._files[self.folder / chunk.file], self.dtypes[key]
             window = tuple(slice(a - o, b - o) for a, b, o in zip(first, last, chunk.offsets, strict=True))
             target = out[tuple(slice(a - o, b - o) for a, b, o in zip(first[leading:], last[leading:], start[leading:], strict=True))]
             _copy(file, self._described(chunk, dtype), window, target, dtype)
@@ -133,14 +136,8 @@ class TorchDistSource:
         if covered != out.numel():
             raise UserError(f"{self.folder}: {key} is not whole ({covered} of {out.numel()} numbers at {list(start)}); restore the checkpoint from its origin")
 
-    def _open(self, name: str) -> ReadFile:
-        with self._opening:
-            if name not in self._files:
-                self._files[name] = ReadFile(self.folder / name)
-            return self._files[name]
-
     def _describe(self, chunk: Chunk, dtype: torch.dtype) -> Described:
-        file = self._open(chunk.file)
+        file = self._files[self.folder / chunk.file]
         try:
             found = describe(file.map, chunk.offset, chunk.length, dtype)
         except NoArchive:

@@ -19,7 +19,7 @@ from miles.convert.output import Output
 from miles.convert.progress import Progress
 from miles.convert.report import Report
 from miles.convert.safetensors_file import DTYPES, INDEX, header, index, size_of, widest_first
-from miles.convert.torch_dist_source import TorchDistSource
+from miles.convert.torch_dist_source import TorchDistSource, is_model
 from miles.convert.units import Rank, Units
 from miles.models.hf_folder import SHARD_BYTES
 from miles.models.maps.entry import Block
@@ -59,17 +59,18 @@ class Export:
         self.known, self.dist, self.folder, self.strict = known, dist, folder, strict
         self.warnings: list[str] = []
         self.origin = read_object(dist.folder / SOURCE) if (dist.folder / SOURCE).is_file() else {}
-        mtp = 0
-        while f"mtp.layers.{mtp}.eh_proj.weight" in dist:
-            mtp += 1
+        self.mtp_layers = 0
+        while f"mtp.layers.{self.mtp_layers}.eh_proj.weight" in dist:
+            self.mtp_layers += 1
         self.sources: dict[str, list[tuple[Piece, Block, Place]]] = {}
         self.tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
-        for piece in pieces(known, mtp_layers=mtp):
+        for piece in pieces(known, mtp_layers=self.mtp_layers):
             place = self._place(piece)
             for block in piece.blocks:
                 self.sources.setdefault(block.name, []).append((piece, block, place))
                 self.tensors[block.name] = (self._dtype(block.name, place[0]), block.shape)
-        copies = self.origin.get("copies") if self.origin else mtp_copies(known, mtp)
+        self._check_all_used()
+        copies = self.origin.get("copies") if self.origin else mtp_copies(known, self.mtp_layers)
         self.copies = {name: of for name, of in (copies or {}).items() if of in self.sources}
         for name, of in self.copies.items():
             self.tensors[name] = self.tensors[of]
@@ -82,7 +83,7 @@ class Export:
     def fingerprint(self) -> str:
         """Of all that decides the files' content."""
         stat = (self.dist.folder / ".metadata").stat()
-        told = [self.known.config.fields, str(self.dist.folder), stat.st_size, stat.st_mtime_ns, self.origin, self.names, self.strict]
+        told = [self.known.config.fields, str(self.dist.folder.resolve()), stat.st_size, stat.st_mtime_ns, self.origin, self.names, self.strict]
         return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
 
     def write(self, i: int, file: Output) -> dict[str, Any]:
@@ -100,11 +101,33 @@ class Export:
         for file in config_files(self.folder):
             if file.name != "config.json":
                 copy_durable(file, out / file.name)
-        fields = read_object(self.folder / "config.json")
-        fields.pop("quantization_config", None)  # what is written is not quantised
         if len(self.names) > 1:
             write_durable(out / INDEX, index({name: self.names[i] for i, names in enumerate(self.files) for name in names}, self.bytes))
-        write_durable(out / "config.json", json.dumps(fields, indent=2).encode() + b"\n")
+        write_durable(out / "config.json", json.dumps(self._config(), indent=2).encode() + b"\n")
+
+    def _config(self) -> dict[str, Any]:
+        """The model's config.json, true of what is written: not quantised, of these MTP layers and this dtype."""
+        fields = read_object(self.folder / "config.json")
+        inside = fields["text_config"] if self.known.prefix else fields
+        if self.known.mtp_layers != self.mtp_layers:
+            inside["num_nextn_predict_layers"] = self.mtp_layers
+        dtype = str(next(iter(self.tensors.values()))[0]).removeprefix("torch.")  # the embedding's
+        for told in (fields, inside):
+            told.pop("quantization_config", None)
+            told.pop("compression_config", None)
+            told.update(dict.fromkeys({"dtype", "torch_dtype"} & told.keys(), dtype))
+        return fields
+
+    def _check_all_used(self) -> None:
+        """UserError for weights of the model that config.json tells nothing of: without them it would be another model."""
+        used = {key for sources in self.sources.values() for _, _, (key, _) in sources}
+        left = sorted(key for key in self.dist.shapes if is_model(key) and key not in used)
+        if left:
+            kind = self.known.config.get("model_type")
+            raise UserError(
+                f"{self.dist.folder}: {left[0]} is no tensor of a {kind!r} model of {self.known.config.where} ({len(left)} such); "
+                f"give the model's own config.json with --hf"
+            )
 
     def _place(self, piece: Piece) -> Place:
         """Where the checkpoint has a piece, stacked or layer by layer."""

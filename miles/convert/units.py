@@ -7,6 +7,7 @@ The plan does not depend on the number of ranks or workers, so a conversion may 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import mmap
@@ -14,8 +15,8 @@ import os
 import queue
 import shutil
 import socket
-import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from miles.convert.output import Output, new_buffer
 from miles.convert.progress import Progress
 
 RECORDS, DONE, PLAN = ".convert", "conversion.json", "plan.json"
+WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # a file system that knows none, such as Lustre mounted without flock
 PATIENCE = 600.0  # seconds without a record from any rank before rank 0 gives up
 
 
@@ -44,8 +46,9 @@ class Rank:
 
 
 def here(workers: int) -> Rank:
-    """This process's place: Slurm's, or MPI's, or alone."""
-    for rank, world in (("SLURM_PROCID", "SLURM_NTASKS"), ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"), ("PMI_RANK", "PMI_SIZE")):
+    """This process's place: MPI's (mpirun inside a Slurm job has Slurm's variables too), or that in a step of srun, or alone. A batch script is alone,
+    however many tasks its job has."""
+    for rank, world in (("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"), ("PMI_RANK", "PMI_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")):
         if rank in os.environ and world in os.environ:
             return Rank(int(os.environ[rank]), int(os.environ[world]), workers)
     return Rank(0, 1, workers)
@@ -67,29 +70,69 @@ class Units:
         return self.folder / RECORDS
 
     def run(self, me: Rank, progress: Progress) -> int:
-        """Write what is missing; returns how many files were there already. UserError where the destination holds something else."""
-        if self._finished():
-            if me.rank == 0:
-                shutil.rmtree(self.records, ignore_errors=True)  # what a kill in _close left
-            return len(self.names)
-        self._claim()
-        with self._alone(me.rank):
-            mine = list(range(me.rank, len(self.names), me.world))
-            kept = [i for i in mine if self._kept(i, progress)]
-            todo = [i for i in mine if i not in set(kept)]
-            with _one_thread_each():
-                self._write_all(todo, max(1, me.workers), progress)
-            if me.rank == 0:
-                found = self._all_records()
-                self.finish(found)
-                self._close()
+        """Write what is missing; returns how many files were there already. UserError where the destination holds something else, or is finished
+        and no longer what was written; TryAgain after Ctrl-C."""
+        mine = list(range(me.rank, len(self.names), me.world))
+        progress.share(len(mine) / len(self.names))
+        try:
+            kept = mine if self._finished(mine, me.workers, progress) else self._convert(me, mine, progress)
+        except KeyboardInterrupt:
+            raise TryAgain(f"{self.folder}: stopped; the same command goes on, files that are finished are kept") from None
+        except FileNotFoundError:
+            # Rank 0 has looked through this rank's files itself, and cleared up.
+            if me.rank == 0 or self._told() is None:
+                raise
+            kept = mine
+        if me.rank == 0:
+            # On NFS a file that is open keeps its folder alive: the locks are closed by now, other ranks' may not be.
+            shutil.rmtree(self.records, ignore_errors=True)
         return len(kept)
 
-    def _finished(self) -> bool:
-        mark = self.folder / DONE
+    def _convert(self, me: Rank, mine: list[int], progress: Progress) -> list[int]:
+        self._claim()
+        with self._alone(me.rank):
+            before = {i: self._read(i) for i in range(len(self.names)) if i % me.world != me.rank} if me.rank == 0 else {}
+            whole = self._each(mine, me.workers, lambda i: self._kept(i, progress))
+            kept = [i for i, good in zip(mine, whole, strict=True) if good]
+            with _one_thread_each():
+                self._write_all([i for i in mine if i not in set(kept)], me.workers, progress)
+            if me.rank == 0:
+                self._await(before)
+                found = [self._read(i) for i in range(len(self.names))]
+                assert all(found), "just seen"
+                records = [record for record in found if record is not None]
+                self.finish(records)
+                files = {record["file"]: {"bytes": record["bytes"], "xxh3": record["xxh3"]} for record in records}
+                write_durable(self.folder / DONE, json.dumps({"schema": "miles.conversion/1", "plan": self.plan, "files": files}).encode())
+        return kept
+
+    def _told(self) -> dict[str, Any] | None:
+        """What is written of a finished conversion of this plan."""
         with contextlib.suppress(OSError, ValueError):
-            return bool(json.loads(mark.read_text())["plan"] == self.plan)
-        return False
+            found = json.loads((self.folder / DONE).read_text())
+            if isinstance(found, dict) and found.get("plan") == self.plan:
+                return found
+        return None
+
+    def _finished(self, mine: list[int], workers: int, progress: Progress) -> bool:
+        """Whether all is done. UserError where files of a finished conversion are no longer as they were written."""
+        told = self._told()
+        if told is None:
+            return False
+
+        def good(i: int) -> bool:
+            about = told["files"][self.names[i]]
+            progress.skip(about["bytes"])
+            return self._whole(i, about)
+
+        bad = [self.names[i] for i, whole in zip(mine, self._each(mine, workers, good), strict=True) if not whole]
+        if bad:
+            raise UserError(f"{self.folder / bad[0]}: not what was written ({len(bad)} such); remove {self.folder}, then convert again")
+        return True
+
+    def _each(self, numbers: list[int], workers: int, what: Callable[[int], bool]) -> list[bool]:
+        with ThreadPoolExecutor(workers) as pool:
+            return list(pool.map(what, numbers))
 
     def _claim(self) -> None:
         plan = self.records / PLAN
@@ -109,8 +152,11 @@ class Units:
         with (self.records / f"rank-{rank}.lock").open("w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            except BlockingIOError:
                 raise UserError(f"{self.folder}: another process is converting into it; wait for it, or choose another folder") from None
+            except OSError as error:
+                if error.errno not in WITHOUT_LOCKS:
+                    raise
             yield
 
     def _record(self, i: int) -> Path:
@@ -124,32 +170,45 @@ class Units:
         return None
 
     def _kept(self, i: int, progress: Progress) -> bool:
-        found, file = self._read(i), self.folder / self.names[i]
-        if found is None or not file.is_file() or file.stat().st_size != found["bytes"] or checksum(file) != found["xxh3"]:
+        found = self._read(i)
+        if found is None or not self._whole(i, found):
             self._record(i).unlink(missing_ok=True)
             return False
+        self._note(i, found)
         progress.skip(found["bytes"])
         return True
 
+    def _whole(self, i: int, about: dict[str, Any]) -> bool:
+        """Whether a file is what a record says."""
+        file = self.folder / self.names[i]
+        return file.is_file() and bool(file.stat().st_size == about["bytes"] and checksum(file) == about["xxh3"])
+
+    def _note(self, i: int, about: dict[str, Any]) -> None:
+        """Record that a file is whole, now: rank 0 tells this from an earlier attempt's record."""
+        write_durable(self._record(i), json.dumps(about | {"seen": uuid.uuid4().hex}).encode())
+
     def _write_all(self, todo: list[int], workers: int, progress: Progress) -> None:
-        stop, spare = threading.Event(), queue.SimpleQueue[mmap.mmap]()
+        spare = queue.SimpleQueue[mmap.mmap]()
         for _ in range(min(workers, len(todo))):
             spare.put(new_buffer())
 
         def write(i: int) -> None:
-            if not stop.is_set():
-                buffer = spare.get()
+            buffer = spare.get()
+            try:
                 self._write(i, buffer, progress)
+            finally:
                 spare.put(buffer)
 
         with ThreadPoolExecutor(workers) as pool:
             jobs = [pool.submit(write, i) for i in todo]
-            done, _ = wait(jobs, return_when=FIRST_EXCEPTION)
-            if any(job.exception() for job in done):
-                stop.set()
+            try:
+                done, _ = wait(jobs, return_when=FIRST_EXCEPTION)
+                for job in done:
+                    job.result()
+            except BaseException:
+                progress.stop()
                 pool.shutdown(wait=True, cancel_futures=True)
-            for job in done:
-                job.result()
+                raise
 
     def _write(self, i: int, buffer: mmap.mmap, progress: Progress) -> None:
         draft = self.records / f"{self.names[i]}.part"
@@ -161,26 +220,24 @@ class Units:
             draft.unlink(missing_ok=True)
             raise
         publish(draft, self.folder / self.names[i])
-        write_durable(self._record(i), json.dumps({"file": self.names[i], "bytes": file.tell(), "xxh3": file.digest(), **about}).encode())
+        self._note(i, {"file": self.names[i], "bytes": file.tell(), "xxh3": file.digest(), **about})
 
-    def _all_records(self) -> list[dict[str, Any]]:
-        seen, since = -1, time.monotonic()
-        while True:
-            missing = [i for i in range(len(self.names)) if not self._record(i).is_file()]
-            if not missing:
-                break
-            if len(missing) != seen:
-                seen, since = len(missing), time.monotonic()
-            if time.monotonic() - since > PATIENCE:
-                raise TryAgain(f"{self.folder}: {len(missing)} files of other ranks have not come for {PATIENCE:.0f} s; run the same command again")
-            time.sleep(0.2)
-        found = [self._read(i) for i in range(len(self.names))]
-        assert all(found), "just seen"
-        return [record for record in found if record is not None]
-
-    def _close(self) -> None:
-        write_durable(self.folder / DONE, json.dumps({"schema": "miles.conversion/1", "plan": self.plan}).encode())
-        shutil.rmtree(self.records)
+    def _await(self, others: dict[int, dict[str, Any] | None]) -> None:
+        """Until every file of other ranks is known to be whole. others: the records of those files when this attempt began. One that has not changed
+        since is looked at here: its rank may have been the quicker one, or may not have come to it yet."""
+        looked, since = set[int](), time.monotonic()
+        while others:
+            for i, before in list(others.items()):
+                now = self._read(i)
+                if now is None or (now == before and i in looked):
+                    continue
+                looked.add(i)
+                if now != before or self._whole(i, now):
+                    del others[i]
+                    since = time.monotonic()
+            if others and time.monotonic() - since > PATIENCE:
+                raise TryAgain(f"{self.folder}: {len(others)} files of other ranks have not come for {PATIENCE:.0f} s; run the same command again")
+            time.sleep(0.2 if others else 0.0)
 
 
 @contextlib.contextmanager

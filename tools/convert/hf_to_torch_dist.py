@@ -13,30 +13,32 @@ import sys
 
 sys.path[: not sys.flags.safe_path] = [__file__.rpartition("/tools/")[0] or "."]  # the repository; this folder's inspect.py would hide Python's
 
-from miles.convert.command import parser, run, say, size  # noqa: E402
+from miles.convert.command import number, parser, positive, run, say, size  # noqa: E402
 
 
 def main() -> int:
     options = parser(__doc__)
     options.add_argument("--hf", required=True, metavar="FOLDER", help="Hugging Face folder: config.json and safetensors (bf16, fp16, fp32 or FP8 blocks); for --estimate also a name from configs/models")
     options.add_argument("--output", metavar="FOLDER", help="new folder, or one with an unfinished conversion of the same source")
-    options.add_argument("--mtp-num-layers", type=int, default=0, metavar="N", help="multi-token prediction layers to include (default 0)")
+    options.add_argument("--mtp-num-layers", type=number(0), default=0, metavar="N", help="multi-token prediction layers to include (default 0)")
     options.add_argument("--init-mtp", choices=["copy-last", "random"], help="make MTP layers up where the source has none")
-    options.add_argument("--make-vocab-size-divisible-by", type=int, default=1, metavar="N", help="pad the vocabulary with zeros (default 1)")
-    options.add_argument("--tensor-model-parallel-size", type=int, default=1, metavar="N", help="multiplies the padding as in Megatron (default 1)")
+    options.add_argument("--make-vocab-size-divisible-by", type=number(1), default=1, metavar="N", help="pad the vocabulary with zeros (default 1)")
+    options.add_argument("--tensor-model-parallel-size", type=number(1), default=1, metavar="N", help="multiplies the padding as in Megatron (default 1)")
     options.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], help="of the checkpoint (default: the source's; FP8 gives bfloat16)")
     options.add_argument("--strict", action="store_true", help="refuse NaN instead of warning")
-    options.add_argument("--workers", type=int, default=4, metavar="N", help="threads of this process (default 4)")
+    options.add_argument("--workers", type=number(1), default=4, metavar="N", help="threads of this process (default 4)")
     options.add_argument("--estimate", action="store_true", help="say bytes, memory and time, convert nothing; config.json is enough")
-    options.add_argument("--disk", type=float, default=1.0, metavar="GB/s", help="speed of the disk for --estimate (default 1.0)")
+    options.add_argument("--disk", type=positive, default=1.0, metavar="GB/s", help="speed of the disk for --estimate (default 1.0)")
     given = options.parse_args()
     if given.estimate:
         from miles.convert.estimate import estimate
 
-        found = estimate(given.hf, given.mtp_num_layers, given.make_vocab_size_divisible_by * given.tensor_model_parallel_size, given.workers, given.disk)
+        found = estimate(
+            given.hf, given.mtp_num_layers, given.make_vocab_size_divisible_by * given.tensor_model_parallel_size, given.workers, given.disk, given.dtype or "bfloat16"
+        )
         say(found.as_json(), [
             f"{found.family}: {found.parameters / 1e9:.2f} B parameters in {found.tensors} tensors",
-            f"writes {size(found.bytes)} (bfloat16) into {found.files} files; at {given.disk:g} GB/s about {found.seconds / 60:.1f} minutes",
+            f"writes {size(found.bytes)} ({found.dtype}) into {found.files} files; at {given.disk:g} GB/s about {found.seconds / 60:.1f} minutes",
             f"memory beyond Python and its libraries: {size(found.memory)} a process of {given.workers} workers",
         ], given.json)  # fmt: skip
         return 0
@@ -49,9 +51,11 @@ def main() -> int:
     chosen = Options(
         given.mtp_num_layers, given.init_mtp, given.make_vocab_size_divisible_by, given.tensor_model_parallel_size, given.dtype, given.strict
     )
-    report = hf_to_torch_dist(given.hf, given.output, chosen, here(given.workers), quiet=False)
-    resumed = f" ({report.resumed_files} were there already)" if report.resumed_files else ""
-    done = f"{report.output}: {report.tensors} tensors, {size(report.bytes)} in {report.files} files{resumed}"
+    me = here(given.workers)
+    report = hf_to_torch_dist(given.hf, given.output, chosen, me, quiet=False)
+    if me.rank:
+        return 0  # rank 0 speaks for all
+    done = f"{report.output}: {report.tensors} tensors, {size(report.bytes)} in {report.files} files{report.resumed}"
     say(vars(report), [*report.warning_lines, done], given.json)
     return 0
 

@@ -12,7 +12,7 @@ import sys
 
 sys.path[: not sys.flags.safe_path] = [__file__.rpartition("/tools/")[0] or "."]  # the repository; this folder's inspect.py would hide Python's
 
-from miles.convert.command import parser, run, say  # noqa: E402
+from miles.convert.command import number, parser, run, say  # noqa: E402
 
 
 def main() -> int:
@@ -21,15 +21,18 @@ def main() -> int:
     options.add_argument("output", help="new folder, or one with an unfinished conversion of the same source")
     options.add_argument("--method", required=True, choices=["fp8", "int4", "bf16"], help="what to write")
     options.add_argument("--power-of-two", action="store_true", help="FP8 scales rounded up to powers of two (ue8m0)")
-    options.add_argument("--group-size", type=int, default=32, metavar="N", help="numbers of a row that share an INT4 scale (default 32)")
+    options.add_argument("--group-size", type=number(8), default=32, metavar="N", help="numbers of a row that share an INT4 scale (default 32)")
     options.add_argument("--strict", action="store_true", help="refuse NaN also in what stays as it is, and in bf16, instead of warning")
-    options.add_argument("--workers", type=int, default=4, metavar="N", help="threads of this process (default 4)")
+    options.add_argument("--workers", type=number(1), default=4, metavar="N", help="threads of this process (default 4)")
     given = options.parse_args()
     from miles.convert.quantize import Target, quantize
     from miles.convert.units import here
 
-    report = quantize(given.source, given.output, Target(given.method, given.power_of_two, given.group_size, given.strict), here(given.workers), quiet=False)
-    say(vars(report), [*report.warning_lines, f"{report.output}: {report.tensors} tensors read, {report.files} files written"], given.json)
+    me = here(given.workers)
+    report = quantize(given.source, given.output, Target(given.method, given.power_of_two, given.group_size, given.strict), me, quiet=False)
+    if me.rank:
+        return 0  # rank 0 speaks for all
+    say(vars(report), [*report.warning_lines, f"{report.output}: {report.tensors} tensors read, {report.files} files written{report.resumed}"], given.json)
     return 0
 
 

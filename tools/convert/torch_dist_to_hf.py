@@ -11,7 +11,7 @@ import sys
 
 sys.path[: not sys.flags.safe_path] = [__file__.rpartition("/tools/")[0] or "."]  # the repository; this folder's inspect.py would hide Python's
 
-from miles.convert.command import parser, run, say, size  # noqa: E402
+from miles.convert.command import number, parser, run, say, size  # noqa: E402
 
 
 def main() -> int:
@@ -20,13 +20,17 @@ def main() -> int:
     options.add_argument("--output", required=True, metavar="FOLDER", help="new folder, or one with an unfinished conversion of the same source")
     options.add_argument("--hf", metavar="FOLDER", help="folder with the model's config.json and tokenizer (default: those kept in the checkpoint)")
     options.add_argument("--strict", action="store_true", help="refuse NaN instead of warning")
-    options.add_argument("--workers", type=int, default=4, metavar="N", help="threads of this process (default 4)")
+    options.add_argument("--workers", type=number(1), default=4, metavar="N", help="threads of this process (default 4)")
     given = options.parse_args()
     from miles.convert.torch_dist_to_hf import torch_dist_to_hf
     from miles.convert.units import here
 
-    report = torch_dist_to_hf(given.torch_dist, given.output, given.hf, here(given.workers), quiet=False, strict=given.strict)
-    say(vars(report), [*report.warning_lines, f"{report.output}: {report.tensors} tensors, {size(report.bytes)} in {report.files} files"], given.json)
+    me = here(given.workers)
+    report = torch_dist_to_hf(given.torch_dist, given.output, given.hf, me, quiet=False, strict=given.strict)
+    if me.rank:
+        return 0  # rank 0 speaks for all
+    done = f"{report.output}: {report.tensors} tensors, {size(report.bytes)} in {report.files} files{report.resumed}"
+    say(vars(report), [*report.warning_lines, done], given.json)
     return 0
 
 
