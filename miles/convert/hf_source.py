@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -28,7 +30,7 @@ class HfSource:
             listed = self._weight_map(index)
             files = sorted({self._inside(name) for name in listed.values()})
         else:
-            files = sorted(self.folder.glob("*.safetensors"))
+            files = sorted(set(self.folder.glob("*.safetensors")) | set(self._numbered()))
         missing = [file.name for file in files if not file.is_file()]
         if not files or missing:
             raise UserError(f"{self.folder}: no complete safetensors weights (missing: {', '.join(missing) or 'model.safetensors'}); restore them from their origin")
@@ -42,6 +44,12 @@ class HfSource:
         if absent:
             raise UserError(f"{index}: names {absent[0]}, which {listed[absent[0]]} does not hold ({len(absent)} such); restore the folder from its origin")
         self._files = OpenFiles()
+
+    def _numbered(self) -> Iterator[Path]:
+        """The files that the names of others tell of: all N where one is called …-00001-of-0000N."""
+        for file in self.folder.glob("*-of-*.safetensors"):
+            if match := re.fullmatch(r"(.+)-\d{5}-of-(\d{5})", file.stem):
+                yield from (self.folder / f"{match[1]}-{i + 1:05d}-of-{match[2]}.safetensors" for i in range(int(match[2])))
 
     def _weight_map(self, index: Path) -> dict[str, str]:
         found = read_object(index).get("weight_map")
@@ -92,6 +100,11 @@ class HfSource:
             dequantize_rows(raw, self.scales(name), first, out)
         elif not same:
             out.copy_(raw)
+
+    def read_flat(self, name: str, first: int, out: Tensor) -> None:
+        """Fill `out` [n] with numbers of a tensor as stored, in their order, from number `first` on."""
+        stored = self.stored[name]
+        self._files[stored.file].read(stored.offset + first * stored.dtype.itemsize, out)
 
     def values(self, name: str, first: int, last: int) -> Tensor:
         """Rows of a tensor, dequantised where they are FP8 with block scales."""

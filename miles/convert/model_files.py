@@ -42,7 +42,7 @@ def check_quantised(known: Known, source: HfSource) -> None:
     quantised = known.config.get("quantization_config") or known.config.get("compression_config")
     if quantised:
         method, block = quantised.get("quant_method"), quantised.get("weight_block_size")
-        if method != "fp8" or list(block or []) != [BLOCK, BLOCK]:
+        if method != "fp8" or block != [BLOCK, BLOCK]:
             raise UserError(
                 f"{source.folder}: quantised by {method!r} with weight_block_size {block!r}; FP8 in blocks of {BLOCK} × {BLOCK} is read directly, "
                 f"turn others into bf16 first (tools/convert/quantize.py --method bf16)"

@@ -34,12 +34,19 @@ KEPT = ("embed_tokens", "lm_head", "norm", ".gate.", "router", "eh_proj", "index
 
 @dataclass(frozen=True)
 class Target:
-    """method: fp8, int4 or bf16. group: numbers that share a scale (int4). power_of_two: scales (fp8). strict: refuse NaN also where it is kept."""
+    """method: fp8, int4 or bf16. group: numbers that share a scale (int4). power_of_two: scales (fp8). strict: refuse NaN also where it is kept.
+    UserError for what can't be."""
 
     method: str
     power_of_two: bool = False
     group: int = 32
     strict: bool = False
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise UserError(f"method {self.method!r} is not known; known: {', '.join(METHODS)}")
+        if self.group < int4_groups.PER_WORD or self.group % int4_groups.PER_WORD:
+            raise UserError(f"--group-size {self.group}: codes are packed by {int4_groups.PER_WORD}; give a multiple of that, such as 32")
 
 
 def quantize(source: str | Path, output: str | Path, target: Target, me: Rank | None = None, quiet: bool = True) -> Report:
@@ -50,8 +57,6 @@ def quantize(source: str | Path, output: str | Path, target: Target, me: Rank | 
     """
     me, hf = me or Rank(), HfSource(source)
     config = read_object(Path(source) / "config.json")
-    if target.method not in METHODS:
-        raise UserError(f"method {target.method!r} is not known; known: {', '.join(METHODS)}")
     described = "quantization_config" in config or "compression_config" in config
     quantised = described or any(map(hf.quantised, hf.stored))
     if quantised != (target.method == "bf16"):
@@ -77,6 +82,9 @@ class _Work:
         self.warnings: list[str] = []
         self.names = sorted({stored.file.name for stored in hf.stored.values()})
         self.made = {name: self._plan(name) for name in hf.stored}
+        if target.method != "bf16" and not any(map(self._quantises, hf.stored)):
+            why = f" with rows that groups of {target.group} divide" if target.method == "int4" else ""
+            raise UserError(f"{source}: no linear layers{why}, so nothing would be quantised; give a language model's folder or another --group-size")
         self.members = [[name for name in widest_first(self._first()) if hf.stored[name].file.name == file] for file in self.names]
 
     @property
@@ -127,8 +135,9 @@ class _Work:
     def _quantises(self, name: str) -> bool:
         """Whether a tensor is the weight of a linear layer that is quantised."""
         shape = self.hf.shape(name)
-        fits = self.target.method != "int4" or shape[-1] % self.target.group == 0
-        return name.endswith(LINEAR) and len(shape) == 2 and fits and not any(word in name for word in KEPT)
+        if not name.endswith(LINEAR) or len(shape) != 2 or any(word in name for word in KEPT):
+            return False
+        return self.target.method != "int4" or shape[1] % self.target.group == 0
 
     def _first(self) -> dict[str, Wanted]:
         """The source's tensors, each with the first of those that it becomes; those that belong to another are left out."""
@@ -137,8 +146,6 @@ class _Work:
     def _plan(self, name: str) -> dict[str, Wanted]:
         """What a tensor of the source becomes."""
         shape, dtype = self.hf.shape(name), self.hf.stored[name].dtype
-        if not shape:
-            raise UserError(f"{self.source}: {name} is a single number, which no model of a known family has; remove it")
         if self.hf.quantised(name) or self._quantises(name):
             self.hf.check(name)
         if self.target.method == "bf16":
@@ -154,8 +161,11 @@ class _Work:
 
     def _unpacked(self, name: str) -> tuple[int, int]:
         """The shape of the matrix whose codes these are. UserError where its other tensors do not fit."""
+        base = name.removesuffix("packed")
+        if len(self.hf.shape(name)) != 2:
+            raise UserError(f"{self.source}: {name} has the shape {list(self.hf.shape(name))}, a matrix is needed; restore the folder from its origin")
         rows, words = self.hf.shape(name)
-        shape, base = (rows, words * int4_groups.PER_WORD), name.removesuffix("packed")
+        shape = rows, words * int4_groups.PER_WORD
         for other in (f"{base}scale", f"{base}shape"):
             if other not in self.hf:
                 raise UserError(f"{self.source}: {other} is missing; restore the folder from its origin")
@@ -166,6 +176,13 @@ class _Work:
 
     def _write_same(self, name: str, file: Output, nan: NanWatch) -> None:
         ((dtype, shape),) = self.made[name].values()
+        if dtype == self.hf.stored[name].dtype:  # of any shape, also one whose rows are longer than a buffer
+            count = int(torch.Size(shape).numel())
+            for first, last in _strips(count, strip_rows(dtype, (count,))):
+                strip = file.space(dtype, last - first)
+                self.hf.read_flat(name, first, strip)
+                nan.look(strip, name)
+            return
         for first, last in _strips(shape[0], strip_rows(dtype, shape)):
             strip = file.space(dtype, last - first, *shape[1:])
             self.hf.read(name, first, last, strip)
@@ -214,7 +231,7 @@ def _check_readable(config: dict[str, Any], where: Path) -> None:
     told = config.get("quantization_config") or config.get("compression_config")
     if not isinstance(told, dict):
         raise UserError(f"{where}: quantization_config is {told!r}, an object is needed; restore it from the checkpoint's origin")
-    if told.get("quant_method") == "fp8" and list(told.get("weight_block_size") or []) == [fp8_blocks.BLOCK] * 2:
+    if told.get("quant_method") == "fp8" and told.get("weight_block_size") == [fp8_blocks.BLOCK] * 2:
         return
     groups = told.get("config_groups")
     weights = [group.get("weights") or {} for group in groups.values()] if isinstance(groups, dict) else [{}]

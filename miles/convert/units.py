@@ -137,7 +137,7 @@ class Units:
     def _claim(self) -> None:
         plan = self.records / PLAN
         for path in (self.folder, *self.folder.parents):
-            if path.exists() and not path.is_dir():
+            if (path.exists() or path.is_symlink()) and not path.is_dir():
                 raise UserError(f"{path}: not a folder; choose another")
         if self.folder.exists() and not plan.exists() and any(entry.name != RECORDS for entry in self.folder.iterdir()):
             raise UserError(f"{self.folder}: not empty, and no unfinished conversion of this source with these options; choose another folder")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,6 +14,8 @@ from miles.config.exits import UserError
 from miles.convert.conversion import CHUNK_BYTES
 from miles.convert.hf_source import HfSource
 from miles.convert.look import is_torch_dist
+from miles.convert.progress import Progress
+from miles.convert.safetensors_file import size_of
 from miles.convert.torch_dist_source import TorchDistSource
 from miles.convert.torch_dist_to_hf import Export
 from miles.models.maps.find import known_folder
@@ -53,32 +56,37 @@ class _Side:
             self.rows = found.values
 
 
-def verify(first: str | Path, second: str | Path, hf: str | Path | None = None, progress: Callable[[int], None] = lambda count: None) -> Verdict:
+def verify(first: str | Path, second: str | Path, hf: str | Path | None = None, quiet: bool = True) -> Verdict:
     """Compare. hf: a folder with config.json for a torch_dist checkpoint that keeps none. FP8 blocks count by the bfloat16 values they stand for."""
     one, other = (_Side(Path(folder), Path(hf) if hf is not None else None) for folder in (first, second))
     verdict = Verdict(True, 0, 0, sorted(set(one.tensors) - set(other.tensors)), sorted(set(other.tensors) - set(one.tensors)))
-    for name in (name for name in one.tensors if name in other.tensors):
+    both = [name for name in one.tensors if name in other.tensors]
+    progress = Progress(sum(size_of(side.tensors[name]) for side in (one, other) for name in both), quiet)
+    for name in both:
         (dtype, shape), (other_dtype, other_shape) = one.tensors[name], other.tensors[name]
         verdict.compared += 1
         if shape != other_shape:
             verdict.different.append({"name": name, "what": f"shapes {list(shape)} and {list(other_shape)}"})
             continue
         count, largest = _differences(one, other, name, shape, verdict, progress)
-        if dtype != other_dtype:
-            verdict.different.append({"name": name, "what": f"{_word(dtype)} and {_word(other_dtype)}", "largest": largest})
-        elif count:
-            verdict.different.append({"name": name, "what": f"{count} numbers differ", "largest": largest})
+        if not count and dtype == other_dtype:
+            continue
+        what = f"{_word(dtype)} and {_word(other_dtype)}" if dtype != other_dtype else f"{count} numbers differ"
+        finite = math.isfinite(largest)  # JSON has no other numbers
+        verdict.different.append({"name": name, "what": what, "largest": largest} if finite else {"name": name, "what": f"{what}, by NaN or infinity"})
+    progress.end()
     verdict.equal = not (verdict.only_first or verdict.only_second or verdict.different)
     return verdict
 
 
-def _differences(one: _Side, other: _Side, name: str, shape: tuple[int, ...], verdict: Verdict, progress: Callable[[int], None]) -> tuple[int, float]:
+def _differences(one: _Side, other: _Side, name: str, shape: tuple[int, ...], verdict: Verdict, progress: Progress) -> tuple[int, float]:
     width = int(torch.Size(shape[1:]).numel()) * 4
     step, count, largest = max(1, CHUNK_BYTES // max(1, width)), 0, 0.0
-    for first in range(0, shape[0], step):
-        a, b = (side.rows(name, first, min(shape[0], first + step)) for side in (one, other))
+    rows = shape[0] if shape else 1  # a single number
+    for first in range(0, rows, step):
+        a, b = (side.rows(name, first, min(rows, first + step)) for side in (one, other))
         verdict.bytes += a.nbytes + b.nbytes
-        progress(a.nbytes + b.nbytes)
+        progress.add(a.nbytes + b.nbytes)
         if a.dtype == b.dtype and torch.equal(_bits(a), _bits(b)):
             continue
         gap = (a.float() - b.float()).abs()

@@ -81,8 +81,8 @@ def save_hf(folder: str | Path, config: Any, files: Iterable[str | Path], tensor
 
 def tokenizer_files(folder: str | Path) -> list[Path]:
     """Files of a Hugging Face folder that travel with the weights: tokenizer, chat template, generation settings."""
-    wanted = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*", "generation_config.json")
-    return sorted(path for pattern in wanted for path in Path(folder).glob(pattern) if path.is_file())
+    wanted = ("tokenizer*", "*.model", "*.tiktoken", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*", "generation_config.json")
+    return sorted({path for pattern in wanted for path in Path(folder).glob(pattern) if path.is_file()})
 
 
 def load_state(folder: str | Path) -> Iterator[tuple[str, torch.Tensor]]:

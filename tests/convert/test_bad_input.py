@@ -82,6 +82,13 @@ REFUSED = [  # model, damage, what the line says
     ("qwen3", tensor("model.norm.weight", torch.zeros(63)), "model.norm.weight has the shape [63], config.json says [64] (hidden_size = 64)"),
     ("qwen3", tensor(UP, lambda value: value.to(torch.int8)), f"{UP} is int8, which holds no weights that are known"),
     ("qwen3", config(quantization_config={"quant_method": "fp8", "weight_block_size": [64, 64]}), "weight_block_size [64, 64]"),
+    ("qwen3", lambda folder: (folder / "model.safetensors").rename(folder / "model-00002-of-00003.safetensors"), "(missing: model-00001-of-00003.safetensors, model-00003-of-00003.safetensors)"),
+    # values that no config.json should have
+    ("qwen3", config(model_type=["qwen3"]), "config.json: model_type ['qwen3'] is not known; known: llama"),
+    ("qwen3", config(num_key_value_heads=0), "config.json: 4 attention heads can't share 0 key-value heads"),
+    ("qwen3", config(quantization_config="fp8"), "config.json: quantization_config is 'fp8', an object is needed"),
+    ("qwen3", config(quantization_config={"quant_method": "fp8", "weight_block_size": 128}), "weight_block_size 128"),
+    ("deepseek_v3", config(mlp_layer_types=3), "config.json: mlp_layer_types is 3, a list is needed"),
     # config.json against the tensors
     ("qwen3", config(num_hidden_layers=3), "config.json: num_hidden_layers = 3 (2 would fit) contradicts the tensors: model.layers.2.self_attn.q_proj.weight is missing" + NOT),
     ("qwen3", config(num_hidden_layers=1), "config.json: num_hidden_layers = 1 (2 would fit) contradicts the tensors: model.layers.1."),
@@ -222,3 +229,55 @@ def test_a_bad_checkpoint_is_refused_before_anything_is_written(tmp_path, models
     damage(tmp_path / "td")
     refused(script("torch_dist_to_hf", "--torch-dist", tmp_path / "td", "--output", tmp_path / "back"), said, tmp_path / "back")
     assert not (tmp_path / "back").exists()
+
+
+EXPORTS = [  # model, what another config.json says, what the line says: a tensor that would be lost
+    ("deepseek_v3", config(num_hidden_layers=1), "decoder.layers.1.input_layernorm.weight is no tensor of a 'deepseek_v3' model of "),
+    ("qwen3", config(model_type="llama", use_sliding_window=None, layer_types=None), "decoder.layers.self_attention.k_layernorm.weight is no tensor of a 'llama' model of "),
+    ("llama", config(tie_word_embeddings=True), "output_layer.weight is no tensor of a 'llama' model of "),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("model", "damage", "said"), EXPORTS, ids=[said[:40] for _, _, said in EXPORTS])
+def test_weights_that_the_config_does_not_know_are_not_dropped(tmp_path, models, model, damage, said):
+    shutil.copytree(models / model, tmp_path / "hf")
+    damage(tmp_path / "hf")
+    assert script("hf_to_torch_dist", "--hf", models / model, "--output", tmp_path / "td").code == OK
+    refused(script("torch_dist_to_hf", "--torch-dist", tmp_path / "td", "--hf", tmp_path / "hf", "--output", tmp_path / "back"), said, tmp_path / "back")
+    assert not (tmp_path / "back").exists()
+
+
+def test_numbers_beyond_float16_are_refused_by_name(tmp_path, models):
+    shutil.copytree(models / "qwen3", tmp_path / "hf")
+    change(tmp_path / "hf", lambda given: given[UP].__setitem__((3, 4), 7e4))
+    words = ("hf_to_torch_dist", "--hf", tmp_path / "hf", "--output", tmp_path / "td", "--dtype")
+    refused(script(*words, "float16"), f"{UP} has numbers beyond float16's largest, 65504; choose --dtype bfloat16 or float32", tmp_path / "td")
+
+
+WORDS = [  # script, options, what the line says
+    ("hf_to_torch_dist", "--hf {} --output x --workers 0", "argument --workers: 0 is too small, at least 1"),
+    ("hf_to_torch_dist", "--hf {} --output x --workers many", "argument --workers: invalid whole number value: 'many'"),
+    ("hf_to_torch_dist", "--hf {} --output x --mtp-num-layers -1", "argument --mtp-num-layers: -1 is too small, at least 0"),
+    ("hf_to_torch_dist", "--hf {} --output x --init-mtp random", "none are asked for; say how many with --mtp-num-layers"),
+    ("hf_to_torch_dist", "--hf {} --estimate --mtp-num-layers 1", "model_type 'qwen3' has no MTP layers that this tool knows"),
+    ("hf_to_torch_dist", "--hf {} --estimate --disk 0", "argument --disk: 0 is not a number above 0"),
+    ("hf_to_torch_dist", "--hf {} --estimate --disk nan", "argument --disk: nan is not a number above 0"),
+    ("hf_to_torch_dist", "--hf qwen3-8g --estimate", "qwen3-8g: no folder, and no name of configs/models (qwen3-8b is one)"),
+    ("quantize", "{} x --method int4 --group-size 12", "--group-size 12: codes are packed by 8; give a multiple of that, such as 32"),
+    ("quantize", "{} x --method int4 --group-size 4096", "no linear layers with rows that groups of 4096 divide, so nothing would be quantised"),
+]
+
+
+@pytest.mark.parametrize(("name", "words", "said"), WORDS, ids=[words for _, words, _ in WORDS])
+def test_mistyped_options_are_refused_in_one_line(tmp_path, models, monkeypatch, name, words, said):
+    monkeypatch.chdir(tmp_path)
+    done = script(name, *words.format(models / "qwen3").split())
+    assert done.code == WRONG
+    (line,) = done.err.splitlines()
+    assert said in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_link_to_nowhere_is_no_destination(tmp_path, models):
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    refused(script("hf_to_torch_dist", "--hf", models / "qwen3", "--output", tmp_path / "link"), "link: not a folder; choose another", tmp_path / "link")

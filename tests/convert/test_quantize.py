@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from convert_models import write_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from scripts import script
 
 from miles.convert.hf_to_torch_dist import hf_to_torch_dist
@@ -176,3 +176,16 @@ def test_transformers_loads_an_fp8_folder_with_the_values_that_we_read(tmp_path,
     loaded, wanted = (AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.bfloat16).state_dict() for name in ("fp8", "bf16"))
     assert loaded.keys() == wanted.keys()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in wanted.items())
+
+
+def test_experts_longer_than_a_buffer_and_single_numbers_are_kept(tmp_path):
+    source = write_model(tmp_path / "hf", "llama4_text", hidden_size=768, intermediate_size=4096, num_local_experts=2, num_hidden_layers=2, vocab_size=16)
+    given = load_file(source / "model.safetensors") | {"vision_model.scale": torch.tensor(3.0)}
+    experts = "model.layers.1.feed_forward.experts.gate_up_proj"
+    assert given[experts][0].nbytes > 8 << 20
+    save_file(given, source / "model.safetensors", metadata={"format": "pt"})
+    quantize(source, tmp_path / "small", Target("fp8"))
+    small = load_file(tmp_path / "small" / "model.safetensors")
+    assert small["model.layers.0.self_attn.q_proj.weight"].dtype == torch.float8_e4m3fn
+    assert torch.equal(small[experts], given[experts])
+    assert torch.equal(small["vision_model.scale"], torch.tensor(3.0))

@@ -1,12 +1,14 @@
 """Hugging Face → torch_dist → Hugging Face keeps every bit; what torch itself reads from the checkpoint is what was put in."""
 
 import json
+import shutil
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from convert_models import FAMILIES, write_model
 from safetensors.torch import load_file, save_file
+from scripts import script
 
 from miles.config.exits import UserError
 from miles.convert.hf_to_torch_dist import hf_to_torch_dist
@@ -71,6 +73,40 @@ def test_mtp_layers_are_made_up_on_request_only(tmp_path):
         assert torch.equal(through_torch(tmp_path / how / "release", "mtp.layers.0.enorm.weight"), torch.ones(64).bfloat16())
 
 
+def test_made_up_biases_are_zero_and_norms_one(tmp_path):
+    source = write_model(tmp_path / "hf", "glm4_moe")
+    hf_to_torch_dist(source, tmp_path / "td", Options(mtp_layers=1, init_mtp="random"))
+    layer = "mtp.layers.0.transformer_layer."
+    assert torch.equal(through_torch(tmp_path / "td" / "release", f"{layer}self_attention.linear_qkv.bias"), torch.zeros(128).bfloat16())
+    assert torch.equal(through_torch(tmp_path / "td" / "release", f"{layer}mlp.router.expert_bias"), torch.zeros(4))
+    assert torch.equal(through_torch(tmp_path / "td" / "release", f"{layer}pre_mlp_layernorm.weight"), torch.ones(64).bfloat16())
+
+
+def test_tensors_of_several_dtypes_in_one_keep_every_bit(tmp_path):
+    source = write_model(tmp_path / "hf", "qwen3")
+    given = tensors(source)
+    wide = ("model.layers.1.mlp.up_proj.weight", "model.layers.0.input_layernorm.weight", "model.layers.0.self_attn.v_proj.weight")
+    given |= {name: torch.randn(given[name].shape, generator=torch.Generator().manual_seed(3)) for name in wide}
+    given["model.layers.0.self_attn.o_proj.weight"] = given["model.layers.0.self_attn.o_proj.weight"].half()
+    save_file(given, source / "model.safetensors", metadata={"format": "pt"})
+    hf_to_torch_dist(source, tmp_path / "td")
+    fused = through_torch(tmp_path / "td" / "release", "decoder.layers.mlp.linear_fc1.weight")[1]
+    assert torch.equal(fused, torch.cat([given["model.layers.1.mlp.gate_proj.weight"].float(), given[wide[0]]]))
+    torch_dist_to_hf(tmp_path / "td", tmp_path / "back")
+    assert equal(given, tensors(tmp_path / "back"))
+
+
+def test_the_config_that_comes_back_is_true_of_what_is_written(tmp_path):
+    source = write_model(tmp_path / "hf", "deepseek_v3", 1)
+    hf_to_torch_dist(source, tmp_path / "td", Options(dtype="float32"))
+    (tmp_path / "td" / "release" / "miles_source.json").unlink()  # as after training, nothing tells of the source's dtypes
+    torch_dist_to_hf(tmp_path / "td", tmp_path / "back")
+    config = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert config["num_nextn_predict_layers"] == 0
+    assert config["dtype"] == "float32"
+    assert hf_to_torch_dist(tmp_path / "back", tmp_path / "again", Options(strict=True)).warnings == []
+
+
 def test_fused_tensors_are_put_together_as_megatron_wants_them(tmp_path):
     source = write_model(tmp_path / "hf", "qwen3_moe")
     hf_to_torch_dist(source, tmp_path / "td", Options(make_vocab_size_divisible_by=64))
@@ -124,6 +160,20 @@ def test_verify_says_what_differs_and_by_how_much(tmp_path):
     verdict = verify(source, tmp_path / "td")
     assert not verdict.equal
     assert verdict.different == [{"name": "model.norm.weight", "what": "1 numbers differ", "largest": 0.5}]
+
+
+def test_verify_of_nan_is_json_and_single_numbers_are_compared(tmp_path):
+    source = write_model(tmp_path / "hf", "qwen3")
+    given = tensors(source) | {"vision.scale": torch.tensor(3.0)}
+    save_file(given, source / "model.safetensors", metadata={"format": "pt"})
+    shutil.copytree(source, tmp_path / "other")
+    assert verify(source, tmp_path / "other").equal
+    given["model.norm.weight"][3], given["vision.scale"] = float("nan"), torch.tensor(5.0)
+    save_file(given, tmp_path / "other" / "model.safetensors", metadata={"format": "pt"})
+    done = script("verify", source, tmp_path / "other", "--json")
+    found = json.loads(done.out, parse_constant=lambda word: pytest.fail(word))
+    by_name = {entry.pop("name"): entry for entry in found["different"]}
+    assert by_name == {"model.norm.weight": {"what": "1 numbers differ, by NaN or infinity"}, "vision.scale": {"what": "1 numbers differ", "largest": 2.0}}
 
 
 def test_sharded_source_with_an_index(tmp_path):

@@ -20,7 +20,7 @@ def main() -> int:
     given = options.parse_args()
     from miles.convert.verify import verify
 
-    found = verify(given.first, given.second, given.hf)
+    found = verify(given.first, given.second, given.hf, quiet=False)
     lines = [f"only in {given.first}: {name}" for name in found.only_first] + [f"only in {given.second}: {name}" for name in found.only_second]
     for entry in found.different:
         gap = f", largest difference {entry['largest']:.6g}" if "largest" in entry else ""

@@ -20,6 +20,8 @@ WITHOUT_EFFECT = {
     "hidden_dropout_prob", "output_attentions", "output_hidden_states", "return_dict", "chunk_size_feed_forward", "id2label", "label2id", "problem_type",
     "cache_implementation", "_attn_implementation_autoset",
 }  # fmt: skip
+LISTS = ("layer_types", "mlp_layer_types", "mlp_only_layers", "moe_layers", "attn_type_list", "no_rope_layers")
+OBJECTS = ("quantization_config", "compression_config")
 ROPES = ("default", "linear", "llama3", "yarn")
 
 
@@ -46,6 +48,9 @@ class Map:
 
 def check(family: Map, config: Config) -> None:
     """UserError naming the first config field that the family's map does not understand and that would change the computation."""
+    for name, wanted, word in (*((name, list, "a list") for name in LISTS), *((name, dict, "an object") for name in OBJECTS)):
+        if config.get(name) is not None and not isinstance(config.get(name), wanted):
+            raise UserError(f"{config.where}: {name} is {config.get(name)!r}, {word} is needed; restore config.json from the checkpoint's origin")
     known = ATTENTION | NUMERICS | WITHOUT_EFFECT | family.fields | set(family.fixed)
     for name, value in config.fields.items():
         if name not in known and value not in (None, False, 0, [], {}):
@@ -62,7 +67,7 @@ def check(family: Map, config: Config) -> None:
         kind = rope.get("rope_type") or rope.get("type") or "default"
         if kind not in ROPES:
             raise UserError(f"{config.where}: rope_type {kind!r} is not supported; supported: {', '.join(ROPES)}")
-    if config.heads % max(1, config.groups):
+    if not config.groups or config.heads % config.groups:
         raise UserError(f"{config.where}: {config.heads} attention heads can't share {config.groups} key-value heads; restore config.json from the checkpoint's origin")
     family.check(config)
 

@@ -55,13 +55,13 @@ class Known:
 def known(fields: Mapping[str, Any], where: str) -> Known:
     """The family of a config.json's fields. UserError for an unknown one, and for a field that its map does not understand."""
     kind, prefix, config = fields.get("model_type"), "", Config(fields, where)
-    if kind in WITH_TEXT_INSIDE and isinstance(fields.get("text_config"), dict):
+    if isinstance(kind, str) and kind in WITH_TEXT_INSIDE and isinstance(fields.get("text_config"), dict):
         inner = {"model_type": f"{kind}_text", **fields["text_config"]}
         inner.setdefault("tie_word_embeddings", fields.get("tie_word_embeddings"))
-        kind, prefix, config = inner["model_type"], WITH_TEXT_INSIDE[str(kind)], Config(inner, where)
-    if kind not in MAPS:
+        kind, prefix, config = inner["model_type"], WITH_TEXT_INSIDE[kind], Config(inner, where)
+    if not isinstance(kind, str) or kind not in MAPS:
         raise UserError(f"{where}: model_type {kind!r} is not known; known: {', '.join(MAPS)}")
-    family = MAPS[str(kind)]
+    family = MAPS[kind]
     check(family, config)
     return Known(family, config, prefix)
 
