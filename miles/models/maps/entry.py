@@ -68,11 +68,11 @@ class Config:
         found = self.fields.get(name)
         return default if found is None else found
 
-    def number(self, name: str, default: int | None = None) -> int:
-        """A whole number of at least 0. UserError where it is missing or none."""
+    def number(self, name: str, default: int | None = None, least: int = 0) -> int:
+        """A whole number of at least `least`. UserError where it is missing or none."""
         found = self.get(name, default)
-        if isinstance(found, bool) or not isinstance(found, int) or found < 0:
-            raise UserError(f"{self.where}: {name} is {found!r}, a whole number is needed; restore config.json from the checkpoint's origin")
+        if isinstance(found, bool) or not isinstance(found, int) or found < least:
+            raise UserError(f"{self.where}: {name} is {found!r}, a whole number of at least {least} is needed; restore config.json from the checkpoint's origin")
         return found
 
     @property

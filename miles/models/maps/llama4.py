@@ -13,7 +13,7 @@ FIELDS = frozenset({
 def sparse(config: Config, i: int) -> bool:
     """Whether layer i has experts."""
     listed = config.get("moe_layers")
-    return i in listed if listed is not None else (i + 1) % config.number("interleave_moe_layer_step", 1) == 0
+    return i in listed if listed is not None else (i + 1) % config.number("interleave_moe_layer_step", 1, least=1) == 0
 
 
 def layer(config: Config, i: int) -> list[Entry]:

@@ -22,7 +22,7 @@ def qwen3(config: Config, i: int) -> list[Entry]:
 
 def sparse(config: Config, i: int) -> bool:
     """Whether layer i has experts."""
-    return i not in config.get("mlp_only_layers", []) and config.experts > 0 and (i + 1) % config.number("decoder_sparse_step", 1) == 0
+    return i not in config.get("mlp_only_layers", []) and config.experts > 0 and (i + 1) % config.number("decoder_sparse_step", 1, least=1) == 0
 
 
 def uniform(config: Config) -> bool:
