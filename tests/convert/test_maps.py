@@ -50,7 +50,7 @@ def test_pieces_of_a_tensor_fill_it_without_overlap():
         ({"model_type": "mamba"}, "known: llama"), ({"new_gate": 3}, "new_gate = 3"), ({"hidden_act": "gelu"}, "hidden_act"),
         ({"rope_parameters": {"rope_type": "longrope"}}, "longrope"), ({"use_sliding_window": True}, "use_sliding_window"),
         ({"num_key_value_heads": 3}, "can't share"), ({"num_hidden_layers": "two"}, "num_hidden_layers"),
-        ({"model_type": "qwen2_moe", "decoder_sparse_step": 0}, "decoder_sparse_step is 0, a whole number of at least 1"),
+        ({"model_type": "qwen2_moe", "num_experts": 4, "decoder_sparse_step": 0}, "decoder_sparse_step is 0, a whole number of at least 1"),
     ],
 )  # fmt: skip
 def test_what_is_not_understood_is_refused_by_name(change, said):
