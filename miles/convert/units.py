@@ -110,7 +110,7 @@ class Units:
         """What is written of a finished conversion of this plan."""
         with contextlib.suppress(OSError, ValueError):
             found = json.loads((self.folder / DONE).read_text())
-            if isinstance(found, dict) and found.get("plan") == self.plan:
+            if isinstance(found, dict) and found.get("plan") == self.plan and "files" in found:
                 return found
         return None
 
