@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,11 @@ from xdist.scheduler import LoadScopeScheduling
 # What a script starts in the background inherits that Ctrl-C is ignored, and so would the commands that are tested with one.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# What a terminal or a CI says of itself changes what programs print; tests that want colours or a width ask for them.
+for name in ("CLICOLOR_FORCE", "COLUMNS", "FORCE_COLOR", "GITHUB_ACTIONS", "LINES", "NO_COLOR", "PY_COLORS", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+    os.environ.pop(name, None)
+os.environ["TERM"] = "xterm-256color"
 
 HERE = Path(__file__).parent
 # The longest first, so that no worker is left alone with one at the end; Slurm's wait more than they compute, beside those that compute.
