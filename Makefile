@@ -37,9 +37,11 @@ quickstart-slurm: RUN = runs/$(notdir $(RECIPE))-slurm
 quickstart-slurm: $(VENV)/.train slurm  ## the quickstart as a heterogeneous job of a private Slurm, and without Slurm: are the weights equal?
 	$(BIN)/python -m miles.slurm.minicluster.same_bits $(RECIPE) $(RUN) $(if $(REFERENCE),--reference $(REFERENCE))
 
+# A mirror that stumbles is asked again, and another apt-get waited for.
+APT := -o Acquire::Retries=3 -o DPkg::Lock::Timeout=300
 # The browser test looks at the report as a reader would.
 chromium:
-	@command -v chromium >/dev/null || (apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium >/dev/null)
+	@command -v chromium >/dev/null || (apt-get $(APT) update -qq && apt-get $(APT) install -y -qq --no-install-recommends chromium >/dev/null)
 
 # The tests run on a real Slurm: private clusters made of Debian's packages, without the system's services.
 SLURM_PACKAGES := slurmctld slurmd slurm-client munge libpmix2 slurmdbd slurm-wlm-mysql-plugin mariadb-server libeatmydata1 debootstrap patchelf
@@ -51,7 +53,7 @@ slurm:  ## install Debian's packages for private Slurm clusters, where we may
 	if [ "$$as" = no ] || ! command -v apt-get >/dev/null; then \
 	  printf '\n*** NOT INSTALLED, so tests on a real Slurm are SKIPPED: %s\n*** as root: apt-get install --no-install-recommends %s\n\n' "$$missing" "$$missing"; \
 	  exit 0; fi; \
-	$$as apt-get update -qq && $$as env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing >/dev/null
+	$$as apt-get $(APT) update -qq && $$as env DEBIAN_FRONTEND=noninteractive apt-get $(APT) install -y -qq --no-install-recommends $$missing >/dev/null
 
 slurm-24: $(VENV)/.dev slurm  ## unpack Slurm 24.11 beside it, into ~/.cache/miles
 	@$(BIN)/python -m miles.slurm.minicluster.trixie || printf '\n*** NOT UNPACKED, so tests on Slurm 24.11 are SKIPPED\n\n'

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 
 from miles.config.exits import UserError
-from miles.slurm.minicluster import Cluster
+from miles.slurm.minicluster import Cluster, trixie
 from miles.slurm.minicluster.packages import COMPLETE, complete, find
 from miles.slurm.minicluster.trixie import build
 
@@ -50,3 +51,15 @@ def test_a_folder_with_something_else_is_left_alone(tmp_path: Path, slurm24: Clu
     with pytest.raises(UserError, match="not empty"):
         build(tmp_path)
     assert (tmp_path / "theirs").read_text() == "x"
+
+
+def test_a_mirror_that_stumbles_is_asked_again(tmp_path: Path, slurm24: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = tmp_path / "bin" / "debootstrap"
+    command.parent.mkdir()
+    command.write_text(f"#!/bin/sh\necho >> {tmp_path}/asked\nexit 1\n")
+    command.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{command.parent}:{os.environ['PATH']}")
+    monkeypatch.setattr(trixie, "PAUSE_SECONDS", 0.0)
+    with pytest.raises(UserError, match=r"^debootstrap .*: exit code 1"):
+        build(tmp_path / "new")
+    assert (tmp_path / "asked").read_text() == "\n" * trixie.DOWNLOADS

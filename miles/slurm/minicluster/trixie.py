@@ -24,6 +24,7 @@ DAEMONS = ("slurmctld", "slurmd", "slurmstepd", "slurmdbd")
 COMMANDS = ("sacct", "sacctmgr", "salloc", "sattach", "sbatch", "scancel", "scontrol", "sdiag", "sinfo", "sprio", "squeue", "sreport", "srun", "sshare", "sstat", "strigger")
 LIBRARIES = ("lib", "slurm", "zlib")  # beginnings of the names of packages that have any
 BUILDING = "building"  # marks a folder as ours before it is complete
+DOWNLOADS, PAUSE_SECONDS = 3, 5.0  # tries
 TOOLS = ("debootstrap", "patchelf", "dpkg-deb")
 
 
@@ -55,7 +56,15 @@ def build(folder: Path) -> bool:
 def _unpack(folder: Path) -> None:
     """Download, and keep of the packages the libraries, Slurm's plugins, daemons and commands."""
     download, tree = folder / "download", folder / "tree"
-    _run(["debootstrap", "--variant=minbase", "--download-only", f"--include={','.join(INCLUDE)}", SUITE, str(download)])
+    for left in reversed(range(DOWNLOADS)):
+        try:
+            _run(["debootstrap", "--variant=minbase", "--download-only", f"--include={','.join(INCLUDE)}", SUITE, str(download)])
+            break
+        except UserError:  # a mirror may stumble over one of hundreds of files
+            if not left:
+                raise
+            shutil.rmtree(download, ignore_errors=True)
+            time.sleep(PAUSE_SECONDS)
     for package in sorted((download / "var" / "cache" / "apt" / "archives").glob("*.deb")):
         if package.name.startswith(LIBRARIES):
             _run(["dpkg-deb", "--extract", str(package), str(tree)])
