@@ -151,7 +151,7 @@ def test_bad_input_is_named(whole, tmp_path, case):
 
 
 def tool(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, ROOT / "tools/analyze/logprob_mismatch.py", *map(str, arguments)], capture_output=True, text=True, timeout=120)
+    return subprocess.run([sys.executable, ROOT / "tools/analyze/logprob_mismatch.py", *map(str, arguments)], capture_output=True, text=True, timeout=300)
 
 
 @pytest.mark.parametrize("kind", ["no folder", "no run", "nothing trained", "all masked", "no common token"])

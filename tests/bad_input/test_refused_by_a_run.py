@@ -22,7 +22,7 @@ from inputs import ROWS, Case, replace
 AT_ONCE = 2
 OWN = "rollout.reward.type=null rollout.reward.path=own_functions."
 TOLD = ("step ", "starting", "waiting for ", "failed, step ", "stopped, step ", "report: ", "resuming ")  # what the launcher of a run says besides
-PATIENCE = 240.0
+PATIENCE = 480.0
 
 
 def row(number: int, prompt: str):

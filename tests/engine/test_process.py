@@ -31,7 +31,7 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def refused(*options: str) -> str:
-    result = subprocess.run(command(*options), capture_output=True, text=True, env=environment(), timeout=120)
+    result = subprocess.run(command(*options), capture_output=True, text=True, env=environment(), timeout=300)
     assert result.returncode == WRONG, result.stderr
     lines = [line for line in result.stderr.splitlines() if line.startswith("engine: ")]
     assert len(lines) == 1

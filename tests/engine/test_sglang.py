@@ -55,7 +55,7 @@ import os, subprocess, sys
 from miles.engine.child import relay
 talker = subprocess.Popen([sys.executable, "-c", "for _ in range(20000): print('a line of some length, and many of them')"], stdout=subprocess.PIPE)
 relay(talker.stdout, "token")
-os._exit(talker.wait(20))
+os._exit(talker.wait(60))
 """
 
 
@@ -111,7 +111,7 @@ def test_last_lines_of_a_server_that_ends_are_in_the_log(tmp_path: Path) -> None
 
 def test_a_child_is_heard_out_when_the_log_is_full() -> None:
     with open("/dev/full", "wb") as full:
-        done = subprocess.run([sys.executable, "-c", RELAYS], stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+        done = subprocess.run([sys.executable, "-c", RELAYS], stdout=full, stderr=subprocess.PIPE, text=True, timeout=180)
     assert (done.returncode, done.stderr) == (0, "")
 
 

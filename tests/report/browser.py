@@ -19,7 +19,7 @@ FLAGS = [
     "--hide-scrollbars",
     "--disable-dev-shm-usage",
 ]
-SECONDS = 90
+SECONDS = 240
 
 
 def chromium(*arguments: str) -> str:

@@ -28,5 +28,5 @@ def test_the_exit_code_survives_a_full_disk(tmp_path: Path, statement: str, code
     (tmp_path / "latest").symlink_to("attempts/000001")
     identity = {"PYTHONUNBUFFERED": "", "MILES_RUN_DIR": str(tmp_path), "MILES_EPOCH": "1", "MILES_RANK": "0", "MILES_WORLD_SIZE": "1", "MILES_TOKEN": "t", "MILES_SERVICE": "http://127.0.0.1:9"}
     with open("/dev/full", "w") as full:
-        done = subprocess.run([sys.executable, "-c", BODY.format(statement)], env={**os.environ, **identity}, stdout=full, stderr=full, timeout=60)
+        done = subprocess.run([sys.executable, "-c", BODY.format(statement)], env={**os.environ, **identity}, stdout=full, stderr=full, timeout=180)
     assert done.returncode == code

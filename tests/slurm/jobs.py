@@ -57,7 +57,7 @@ class Job:
 
     def miles(self, *words: str) -> str:
         """Output of a miles-submit command on a login node of the cluster."""
-        return self.cluster.run([sys.executable, "-m", "miles.cli", *words], env=self.environment, cwd=REPOSITORY).stdout
+        return self.cluster.run([sys.executable, "-m", "miles.cli", *words], env=self.environment, cwd=REPOSITORY, timeout=PATIENCE).stdout
 
     def follow(self, *component: str) -> subprocess.Popen[str]:
         """`logs -f` beside the run, from now on."""

@@ -271,7 +271,7 @@ def test_a_preflight_on_a_real_slurm_names_the_broken_node(slurm: Cluster, tmp_p
     words = ["recipes/tiny", "cluster.executor=slurm", "cluster.placement=het", "train.num_nodes=3", "cluster.groups.train.partition=gb300", "cluster.groups.rollout.partition=h200"]
     words += ["cluster.groups.train.nodelist=train[0-2]", "cluster.groups.all.mem=100", f'cluster.groups.train.setup=["{broken}"]']
     run = tmp_path / "run"
-    done = slurm.run([sys.executable, "-m", "miles.cli", "preflight", *words, "--run-dir", str(run), "--json"], env=slurm.env() | {"PYTHONPATH": str(REPOSITORY)}, cwd=REPOSITORY, check=False, timeout=180)
+    done = slurm.run([sys.executable, "-m", "miles.cli", "preflight", *words, "--run-dir", str(run), "--json"], env=slurm.env() | {"PYTHONPATH": str(REPOSITORY)}, cwd=REPOSITORY, check=False, timeout=300)
     assert done.returncode == 78, done.stderr
     said = json.loads(done.stdout)
     assert list(said["bad"]) == ["train1"]
@@ -282,6 +282,6 @@ def test_a_preflight_on_a_real_slurm_names_the_broken_node(slurm: Cluster, tmp_p
         assert {name for name, each in probes.items() if each["status"] == "not checked"} >= {"gpu health", "container", "nccl"}
     assert list(json.loads((run / "slurm" / "exclude.json").read_text())["nodes"]) == ["train1"]
     written = [word for word in words if "nodelist" not in word]
-    slurm.run([sys.executable, "-m", "miles.cli", "render", str(run), *written], env=slurm.env() | {"PYTHONPATH": str(REPOSITORY)}, cwd=REPOSITORY)
+    slurm.run([sys.executable, "-m", "miles.cli", "render", str(run), *written], env=slurm.env() | {"PYTHONPATH": str(REPOSITORY)}, cwd=REPOSITORY, timeout=300)
     assert (run / "slurm" / "train-rollout.sbatch").read_text().count("#SBATCH --exclude=train1") == 2
     assert slurm.run(["squeue", "-h", "--states=PENDING,RUNNING"]).stdout == ""

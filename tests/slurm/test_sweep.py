@@ -56,7 +56,7 @@ def test_what_is_no_sweep(words: list[str], what: str) -> None:
 
 def miles(cluster: Cluster, *words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
     here = os.pathsep.join([str(REPOSITORY), str(Path(__file__).parent)])
-    return cluster.run([sys.executable, "-m", "miles.cli", *words], env=cluster.env() | {"PYTHONPATH": here}, cwd=REPOSITORY, check=check, timeout=180)
+    return cluster.run([sys.executable, "-m", "miles.cli", *words], env=cluster.env() | {"PYTHONPATH": here}, cwd=REPOSITORY, check=check, timeout=300)
 
 
 def over(cluster: Cluster) -> None:
@@ -95,7 +95,7 @@ def test_an_array_whose_command_was_killed_is_found_again(slurm: Cluster, tmp_pa
     (bin_folder / "sbatch").chmod(0o755)
     words = ["recipes/tiny", *SLURM, "cluster.groups.all.sbatch={hold: null}", "seed=1,2", "--run-dir", str(root)]
     environment = slurm.env() | {"PYTHONPATH": str(REPOSITORY)}
-    killed = slurm.run([sys.executable, "-m", "miles.cli", "sweep", *words], env=environment | {"PATH": f"{bin_folder}:{environment['PATH']}"}, cwd=REPOSITORY, check=False, timeout=180)
+    killed = slurm.run([sys.executable, "-m", "miles.cli", "sweep", *words], env=environment | {"PATH": f"{bin_folder}:{environment['PATH']}"}, cwd=REPOSITORY, check=False, timeout=300)
     assert (killed.returncode, killed.stdout, json.loads((root / "sweep.json").read_text())["array"]) == (-signal.SIGKILL, "", None)
     (array,) = set(slurm.run(["squeue", "-h", "-o", "%F"]).stdout.split())
     assert "holds a sweep already" in miles(slurm, "sweep", *words, check=False).stderr
