@@ -86,7 +86,7 @@ def nothing_is_left(cluster: Cluster, folder: Path) -> None:
 @everywhere
 def test_results_logs_and_ranks_by_component(cluster: Cluster, tmp_path: Path) -> None:
     job = executor(tmp_path, nodes=2).submit_components({"trainer": ("payloads.train", "ok"), "server": ("payloads.serve", "ok", str(tmp_path / "ended"))})
-    assert job.state in ALIVE  # what is known now is older than the results
+    assert job.state in (*ALIVE, "COMPLETED")  # what is known now is mostly older than the results
     first, second = job.results()
     assert job.state in ("RUNNING", "COMPLETING", "COMPLETED")  # the server is being stopped
     server = job.components["server"]
