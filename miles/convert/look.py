@@ -9,16 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from miles.config.exits import UserError
+from miles.config.json_file import read_object
 from miles.convert.hf_source import HfSource
 from miles.convert.model_files import source_mtp_layers
 from miles.convert.torch_dist_source import TRACKER, TorchDistSource, is_model
 from miles.models.dcp_metadata import METADATA
-from miles.models.maps.find import known_folder
+from miles.models.maps.find import known
 
 
 @dataclass
 class Look:
-    """What inspect says. dtypes: bytes of each; tensors: name, dtype, shape, parts."""
+    """What inspect says. dtypes: bytes of each; tensors: name, dtype, shape, parts; refused: why config.json can't be converted, None where it can."""
 
     format: str
     folder: str
@@ -31,6 +32,7 @@ class Look:
     layout: str
     other: dict[str, int] = field(default_factory=dict)
     tensors: list[dict[str, Any]] = field(default_factory=list)
+    refused: str | None = None
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -52,7 +54,12 @@ def is_torch_dist(folder: Path) -> bool:
 
 
 def _hf(folder: Path) -> Look:
-    known, source = known_folder(folder), HfSource(folder)
+    config, source = folder / "config.json", HfSource(folder)
+    fields, refused, mtp = read_object(config), None, 0
+    try:
+        mtp = source_mtp_layers(known(fields, str(config)), source.stored)
+    except UserError as error:  # there is something to see all the same
+        refused = str(error)
     dtypes: Counter[str] = Counter()
     tensors = []
     for name, stored in sorted(source.stored.items()):
@@ -61,8 +68,8 @@ def _hf(folder: Path) -> Look:
         tensors.append({"name": name, "dtype": word, "shape": list(stored.shape), "file": stored.file.name})
     files = len({stored.file for stored in source.stored.values()})
     parameters = sum(stored.bytes // stored.dtype.itemsize for name, stored in source.stored.items() if not name.endswith("_scale_inv"))
-    kind = str(known.config.get("model_type"))
-    return Look("hf", str(folder), kind, source_mtp_layers(known, source.stored), source.bytes, parameters, files, dict(dtypes), "whole tensors", tensors=tensors)
+    kind = str(fields.get("model_type"))
+    return Look("hf", str(folder), kind, mtp, source.bytes, parameters, files, dict(dtypes), "whole tensors", tensors=tensors, refused=refused)
 
 
 def _torch_dist(source: TorchDistSource) -> Look:

@@ -281,3 +281,13 @@ def test_mistyped_options_are_refused_in_one_line(tmp_path, models, monkeypatch,
 def test_a_link_to_nowhere_is_no_destination(tmp_path, models):
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     refused(script("hf_to_torch_dist", "--hf", models / "qwen3", "--output", tmp_path / "link"), "link: not a folder; choose another", tmp_path / "link")
+
+
+def test_inspect_shows_what_no_map_knows_and_says_so(tmp_path, models):
+    shutil.copytree(models / "qwen3", tmp_path / "hf")
+    config(model_type="mamba")(tmp_path / "hf")
+    done = script("inspect", tmp_path / "hf")
+    assert done.code == OK
+    assert done.out.splitlines()[0] == f"{tmp_path}/hf: hf, mamba"
+    assert f"converted   no: {tmp_path}/hf/config.json: model_type 'mamba' is not known; known: llama" in done.out
+    assert json.loads(script("inspect", models / "qwen3", "--json").out)["refused"] is None

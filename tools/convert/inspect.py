@@ -29,6 +29,8 @@ def main() -> int:
         f"layout      {found.layout}",
         f"MTP layers  {found.mtp_layers or 'none'}",
     ]
+    if found.refused:
+        lines.append(f"converted   no: {found.refused}")
     lines += [f"also        {name}: {count if name == 'objects' else size(count)}" for name, count in found.other.items()]
     if given.tensors:
         width = max((len(tensor["name"]) for tensor in found.tensors), default=0)

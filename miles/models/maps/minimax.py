@@ -7,7 +7,7 @@ from miles.models.maps.parts import attention, experts, router
 
 FIELDS = frozenset({
     "num_local_experts", "num_experts_per_tok", "rotary_dim", "partial_rotary_factor", "use_routing_bias", "layer_types", "sliding_window", "attn_type_list",
-    "use_mtp", "num_mtp_modules", "mtp_transformer_layers", "initializer_factor", "layernorm_full_attention_beta", "layernorm_linear_attention_beta",
+    "use_mtp", "shared_moe_mode", "num_mtp_modules", "mtp_transformer_layers", "initializer_factor", "layernorm_full_attention_beta", "layernorm_linear_attention_beta",
     "layernorm_mlp_beta", "mlp_intermediate_size", "norm_topk_prob", "num_experts",
 })  # fmt: skip
 FIXED = {
