@@ -6,14 +6,19 @@ from dataclasses import dataclass, field
 
 import torch
 
+from miles.models.rerouted import Rerouted
 from miles.precision.attention import KVCache, Plan, cached_attention, cached_plan, packed_plan, varlen_attention
 
 
 @dataclass
 class Context:
-    """Common part. routes: where given, i32 [T, layers, k] on the CPU that a mixture of experts fills with the experts it chose."""
+    """Common part, of which a mixture of experts fills what is given with the experts that it chose.
+
+    routes: i32 [T, layers, k] on the CPU, its choices; rerouted: how they differ from those of an earlier pass.
+    """
 
     routes: torch.Tensor | None = None
+    rerouted: Rerouted | None = None
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
         """q [T, H, D], k, v [T, Hkv, D] -> [T, H, D]."""
@@ -23,6 +28,8 @@ class Context:
         """Note the experts (index [T or more, k]) that a layer chose."""
         if self.routes is not None:
             self.routes[:, layer] = index[: len(self.routes)].to(device=self.routes.device, dtype=self.routes.dtype)
+        if self.rerouted is not None:
+            self.rerouted.record(layer, index)
 
 
 @dataclass

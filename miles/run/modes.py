@@ -147,7 +147,7 @@ class Rescore(Replay):
         began = time.perf_counter()
         manifest = self.manifest(folder)
         with self.phase("log_probs", step.number) as facts, self.profiled(step):
-            batch = open_batch(manifest, folder, self.config.algorithm, self.ranks)
+            batch = open_batch(manifest, folder, self.config.algorithm, self.ranks, self.trainer.experts)
             found = [self.trainer.score(batch, index) for index in range(batch.steps)]
             self.metrics = {name: combine(name, [values[name] for values in found]) for name in found[0]} | batch.metrics()
             self.trainer.close_batch(batch, self.folder.train(step.number), self.fence)

@@ -16,9 +16,10 @@ from miles.config.exits import UserError
 from miles.config.schema import Algorithm
 from miles.data.sample import Status
 from miles.data.store.manifest import Manifest
-from miles.data.store.shard import open_shard
+from miles.data.store.shard import open_routes, open_shard
 from miles.training.distributed import Ranks
 from miles.training.loss import Denominators
+from miles.training.misses import Misses
 from miles.training.packing import PackedBatch, Part, pack
 from miles.training.progress import HERE
 from miles.training.reader import Reader, share
@@ -29,17 +30,25 @@ SMALL = ("offset", "draw", "sample", "reward", "prompt_length", "status", "train
 
 @dataclass(frozen=True)
 class Seen:
-    """What training saw of one micro-batch: sequences (shard, row, lengths i64 [S]) and values of all their T tokens, prompts included."""
+    """What training saw of one micro-batch: sequences (shard, row, lengths i64 [S]) and values of all their T tokens, prompts included.
+
+    layers: counts u64 [layers] of its tokens, where the rollout's routes were compared.
+    """
 
     shard: np.ndarray
     row: np.ndarray
     lengths: np.ndarray
     values: dict[str, np.ndarray]
+    layers: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 @dataclass
 class Batch:
-    """One batch, opened. `small` holds one number a sequence of all its shards. `kept` holds what this rank's optimizer steps found, [step][micro-batch], until the record is written."""
+    """One batch, opened. `small` holds one number a sequence of all its shards. `kept` holds what this rank's optimizer steps found, [step][micro-batch], until the record is written.
+
+    old: of several optimizer steps, what the pass before the first of them found, [step][micro-batch]. layers: of the model, where
+    routes of the rollout are there to be compared with.
+    """
 
     manifest: Manifest
     ranks: Ranks
@@ -48,7 +57,8 @@ class Batch:
     small: dict[str, np.ndarray]
     temperature: float
     kept: list[list[Seen]] = field(default_factory=list)
-    old_logprob: list[list[torch.Tensor]] = field(default_factory=list)
+    old: list[list[tuple[torch.Tensor, Misses | None]]] = field(default_factory=list)
+    layers: int | None = None
     _whole: list[Denominators] | None = None
 
     @property
@@ -60,10 +70,10 @@ class Batch:
         """Micro-batches of this rank in an optimizer step (the same number on every rank)."""
         return len(self.manifest.assignment[step][self.ranks.rank])
 
-    def packed(self, step: int) -> Iterator[PackedBatch]:
-        """This rank's micro-batches of an optimizer step; the next ones are read while one is in use."""
+    def packed(self, step: int, routes: bool = False) -> Iterator[PackedBatch]:
+        """This rank's micro-batches of an optimizer step, with the rollout's routes if wanted and there; the next ones are read while one is in use."""
         rows = self.manifest.assignment[step][self.ranks.rank]
-        with closing(self.reader.micro_batches(rows)) as read:
+        with closing(self.reader.micro_batches(rows, routes=routes and self.layers is not None)) as read:
             for each, tokens in zip(rows, read, strict=True):
                 HERE.tick()
                 yield pack(self.parts, each, tokens, self.ranks.device)
@@ -113,10 +123,11 @@ class Batch:
         self.reader.close()
 
 
-def open_batch(manifest: Manifest, folder: Path, algorithm: Algorithm, ranks: Ranks) -> Batch:
+def open_batch(manifest: Manifest, folder: Path, algorithm: Algorithm, ranks: Ranks, experts: tuple[int, int] | None = None) -> Batch:
     """Open the shards of a sealed batch and compute the advantages of all its samples from their rewards.
 
-    folder: where the shards lie. Raises ValueError where the assignment is for another number of ranks, and for a reward
+    folder: where the shards lie; experts: (layers, experts of a token) of a model whose routes are to be compared with the rollout's, which
+    are left alone where they are of another shape, or gone. Raises ValueError where the assignment is for another number of ranks, and for a reward
     that is not finite, naming draw and sample.
     """
     for step, ranks_rows in enumerate(manifest.assignment):
@@ -127,7 +138,9 @@ def open_batch(manifest: Manifest, folder: Path, algorithm: Algorithm, ranks: Ra
             )
         assert len({len(rows) for rows in ranks_rows}) == 1, f"optimizer step {step}: ranks have equally many micro-batches"
     paths = [folder / entry.name for entry in manifest.shards]
-    tables = _tables(paths, ranks)
+    beside = _routes_beside(manifest, folder if experts else None)
+    tables = _tables(paths, beside, ranks)
+    routes = [path if path is not None and tuple(table["routes"]) == experts else None for path, table in zip(beside, tables, strict=True)]
     names = [name for name in SMALL if name != "offset"]
     small = {name: np.concatenate([table[name] for table in tables]) if tables else np.zeros(0) for name in names}
     small["length"] = np.concatenate([np.diff(table["offset"].astype(np.int64)) for table in tables]) if tables else np.zeros(0, np.int64)
@@ -137,21 +150,36 @@ def open_batch(manifest: Manifest, folder: Path, algorithm: Algorithm, ranks: Ra
     parts = [Part(table["offset"], own, table["trained_tokens"]) for table, own in zip(tables, owns, strict=True)]
     temperature = float(manifest.sampling.get("temperature", 1.0)) if manifest.kind == "rollout" else 1.0
     # The engine's log-prob of a greedy token is that of temperature 1.
-    return Batch(manifest, ranks, Reader(paths), parts, small, temperature if temperature > 0 else 1.0, kept=[[] for _ in manifest.assignment])
+    layers = experts[0] if experts and any(routes) else None
+    return Batch(
+        manifest, ranks, Reader(paths, routes=routes), parts, small, temperature if temperature > 0 else 1.0,
+        kept=[[] for _ in manifest.assignment], layers=layers,
+    )  # fmt: skip
 
 
-def _tables(paths: list[Path], ranks: Ranks) -> list[dict[str, np.ndarray]]:
-    """Small arrays of each shard's sequences, on every rank. Rank 0 alone opens all the files: ranks × shards is a load on a file system."""
+def _routes_beside(manifest: Manifest, folder: Path | None) -> list[Path | None]:
+    """The routes that the manifest names beside each shard, None where nobody asks: they share the part of their names after the first dot."""
+    named = {entry.name.partition(".")[2]: folder / entry.name for entry in manifest.routes} if folder else {}
+    return [named.get(entry.name.partition(".")[2]) for entry in manifest.shards]
+
+
+def _tables(paths: list[Path], routes: list[Path | None], ranks: Ranks) -> list[dict[str, np.ndarray]]:
+    """Small arrays of each shard's sequences, and the shape of its routes ((0, 0): none), on every rank. Rank 0 alone opens all the files: ranks × shards is a load on a file system."""
 
     def read() -> dict[str, np.ndarray]:
         found: dict[str, np.ndarray] = {}
-        for index, path in enumerate(paths):
+        for index, (path, beside) in enumerate(zip(paths, routes, strict=True)):
             with open_shard(path) as shard:
                 found |= {f"{index}.{name}": array for name, array in shard.sequences().items() if name in SMALL}
+            shape = (0, 0)
+            if beside is not None and beside.is_file():  # retention may have taken it
+                with open_routes(beside) as opened:
+                    shape = opened.shape
+            found[f"{index}.routes"] = np.array(shape, np.int64)
         return found
 
     told = share(read if ranks.rank == 0 else None, dist.group.WORLD if ranks.world_size > 1 else None)
-    return [{name: told[f"{index}.{name}"] for name in SMALL} for index in range(len(paths))]
+    return [{name: told[f"{index}.{name}"] for name in (*SMALL, "routes")} for index in range(len(paths))]
 
 
 def _advantages(small: dict[str, np.ndarray], algorithm: Algorithm, folder: Path) -> np.ndarray:

@@ -22,6 +22,8 @@ class Trainer(Protocol):
     """A model, its optimizer and its frozen reference, spread over ranks. Every method is collective: all ranks call it alike."""
 
     ranks: Ranks
+    experts: tuple[int, int] | None
+    """(layers, experts of a token) of a mixture of experts."""
 
     def start_phase(self, phase: Phase) -> None:
         """Begin (or stay in) a phase. A new phase has a fresh optimizer and schedule; optimizer states are not carried over."""

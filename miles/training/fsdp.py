@@ -30,6 +30,7 @@ from miles.models.forward import PackedContext, forward
 from miles.models.hf_folder import named_tensors, save_hf, tokenizer_files, weight_checksum
 from miles.models.hf_names import to_hf_names
 from miles.models.load import load_model
+from miles.models.registry import family_of
 from miles.precision.logprob import token_logprob
 from miles.training import checkpoint, dcp
 from miles.training.batch import Batch, Seen, open_batch
@@ -37,6 +38,7 @@ from miles.training.contract import Bucket, Phase, Role
 from miles.training.distributed import Ranks, seed_everything
 from miles.training.loss import StepSums, reinforcement_loss, supervised_loss, token_weight
 from miles.training.lr_schedule import learning_rate
+from miles.training.misses import Misses, misses
 from miles.training.optimizer import clip_gradients, make_optimizer, set_learning_rate
 from miles.training.packing import PackedBatch, unpack
 from miles.training.record import write_record
@@ -58,6 +60,7 @@ class FsdpTrainer:
         self.model_folder = Path(model_folder)
         self.dtype = DTYPES[config.model.dtype]
         self.model: Any = self._load(self.model_folder, trained=True)
+        self.experts = _experts(self.model.config)
         self.reference: Any = None
         self.reference_folder: Path | None = None
         self.phase: Phase | None = None
@@ -116,17 +119,24 @@ class FsdpTrainer:
     def open_batch(self, manifest: Manifest, folder: Path) -> Batch:
         """Open a sealed batch; with several optimizer steps on it, compute the log-probs before the first."""
         assert manifest.kind == self.phase, f"a {manifest.kind} batch in phase {self.phase}: call start_phase first"
-        batch = open_batch(manifest, folder, self.config.algorithm, self.ranks)
+        batch = open_batch(manifest, folder, self.config.algorithm, self.ranks, self.experts)
         if batch.steps > 1 and manifest.kind == "rollout":
-            batch.old_logprob = [self.log_probs(batch, step, "actor") for step in range(batch.steps)]
+            batch.old = [self._passes(self.model, batch, step, routes=True) for step in range(batch.steps)]
         return batch
 
-    @torch.no_grad()
     def log_probs(self, batch: Batch, step: int, role: Role) -> list[Tensor]:
         """Log-probs f32 [R] of this rank's micro-batches in an optimizer step, without gradient."""
         model = self.model if role == "actor" else self.reference
         assert model is not None, "load_reference comes before a KL loss"
-        found = [self._forward(model, packed, batch.temperature)[0] for packed in batch.packed(step)]
+        return [logprob for logprob, _ in self._passes(model, batch, step)]
+
+    @torch.no_grad()
+    def _passes(self, model: Any, batch: Batch, step: int, routes: bool = False) -> list[tuple[Tensor, Misses | None]]:
+        """Of each of this rank's micro-batches in an optimizer step: log-probs f32 [R], and with routes how they differ from the rollout's."""
+        found = []
+        for packed in batch.packed(step, routes):
+            logprob = self._forward(model, packed, batch.temperature)[0]
+            found.append((logprob, misses(packed, batch.layers) if routes and batch.layers else None))
         # The root stays gathered after a forward without backward; gathered weights would go stale at the next optimizer step.
         if isinstance(model, FSDPModule):
             model.reshard()
@@ -134,7 +144,7 @@ class FsdpTrainer:
 
     def _forward(self, model: Any, packed: PackedBatch, temperature: float) -> tuple[Tensor, Tensor]:
         """(log-prob, entropy) f32 [R] of the predicted tokens; logits are made for their rows alone."""
-        context = PackedContext(cu_seqlens=packed.cu_seqlens)
+        context = PackedContext(cu_seqlens=packed.cu_seqlens, rerouted=packed.rerouted)
         logits = forward(model, packed.token_id, packed.position_id, context, packed.row)
         return token_logprob(logits, packed.target, temperature)
 
@@ -148,9 +158,9 @@ class FsdpTrainer:
         kept: list[Seen] = []
         self.optimizer.zero_grad(set_to_none=True)
         whole = batch.whole(step)  # collective, and it reads, too: before the thread that reads ahead
-        for number, packed in enumerate(batch.packed(step)):
+        for number, packed in enumerate(batch.packed(step, routes=not batch.old)):
             logprob, entropy = self._forward(self.model, packed, batch.temperature)
-            old = batch.old_logprob[step][number] if batch.old_logprob else logprob.detach()
+            old, routed = batch.old[step][number] if batch.old else (logprob.detach(), misses(packed, batch.layers) if batch.layers else None)
             values = {"train_logprob": old, "entropy": entropy.detach()}
             if self.phase == "sft":
                 loss = supervised_loss(packed, logprob, entropy, whole, sums)
@@ -161,7 +171,7 @@ class FsdpTrainer:
                 values["advantage"] = packed.advantage[packed.sequence]
                 values |= {name: value for name, value in (("ref_logprob", ref), ("weight", weight)) if value is not None}
             loss.backward()
-            kept.append(_seen(packed, values))
+            kept.append(_seen(packed, values, routed))
         metrics = sums.finish(self.ranks)
         metrics["train/grad_norm"] = clip_gradients(self.model.parameters(), self._optimizer_config().clip_grad, self.ranks)
         rate = learning_rate(self._optimizer_config(), self.phase_steps, self._phase_length())
@@ -178,7 +188,7 @@ class FsdpTrainer:
         sums = StepSums(self.ranks.device)
         kept: list[Seen] = []
         whole = batch.whole(step)  # as in train_step
-        for packed in batch.packed(step):
+        for packed in batch.packed(step, routes=True):
             logprob, entropy = self._forward(self.model, packed, batch.temperature)
             values = {"train_logprob": logprob, "entropy": entropy}
             if batch.manifest.kind == "sft":
@@ -188,7 +198,7 @@ class FsdpTrainer:
                 sums.add(entropy_loss=weighted_sum(entropy, packed.mask, weight))
                 sums.add_mismatch(logprob, packed.rollout_logprob, packed.mask)
                 values["advantage"] = packed.advantage[packed.sequence]
-            kept.append(_seen(packed, values))
+            kept.append(_seen(packed, values, misses(packed, batch.layers) if batch.layers else None))
         if isinstance(self.model, FSDPModule):
             self.model.reshard()
         batch.kept[step] = kept
@@ -371,12 +381,19 @@ def config_hash(config: RunConfig) -> str:
     return xxhash.xxh3_64(config.model_dump_json().encode()).hexdigest()
 
 
-def _seen(packed: PackedBatch, values: dict[str, Tensor]) -> Seen:
+def _experts(config: Any) -> tuple[int, int] | None:
+    """(layers, experts of a token) of a mixture of experts."""
+    return (config.num_hidden_layers, config.num_experts_per_tok) if family_of(config).experts else None
+
+
+def _seen(packed: PackedBatch, values: dict[str, Tensor], routed: Misses | None) -> Seen:
     """Values of predicted tokens spread over all tokens, NaN elsewhere."""
     columns = {name: unpack(packed, value.float(), float("nan")) for name, value in values.items()}
     columns["used"] = unpack(packed, packed.mask.to(torch.uint8), 0)
     columns.setdefault("advantage", np.full(len(columns["used"]), np.nan, np.float32))
-    return Seen(packed.shard, packed.shard_row, packed.lengths, columns)
+    if routed is None:
+        return Seen(packed.shard, packed.shard_row, packed.lengths, columns)
+    return Seen(packed.shard, packed.shard_row, packed.lengths, columns | {"route_miss": routed.token}, routed.layers)
 
 
 def _rng_file(folder: Path, rank: int) -> Path:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from miles.data.sample import Flag
 from miles.data.store.manifest import MicroBatch
+from miles.models.rerouted import Rerouted
 
 
 @dataclass
@@ -25,7 +26,7 @@ class PackedBatch:
     mask bool [R] (the loss counts this token); rollout_logprob f32 [R] (NaN where none was recorded); sequence i64 [R], which
     of the S; tokens i64 [S], unmasked predicted tokens of each sequence; advantage f32 [S].
     shard, shard_row, lengths: numpy i64 [S], where each sequence comes from and its tokens; place: numpy i64 [R], index of the
-    target among the T tokens.
+    target among the T tokens. rerouted: the rollout's routes, where they were asked for and recorded; a pass compares its own with them.
 
     R is at least 1: a batch in which nothing is predicted carries one masked row, so that every rank runs the same collectives.
     """
@@ -44,6 +45,7 @@ class PackedBatch:
     shard_row: np.ndarray
     lengths: np.ndarray
     place: np.ndarray
+    rerouted: Rerouted | None = None
 
     @property
     def length(self) -> int:
@@ -124,7 +126,16 @@ def pack(parts: Sequence[Part], micro_batch: MicroBatch, tokens: dict[str, np.nd
         shard_row=shard_row,
         lengths=length,
         place=place,
+        rerouted=_rerouted(bounds, tokens, device) if "expert" in tokens else None,
     )
+
+
+def _rerouted(bounds: np.ndarray, tokens: dict[str, np.ndarray], device: torch.device) -> Rerouted:
+    """bounds i64 [S + 1]: tokens before each sequence."""
+    count, expert = tokens["expert_rows"], tokens["expert"]
+    row = np.arange(len(expert)) + np.repeat(bounds[:-1] - (np.cumsum(count) - count), count)
+    expert = expert.view(np.int16) if expert.dtype == np.uint16 else expert  # torch sorts no u16
+    return Rerouted(torch.from_numpy(row).to(device), torch.from_numpy(np.ascontiguousarray(expert)).to(device))
 
 
 def unpack(batch: PackedBatch, values: Tensor, fill: float) -> np.ndarray:

@@ -18,7 +18,8 @@ import torch.distributed as dist
 
 from miles.config.exits import UserError
 from miles.data.store.manifest import MicroBatch
-from miles.data.store.shard import Shard, open_shard
+from miles.data.store.routes import Routes
+from miles.data.store.shard import Shard, open_routes, open_shard
 from miles.training.prefetch import prefetch
 
 Arrays = dict[str, np.ndarray]
@@ -28,16 +29,22 @@ AHEAD = 2  # micro-batches that are read before they are asked for
 
 
 class Reader:
-    """Slices of a batch's shards, in the manifest's order, for the ranks of one group (None: this rank alone). One call at a time."""
+    """Slices of a batch's shards, in the manifest's order, for the ranks of one group (None: this rank alone). One call at a time.
 
-    def __init__(self, paths: Sequence[Path], group: dist.ProcessGroup | None = None) -> None:
-        self.paths, self.group = list(paths), group
+    routes: the file of routes beside each shard, None for one without.
+    """
+
+    def __init__(self, paths: Sequence[Path], group: dist.ProcessGroup | None = None, routes: Sequence[Path | None] = ()) -> None:
+        self.paths, self.group, self.route_paths = list(paths), group, list(routes)
         self.leads = group is None or dist.get_rank(group) == 0
         self._shards: dict[int, Shard] = {}
+        self._routes: dict[int, Routes] = {}
 
-    def micro_batches(self, rows: Sequence[MicroBatch], ahead: int = AHEAD) -> Generator[Arrays, None, None]:
+    def micro_batches(self, rows: Sequence[MicroBatch], ahead: int = AHEAD, routes: bool = False) -> Generator[Arrays, None, None]:
         """Token arrays of each micro-batch, its sequences end to end: token_id i32, rollout_logprob f32, loss_mask u8, flags u8 [T].
 
+        routes: besides, where the rollout recorded any of its routes, expert u8 or u16 [N, layers, top_k], and expert_rows i64 [S], how
+        many of the N are each sequence's.
         Collective over the group. At most `ahead` micro-batches are in memory before they are asked for, and those on the first rank only.
         """
         if not self.leads:
@@ -45,7 +52,8 @@ class Reader:
                 yield share(None, self.group)
             return
         # Threads of several ranks have no common order, so the thread only reads; the broadcast is the caller's.
-        with closing(prefetch(self._read, rows, ahead)) as coming:
+        read = self._read_with_routes if routes else self._read
+        with closing(prefetch(read, rows, ahead)) as coming:
             for _ in rows:
                 yield share(lambda: next(coming), self.group)
 
@@ -56,6 +64,22 @@ class Reader:
     def _read(self, rows: MicroBatch) -> Arrays:
         pieces = [self._shard(index).tokens(first, last, list(COLUMNS)) for index, first, last in rows]
         return {name: np.concatenate([np.zeros(0, dtype), *(piece[name] for piece in pieces)]) for name, dtype in COLUMNS.items()}
+
+    def _read_with_routes(self, rows: MicroBatch) -> Arrays:
+        experts, counts = [], []
+        for index, first, last in rows:
+            found = self._open_routes(index).experts(first, last) if self.route_paths[index] is not None else {}
+            experts += [found[row] for row in sorted(found)]
+            counts += [len(found.get(row, ())) for row in range(first, last)]
+        read = self._read(rows)
+        return {**read, "expert": np.concatenate(experts), "expert_rows": np.array(counts, np.int64)} if experts else read
+
+    def _open_routes(self, index: int) -> Routes:
+        if index not in self._routes:
+            path = self.route_paths[index]
+            assert path is not None, "only where there is one"
+            self._routes[index] = open_routes(path)
+        return self._routes[index]
 
     def _read_first(self, rows: Sequence[MicroBatch]) -> Arrays:
         pieces = [self._shard(index).first_of("loss_mask", first, last) for each in rows for index, first, last in each]
@@ -70,7 +94,10 @@ class Reader:
         """Close the files."""
         for shard in self._shards.values():
             shard.close()
+        for routes in self._routes.values():
+            routes.close()
         self._shards.clear()
+        self._routes.clear()
 
 
 def share(make: Callable[[], Arrays] | None, group: dist.ProcessGroup | None) -> Arrays:

@@ -48,6 +48,7 @@ class OwnPart:
         self.offset = np.zeros(len(lengths) + 1, np.uint64)
         np.cumsum(lengths, out=self.offset[1:])
         self.names = [name for name in TOKENS if name in (seen[0].values if seen else ALWAYS)]
+        self.layers = {name: np.sum([each.layers[name] for each in seen], 0) for name in (seen[0].layers if seen else ())}
 
     def blocks(self, name: str) -> Iterator[np.ndarray]:
         """A token array, a micro-batch at a time."""
@@ -68,6 +69,7 @@ class SentPart:
         told = msgpack.unpackb(content.numpy().tobytes())
         self.rank, self.names, self.sizes = rank, told["names"], told["sizes"]
         self.shard, self.row, self.offset = (_array(told[name]) for name in ("shard", "row", "offset"))
+        self.layers = {name: _array(counts) for name, counts in told["layers"].items()}
 
     def blocks(self, name: str) -> Iterator[np.ndarray]:
         """A token array, a micro-batch at a time."""
@@ -86,7 +88,8 @@ def _array(encoded: list[Any]) -> np.ndarray:
 
 def _send(part: OwnPart, writer: int) -> None:
     small: dict[str, Any] = {name: encode_array(getattr(part, name)) for name in ("shard", "row", "offset")}
-    content = msgpack.packb({**small, "names": part.names, "sizes": [int(each.lengths.sum()) for each in part.seen]})
+    layers = {name: encode_array(counts) for name, counts in part.layers.items()}
+    content = msgpack.packb({**small, "names": part.names, "layers": layers, "sizes": [int(each.lengths.sum()) for each in part.seen]})
     dist.send(torch.tensor([len(content)], dtype=torch.int64), writer)
     dist.send(torch.frombuffer(bytearray(content), dtype=torch.uint8), writer)
     for name in part.names:

@@ -39,6 +39,7 @@ class Part:
     shard: Any = field(init=False)
     row: Any = field(init=False)
     offset: Any = field(init=False)
+    layers: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.shard = np.array([each.shard for each in self.made], np.uint16)

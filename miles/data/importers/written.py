@@ -171,6 +171,7 @@ class _Part:
 
     def __init__(self, rank: int, shard: int, rows: list[tuple[int, Imported]]) -> None:
         self.rank, self._rows = rank, rows
+        self.layers: dict[str, np.ndarray] = {}
         self.shard = np.full(len(rows), shard, np.uint16)
         self.row = np.array([row for row, _ in rows], np.uint32)
         self.offset = np.cumsum([0, *(len(each.sample.token_id) for _, each in rows)]).astype(np.uint64)

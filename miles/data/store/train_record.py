@@ -24,6 +24,7 @@ TOKENS = {
     "used": np.uint8,
     "route_miss": np.uint8,
 }
+LAYERS = ("routed", "route_miss")
 ALWAYS = ("train_logprob", "entropy", "advantage", "used")
 
 
@@ -34,6 +35,8 @@ class RecordPart(Protocol):
     of a sequence, prompt first, aligned with the shard: value i belongs to token i; NaN (0 for u8) where there is none.
     train_logprob, old_logprob, ref_logprob f32 natural logs; entropy f32 nats; advantage f32; weight f32 (off-policy
     correction); used u8 (loss mask after rejection); route_miss u8 (layers routed differently).
+    layers: where routes were compared, by the names of LAYERS u64 [layers]: tokens under the loss mask that were, and those of them that
+    were routed differently.
     Blocks are pieces of them, asked for once: all of a name before the next, names in the order of TOKENS, for each name all parts by rank.
     """
 
@@ -41,6 +44,7 @@ class RecordPart(Protocol):
     shard: NDArray[np.uint16]
     row: NDArray[np.uint32]
     offset: NDArray[np.uint64]
+    layers: dict[str, NDArray[np.uint64]]
 
     @property
     def names(self) -> list[str]: ...
@@ -71,6 +75,10 @@ def write_train_record(path: Path, parts: Sequence[RecordPart], attrs: dict[str,
                 continue
             data = tokens.create_dataset(name, (int(offset[-1]),), dtype)
             put_blocks(data, (block for part in parts for block in _column(part, name, dtype)))
+        if compared := [part.layers for part in parts if part.layers]:
+            layers = file.create_group("layers")
+            for name in LAYERS:
+                layers[name] = np.sum([each[name] for each in compared], 0, np.uint64)
 
     epoch = {} if fence is None else {"epoch": fence.epoch}
     return seal_hdf5(path, SCHEMA, {**(attrs or {}), **epoch}, fill, fence, own_checksum=True)
@@ -95,6 +103,10 @@ class TrainRecord:
     def sequences(self) -> dict[str, np.ndarray]:
         """shard u16 [S], row u32 [S], offset u64 [S+1], rank u32 [S]."""
         return {name: data[:] for name, data in self._file["sequences"].items()}
+
+    def layers(self) -> dict[str, np.ndarray]:
+        """routed u64 [layers], tokens under the loss mask whose routes were compared, and route_miss u64 [layers], those of them that differed there; {} where none were."""
+        return {name: data[:] for name, data in self._file["layers"].items() if name in LAYERS} if "layers" in self._file else {}
 
     def tokens(self, first: int, last: int, names: Sequence[str]) -> dict[str, np.ndarray]:
         """Token arrays of sequences first to last (exclusive) of this file, concatenated; only that slice is read."""
