@@ -11,11 +11,13 @@ from numpy.typing import NDArray
 
 from miles.analysis.batches import batches, parts_of, versions_of
 from miles.analysis.load import Buffers, load
-from miles.analysis.source import Part, Step, chunks_of, find_steps, open_step
+from miles.analysis.source import Part, Record, Step, chunks_of, find_steps, open_step
 from miles.config.exits import UserError
+from miles.data.store.files import Damaged
 from miles.data.store.hdf5 import reading
 from miles.data.store.manifest import ShardEntry
 from miles.data.store.routes import Routes, open_routes
+from miles.data.store.train_record import LAYERS
 
 SCHEMA = "miles.routing/1"
 BLOCK = 1 << 24  # expert numbers read at a time
@@ -161,14 +163,17 @@ class Siblings:
 
 
 def _misses(path: Path, first: int | None, last: int | None) -> dict[str, Any]:
-    """Of tokens under the loss mask, in how many layers training routed them otherwise: by step, and as a histogram over the number of layers."""
+    """Of tokens under the loss mask, in how many layers training routed them otherwise: by step, as a histogram over the number of layers, and where it is recorded by layer."""
     histogram, steps, buffers = np.zeros(256, np.int64), [], Buffers()
+    by_layer = np.zeros((2, 0), np.int64)
     for number in find_steps(path, first, last)[0]:
         step, here = open_step(path, number), np.zeros(256, np.int64)
         try:
             for chunk in chunks_of(step) if step.manifest.kind == "rollout" else ():
                 if "tokens/route_miss" not in chunk.record.columns:
                     continue
+                if chunk.first == 0:
+                    by_layer = _more(by_layer, chunk.record)
                 loaded = load(chunk, buffers)
                 mask, miss = loaded.columns["loss_mask"], loaded.columns["route_miss"]
                 within = np.arange(int(loaded.length.sum())) - np.repeat(np.cumsum(loaded.length) - loaded.length, loaded.length)
@@ -182,7 +187,21 @@ def _misses(path: Path, first: int | None, last: int | None) -> dict[str, Any]:
     tokens = int(histogram.sum())
     layers = [{"layers": count, "tokens": int(histogram[count]), "share": int(histogram[count]) / tokens} for count in np.flatnonzero(histogram).tolist()]
     total = {"tokens": tokens, "differ": int(histogram[1:].sum()) / tokens, "layers_mean": float((histogram * np.arange(256)).sum() / tokens)} if tokens else None
-    return {"total": total, "steps": steps, "layers_routed_differently": layers}
+    each = [{"layer": layer, "tokens": compared, "differ": differ / compared} for layer, (compared, differ) in enumerate(by_layer.T.tolist()) if compared]
+    return {"total": total, "steps": steps, "layers_routed_differently": layers, "by_layer": each}
+
+
+def _more(found: NDArray[np.int64], record: Record) -> NDArray[np.int64]:
+    """i64 [2, layers], tokens compared and those that differed, with a train record's; files of early versions have none."""
+    if not record.sheet.has("layers/routed"):
+        return found
+    columns = [record.sheet.whole(f"layers/{name}").astype(np.int64) for name in LAYERS]
+    if len({len(column) for column in columns}) > 1:
+        raise Damaged(f"{record.sheet.path}: /layers: {' and '.join(str(len(column)) for column in columns)} values of {' and '.join(LAYERS)}")
+    mine = np.stack(columns)
+    if found.shape[1] and found.shape != mine.shape:
+        raise UserError(f"{record.sheet.path}: has {mine.shape[1]} layers, and earlier files {found.shape[1]}; files of two runs are mixed")
+    return mine + found if found.shape[1] else mine
 
 
 def _grow(total: Load, more: Load) -> None:

@@ -136,7 +136,7 @@ class FsdpTrainer:
         found = []
         for packed in batch.packed(step, routes):
             logprob = self._forward(model, packed, batch.temperature)[0]
-            found.append((logprob, misses(packed, batch.layers) if routes and batch.layers else None))
+            found.append((logprob, _misses(batch, packed) if routes else None))
         # The root stays gathered after a forward without backward; gathered weights would go stale at the next optimizer step.
         if isinstance(model, FSDPModule):
             model.reshard()
@@ -160,7 +160,7 @@ class FsdpTrainer:
         whole = batch.whole(step)  # collective, and it reads, too: before the thread that reads ahead
         for number, packed in enumerate(batch.packed(step, routes=not batch.old)):
             logprob, entropy = self._forward(self.model, packed, batch.temperature)
-            old, routed = batch.old[step][number] if batch.old else (logprob.detach(), misses(packed, batch.layers) if batch.layers else None)
+            old = batch.old[step][number][0] if batch.old else logprob.detach()
             values = {"train_logprob": old, "entropy": entropy.detach()}
             if self.phase == "sft":
                 loss = supervised_loss(packed, logprob, entropy, whole, sums)
@@ -171,7 +171,7 @@ class FsdpTrainer:
                 values["advantage"] = packed.advantage[packed.sequence]
                 values |= {name: value for name, value in (("ref_logprob", ref), ("weight", weight)) if value is not None}
             loss.backward()
-            kept.append(_seen(packed, values, routed))
+            kept.append(_seen(packed, values, batch.old[step][number][1] if batch.old else _misses(batch, packed)))
         metrics = sums.finish(self.ranks)
         metrics["train/grad_norm"] = clip_gradients(self.model.parameters(), self._optimizer_config().clip_grad, self.ranks)
         rate = learning_rate(self._optimizer_config(), self.phase_steps, self._phase_length())
@@ -198,7 +198,7 @@ class FsdpTrainer:
                 sums.add(entropy_loss=weighted_sum(entropy, packed.mask, weight))
                 sums.add_mismatch(logprob, packed.rollout_logprob, packed.mask)
                 values["advantage"] = packed.advantage[packed.sequence]
-            kept.append(_seen(packed, values, misses(packed, batch.layers) if batch.layers else None))
+            kept.append(_seen(packed, values, _misses(batch, packed)))
         if isinstance(self.model, FSDPModule):
             self.model.reshard()
         batch.kept[step] = kept
@@ -384,6 +384,10 @@ def config_hash(config: RunConfig) -> str:
 def _experts(config: Any) -> tuple[int, int] | None:
     """(layers, experts of a token) of a mixture of experts."""
     return (config.num_hidden_layers, config.num_experts_per_tok) if family_of(config).experts else None
+
+
+def _misses(batch: Batch, packed: PackedBatch) -> Misses | None:
+    return misses(packed, batch.layers) if batch.layers else None
 
 
 def _seen(packed: PackedBatch, values: dict[str, Tensor], routed: Misses | None) -> Seen:

@@ -67,16 +67,19 @@ def test_siblings_that_began_with_the_same_weights_are_compared(lively: Any) -> 
 def test_misses_are_those_of_the_train_records(lively: Any) -> None:
     folder, planted = lively
     found = routing(folder)["training"]
-    masked = defaultdict(list)
+    masked, layers = defaultdict(list), np.zeros((2, 2))
     rows = {(row.step, row.numbers["draw"], row.numbers["sample"]): row for row in rows_of(folder)}
     for index in range(len(planted.scene.step)):
         row = rows[int(planted.scene.step[index]) + 1, int(planted.scene.draw[index]), int(planted.scene.sample[index])]
         length = len(row.tokens["token_id"])
         other = [sum(set(a) != set(b) for a, b in zip(x, y, strict=True)) for x, y in zip(planted.trained.experts[index, : length - 1], row.routes, strict=True)]
+        differ = np.array([[set(a) != set(b) for a, b in zip(x, y, strict=True)] for x, y in zip(planted.trained.experts[index, : length - 1], row.routes, strict=True)])
+        layers += [differ[row.tokens["loss_mask"][1:] != 0].sum(0), [row.tokens["loss_mask"][1:].sum()] * 2]
         masked[row.step] += [miss for miss, mask in zip([0, *other], row.tokens["loss_mask"], strict=True) if mask]
     everything = [miss for misses in masked.values() for miss in misses]
     assert found["total"] == pytest.approx({"tokens": len(everything), "differ": np.mean(np.array(everything) > 0), "layers_mean": np.mean(everything)})
     assert {row["layers"]: row["tokens"] for row in found["layers_routed_differently"]} == Counter(everything)
+    assert found["by_layer"] == [{"layer": layer, "tokens": tokens, "differ": pytest.approx(differ / tokens)} for layer, (differ, tokens) in enumerate(layers.T.tolist())]
     assert [row["differ"] for row in found["steps"]] == pytest.approx([np.mean(np.array(masked[step]) > 0) for step in (1, 2, 3)])
 
 
@@ -85,6 +88,7 @@ def test_misses_alone_are_a_result_and_neither_is_none(tmp_path: Path) -> None:
     found = routing(tmp_path / "misses")
     assert "by_layer" not in found
     assert found["training"]["total"]["differ"] > 0.5
+    assert found["training"]["by_layer"] == []
     plant(tmp_path / "neither", "clean", 0.0, 1, steps=1, sequences=16, response=40, recorded=set())
     with pytest.raises(UserError, match=r"nothing to analyse: no batch has routes \(rollout.return_routed_experts\), and no train record has route_miss"):
         routing(tmp_path / "neither")
@@ -107,5 +111,8 @@ def test_routes_that_retention_took_are_told_apart(tmp_path: Path) -> None:
 def test_the_tool_tells_and_draws(lively: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, _ = lively
     assert script("routing", folder, "--html", tmp_path / "page.html") == 0
-    assert "2 layers, 2 of 8 experts" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "2 layers, 2 of 8 experts" in printed
+    assert "training and rollout, by layer" in printed
+    assert "which layers" not in printed
     assert "Load of each expert" in (tmp_path / "page.html").read_text()

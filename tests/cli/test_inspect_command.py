@@ -47,7 +47,7 @@ EXPECTED: dict[str, tuple[str, dict[str, str], list[str]]] = {
         [r"reward +6 +1\.25 +0 +1\.25 +2\.5 +0", r"prompt length +6 +2 +2", r"response length +6 +4\.5 +3 +4\.5 +6", r"reward part format +6 +0\.5"],
     ),
     "routes": ("routes: the experts that each token went to (miles.routes/1)", {"sequences": "6", "rows": str(TOKENS - 6), "layers": "3", "top_k": "2", "experts used": "8"}, [r"of those used +8"]),
-    "train": ("train record: what training saw on one node (miles.train/1)", {"backend": "fsdp", "threads": "2", "ranks": "0", "used tokens": str(TOKENS)}, [rf"entropy +{TOKENS} +\S+ +−1 +\S+ +1 +0"]),
+    "train": ("train record: what training saw on one node (miles.train/1)", {"backend": "fsdp", "threads": "2", "ranks": "0", "used tokens": str(TOKENS)}, [rf"entropy +{TOKENS} +\S+ +−1 +\S+ +1 +0", rf" +2 +{TOKENS} +0$"]),
     "manifest": ("batch (miles.batch/1)", {"weights": "version 2, checksum abc", "parent checkpoint": "step_000002"}, [r"routes +routes\.0\.h5 .* there"]),
     "batch": (
         "batch (miles.batch/1)",

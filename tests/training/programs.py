@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny import make_batch, make_config, make_samples
+from tiny import add_routes, make_batch, make_config, make_samples
 from torch.distributed.tensor import DTensor
 
 from miles.data.store.train_record import open_train_record
@@ -28,7 +28,7 @@ def local(value: torch.Tensor) -> torch.Tensor:
 def train(
     ranks: Ranks, model: str, work: str, steps: int = 1, first: int = 1, save_at: int | None = None, resume: bool = False,
     optimizer_steps: int = 1, sections: dict[str, Any] | None = None, max_tokens: int = 64, sft_until: int = 0, reference: str | None = None,
-    load_from: str | None = None,
+    load_from: str | None = None, routes: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Train `steps` batches of a fixed series; returns metrics' bits of each, the final checksum and the optimizer's."""
     seed_everything(7, ranks.rank)
@@ -47,8 +47,9 @@ def train(
     for number in range(first, first + steps):
         kind = "sft" if number <= sft_until else "rollout"
         batch_folder = folder / f"batch.{ranks.world_size}.{ranks.rank}.{first}.{number}"
+        samples = add_routes(make_samples(number), number) if routes else make_samples(number)
         manifest = make_batch(
-            batch_folder, make_samples(number), world=ranks.world_size, steps=optimizer_steps, max_tokens=max_tokens, kind=kind, step=number
+            batch_folder, samples, world=ranks.world_size, steps=optimizer_steps, max_tokens=max_tokens, kind=kind, step=number
         )
         trainer.start_phase(kind)
         batch = trainer.open_batch(manifest, batch_folder)
@@ -66,11 +67,11 @@ def several(ranks: Ranks, jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [train(ranks, **job) for job in jobs]
 
 
-def logprobs_by_sequence(folder: Path) -> dict[tuple[int, int], bytes]:
-    """Bits of every sequence's train log-probs, from a node's record."""
+def by_sequence(folder: Path, name: str) -> dict[tuple[int, int], bytes]:
+    """Bits of every sequence's values of a token array, from a node's record."""
     with open_train_record(folder / "node_0000.h5") as record:
         table = record.sequences()
         return {
-            (int(shard), int(row)): record.tokens(index, index + 1, ["train_logprob"])["train_logprob"].tobytes()
+            (int(shard), int(row)): record.tokens(index, index + 1, [name])[name].tobytes()
             for index, (shard, row) in enumerate(zip(table["shard"], table["row"], strict=True))
         }

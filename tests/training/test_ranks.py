@@ -8,8 +8,10 @@ import math
 import numpy as np
 import pytest
 import tiny
-from programs import logprobs_by_sequence
+from programs import by_sequence
 from run_ranks import run
+
+from miles.data.store.train_record import open_train_record
 
 GLOBAL = ("train/loss", "train/grad_norm", "train/entropy_loss", "train/train_rollout_kl", "train/train_rollout_logprob_abs_diff", "train/mismatch_tokens")
 PLAIN = {"algorithm": {"use_kl_loss": True, "kl_loss_coef": 0.1, "kl_loss_type": "k3"}}
@@ -32,7 +34,7 @@ def results(tmp_path_factory):
     found = {1: {}, 2: {}}
     for world in (1, 2):
         first = {
-            "plain": {"model": model, "work": f"{folder}/plain.{world}", "steps": 2, "sections": PLAIN, "reference": model},
+            "plain": {"model": model, "work": f"{folder}/plain.{world}", "steps": 2, "sections": PLAIN, "reference": model, "routes": True},
             "straight": {**series, "work": f"{folder}/straight.{world}", "steps": 6},
             "before": {**series, "work": f"{folder}/parts.{world}", "steps": 3, "save_at": 3},
         }
@@ -59,8 +61,17 @@ def test_two_ranks_train_as_one(results):
         assert {name: mine[name] for name in same} == {name: yours[name] for name in same}, "metrics are global"
     for name in GLOBAL:
         assert number(two[0]["metrics"][0][name]) == pytest.approx(number(one[0]["metrics"][0][name]), rel=1e-5, abs=1e-7), name
-    first, other = (logprobs_by_sequence(folder / f"plain.{world}" / f"train.{world}" / "1") for world in (1, 2))
+    records = [folder / f"plain.{world}" / f"train.{world}" / "1" for world in (1, 2)]
+    first, other = (by_sequence(record, "train_logprob") for record in records)
     assert first == other, "batch-invariant log-probs have the same bits in any layout"
+    first_misses, other_misses = (by_sequence(record, "route_miss") for record in records)
+    assert first_misses == other_misses
+    layers = []
+    for record in records:
+        with open_train_record(record / "node_0000.h5") as opened:
+            layers.append({name: counts.tolist() for name, counts in opened.layers().items()})
+    assert layers[0] == layers[1], "ranks are added up"
+    assert sum(layers[0]["route_miss"]) > 0
     assert len(first) == 24
     assert number(one[0]["metrics"][0]["train/kl_loss"]) == 0
     assert number(one[0]["metrics"][1]["train/kl_loss"]) > 0

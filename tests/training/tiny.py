@@ -11,7 +11,7 @@ from miles.config.schema import RunConfig
 from miles.data.plan_batch import assign
 from miles.data.sample import Flag, Sample, Status
 from miles.data.store.manifest import Manifest, Policy, ShardEntry
-from miles.data.store.shard import write_shard
+from miles.data.store.shard import write_routes, write_shard
 
 VOCABULARY = 97
 
@@ -64,22 +64,32 @@ def make_samples(seed: int, draws: int = 6, siblings: int = 4, *, first_draw: in
     return samples
 
 
+def add_routes(samples: list[Sample], seed: int) -> list[Sample]:
+    """The samples with random routes of make_model's mixture of experts."""
+    random = np.random.default_rng(seed)
+    for sample in samples:
+        sample.routes = random.random((max(len(sample.token_id) - 1, 0), 2, 4)).argsort(-1)[..., :2].astype(np.uint8)
+    return samples
+
+
 def make_batch(
     folder: Path, samples: list[Sample], *, world: int = 1, steps: int = 1, max_tokens: int = 64, shards: int = 2, kind: str = "rollout",
     step: int = 1, temperature: float = 1.0,
 ) -> Manifest:  # fmt: skip
-    """Shards and the manifest of a batch, as the service would seal them (the manifest is returned, not written)."""
+    """Shards, routes of samples that have any, and the manifest of a batch, as the service would seal them (the manifest is returned, not written)."""
     folder.mkdir(parents=True, exist_ok=True)
-    entries, where = [], []
+    entries, where, routes = [], [], []
     for index in range(shards):
         part = sorted(samples[index::shards], key=lambda sample: (sample.draw, sample.sample))
         name = f"rollout.w{index}.h5"
         sealed = write_shard(folder / name, part)
         entries.append(ShardEntry(name=name, bytes=sealed.bytes, xxh3=sealed.xxh3, sequences=len(part), tokens=sum(len(s.token_id) for s in part)))
+        if (beside := write_routes(folder / f"routes.w{index}.h5", part)) is not None:
+            routes.append(ShardEntry(name=beside.name, bytes=beside.bytes, xxh3=beside.xxh3, sequences=len(part), tokens=entries[-1].tokens))
         where += [(len(s.token_id), s.draw, s.sample, index, row) for row, s in enumerate(part)]
     columns = [np.array(column) for column in zip(*where, strict=True)]
     return Manifest(
-        run_id="test", epoch=1, step=step, kind=kind, policy=Policy(weight_version=0, weight_checksum=""), shards=entries,
+        run_id="test", epoch=1, step=step, kind=kind, policy=Policy(weight_version=0, weight_checksum=""), shards=entries, routes=routes,
         sampling={"temperature": temperature}, assignment=assign(*columns, dp_size=world, steps=steps, max_tokens=max_tokens),
     )  # fmt: skip
 

@@ -44,7 +44,7 @@ def findings(found: dict[str, Any]) -> Findings:
     notes = [] if training["total"] else ["how often training routed otherwise is not recorded: train records have no route_miss"]
     notes += [] if loaded else ["the load of experts is not recorded: no routes beside the batches"]
     notes += [f"{found['route_files_gone']} route files are named by batches, and gone: retention deletes them first"] if found["route_files_gone"] else []
-    notes += ["which layers training routed otherwise is not recorded, only in how many"] if training["total"] else []
+    notes += ["which layers training routed otherwise is not recorded, only in how many"] if training["total"] and not training["by_layer"] else []
     sections.append(Section("Not covered", notes))
     return Findings("expert routing", found["run"], "; ".join(facts), sections, found, tiles)
 
@@ -71,5 +71,8 @@ def _training(training: dict[str, Any]) -> Section:
     words = {"tokens": "tokens", "differ": "routed differently", "layers_mean": "layers, mean"}
     parts: list[Any] = over_steps("misses", "Routed differently in training", "share of tokens", training["steps"], {"in any layer": "differ"}, bounds=(0.0, None), caption="Tokens under the loss mask that training routed to another set of experts in at least one layer.")
     parts.append(Table(["step", *words.values()], [[row["step"], *(row[name] for name in words)] for row in training["steps"]], "training and rollout, by step"))
+    if layers := training["by_layer"]:
+        parts += over_steps("missed-layers", "Routed differently in training, by layer", "share of tokens", layers, {"share": "differ"}, x="layer", bounds=(0.0, None), caption="Of the tokens under the loss mask whose routes the rollout recorded; what a layer does otherwise, those after it see.")
+        parts.append(Table(["layer", "tokens", "routed differently"], [[row["layer"], row["tokens"], row["differ"]] for row in layers], "training and rollout, by layer"))
     rows = [[row["layers"], row["tokens"], row["share"]] for row in training["layers_routed_differently"]]
     return Section("Training against rollout", [*parts, Table(["layers", "tokens", "share"], rows, "layers routed differently")])

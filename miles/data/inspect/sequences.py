@@ -17,7 +17,7 @@ from miles.data.store.journal import SCHEMA as JOURNAL
 from miles.data.store.journal import last_good_end, read_journal
 from miles.data.store.routes import open_routes
 from miles.data.store.shard import Shard, open_shard
-from miles.data.store.train_record import open_train_record
+from miles.data.store.train_record import LAYERS, open_train_record
 
 BLOCK = 1 << 22  # tokens that are read at a time
 MOST = 1 << 24  # tokens that a distribution is taken of
@@ -115,6 +115,9 @@ def train_page(path: Path) -> Page:
             else:
                 rows.append([*spread(name, values)[:-1], int(np.isnan(values).sum()) if values.dtype.kind == "f" else 0])
         page.tables.append(Table("tokens", [*SPREAD[:-1], "none"], rows))
+        if layers := record.layers():
+            counts = [[layer, int(compared), int(differ)] for layer, (compared, differ) in enumerate(zip(*(layers[name] for name in LAYERS), strict=True)) if compared]
+            page.tables.append(Table("layers with experts", ["layer", "tokens", "routed differently"], counts))
     return page
 
 

@@ -23,7 +23,7 @@ from miles.data.store.train_record import write_train_record
 from miles.training.batch import Seen
 from miles.training.record import OwnPart
 from planted.generation import Generated
-from planted.model import TOP_K
+from planted.model import LAYERS, TOP_K
 from planted.pipeline import Pipeline
 from planted.policy import reward_of
 from planted.scene import ENGINES, RANKS, RANKS_A_NODE, Scene
@@ -164,6 +164,7 @@ def _write_train(run: RunDir, epoch: int, index: int, plan: Assignment, shards: 
 def _seen(batch: list[tuple[int, int]], shards: list[NDArray[np.int64]], made: Generated, seen: Trained, advantage: NDArray[np.float64], recorded: set[str]) -> Seen:
     """A micro-batch as its rank saw it. route_miss of token t is of the pass that predicted it, at token t − 1."""
     columns: dict[str, list[np.ndarray]] = {}
+    compared, differ = np.zeros((2, LAYERS), np.uint64)
     rows = [int(shards[of][row]) for of, row in batch]
     for row in rows:
         length = int(made.length[row])
@@ -173,9 +174,12 @@ def _seen(batch: list[tuple[int, int]], shards: list[NDArray[np.int64]], made: G
             "used": (used & np.isfinite(logprob)).astype(np.uint8),
         }  # fmt: skip
         if "route_miss" in recorded:
-            other = (np.sort(seen.experts[row, : length - 1], -1) != np.sort(made.order[row, : length - 1, :, :TOP_K], -1)).any(-1).sum(-1)
-            values["route_miss"] = np.concatenate([[0], other]).astype(np.uint8)
+            other = (np.sort(seen.experts[row, : length - 1], -1) != np.sort(made.order[row, : length - 1, :, :TOP_K], -1)).any(-1)
+            values["route_miss"] = np.concatenate([[0], other.sum(-1)]).astype(np.uint8)
+            compared += np.uint64(used[1:].sum())
+            differ += other[used[1:]].sum(0).astype(np.uint64)
         for name, value in values.items():
             columns.setdefault(name, []).append(value)
     of, place = (np.array(each) for each in zip(*batch, strict=True))
-    return Seen(of, place, made.length[rows], {name: np.concatenate(each) for name, each in columns.items()})
+    layers = {"routed": compared, "route_miss": differ} if "route_miss" in recorded else {}
+    return Seen(of, place, made.length[rows], {name: np.concatenate(each) for name, each in columns.items()}, layers)

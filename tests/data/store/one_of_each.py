@@ -61,8 +61,9 @@ def make(folder: Path) -> dict[str, Path]:
     )  # fmt: skip
     lengths = [len(sample.token_id) for sample in made]
     count = sum(lengths)
-    values = {name: np.linspace(-1, 1, count).astype(np.float32) for name in ("train_logprob", "entropy", "advantage")} | {"used": np.ones(count, np.uint8)}
-    part = OwnPart(0, [Seen(np.zeros(6, np.int64), np.arange(6), np.array(lengths), values)])
+    values = {name: np.linspace(-1, 1, count).astype(np.float32) for name in ("train_logprob", "entropy", "advantage")} | {"used": np.ones(count, np.uint8), "route_miss": np.zeros(count, np.uint8)}
+    layers = {"routed": np.array([0, count, count], np.uint64), "route_miss": np.zeros(3, np.uint64)}
+    part = OwnPart(0, [Seen(np.zeros(6, np.int64), np.arange(6), np.array(lengths), values, layers)])
     write_train_record(run.train(3) / "node_0000.h5", [part], {"backend": "fsdp", "threads": 2}, Fence(run, epoch))
     with Journal(run.journal_file(0, epoch)) as journal:
         for first in (0, 2, 4):

@@ -33,7 +33,7 @@ def test_every_dataset_of_a_shard_is_on_the_page(tmp_path, make_sample):
 
 
 def test_every_dataset_of_a_train_record_is_on_the_page():
-    assert {f"tokens/{name}" for name in train_record.TOKENS} | {"sequences/shard", "sequences/row", "sequences/offset", "sequences/rank"} == documented("## What training saw:")
+    assert {f"tokens/{name}" for name in train_record.TOKENS} | {f"layers/{name}" for name in train_record.LAYERS} | {"sequences/shard", "sequences/row", "sequences/offset", "sequences/rank"} == documented("## What training saw:")
 
 
 @pytest.mark.parametrize("schema", [shard.SCHEMA, routes.SCHEMA, train_record.SCHEMA, journal.SCHEMA, manifest.SCHEMA, run_dir.PLAN_SCHEMA, run_dir.PROVENANCE_SCHEMA])

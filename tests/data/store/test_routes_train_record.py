@@ -74,6 +74,18 @@ def test_a_record_expects_what_its_user_block_says(tmp_path):
         verify_own(path)
 
 
+def test_counts_by_layer_are_those_of_all_ranks(tmp_path):
+    parts = [part(0, [3]), part(1, [2]), part(2, [4])]
+    for number in (0, 2):
+        parts[number].layers = {"routed": np.array([0, 5, 5], np.uint64), "route_miss": np.array([0, 1, number], np.uint64)}
+    write_train_record(tmp_path / "node.h5", parts)
+    write_train_record(tmp_path / "without.h5", parts[1:2])
+    with open_train_record(tmp_path / "node.h5") as record:
+        assert {name: (counts.dtype, counts.tolist()) for name, counts in record.layers().items()} == {"routed": (np.uint64, [0, 10, 10]), "route_miss": (np.uint64, [0, 2, 2])}
+    with open_train_record(tmp_path / "without.h5") as record:
+        assert record.layers() == {}
+
+
 def test_record_of_nothing(tmp_path):
     write_train_record(tmp_path / "node.h5", [])
     with open_train_record(tmp_path / "node.h5") as record:

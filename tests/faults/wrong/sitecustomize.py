@@ -99,12 +99,12 @@ def _replies(module):
 def _router(module):
     import torch
 
-    right, random = module.route, torch.Generator().manual_seed(int(os.environ.get("MILES_RANK", "0")))
+    right = module.route
 
     def wrong(logits, top_k, normalise):
         index, weight = right(logits, top_k, normalise)
-        shuffled = torch.rand(len(index), 1, generator=random) < float(SIZE)
-        return torch.where(shuffled, (index + 1) % logits.shape[-1], index), weight
+        drawn = (logits.double().sum(-1, keepdim=True) * 1e6).frac().abs()  # by the token's own bits: every engine shuffles a prompt that they share alike
+        return torch.where(drawn < float(SIZE), (index + 1) % logits.shape[-1], index), weight
 
     module.route = wrong
 
