@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from miles.data.store.files import Damaged
-from miles.data.store.hdf5 import open_hdf5, reading
+from miles.data.store.hdf5 import attributes, open_hdf5, reading
 
 
 class Sheet:
@@ -24,11 +24,13 @@ class Sheet:
         self._columns: dict[str, tuple[h5py.Dataset, int | None]] = {}
 
     @property
-    def attrs(self) -> Any:
-        return self._file.attrs
+    def attrs(self) -> dict[str, Any]:
+        with reading(self.path):
+            return attributes(self._file)
 
     def has(self, name: str) -> bool:
-        return name in self._file
+        with reading(self.path):
+            return name in self._file
 
     def whole(self, name: str) -> NDArray[Any]:
         """A dataset with a number a sequence."""
@@ -74,7 +76,8 @@ class Sheet:
         os.close(self._raw)
 
     def _dataset(self, name: str) -> h5py.Dataset:
-        found = self._file.get(name)
+        with reading(self.path):
+            found = self._file.get(name)
         if not isinstance(found, h5py.Dataset):
             raise Damaged(f"{self.path}: has no dataset /{name}")
         return found

@@ -132,13 +132,20 @@ def worst_token_ids(state: State, most: int = 20, prior: float = 100.0) -> list[
     tokens = state.tokens
     if not len(tokens.ids):
         return []
-    values = exact.value(tokens.digits[: len(tokens.ids)])
-    count, size, total, k3 = (values[:, i] for i in range(len(TOKEN_VALUES)))
-    mean = math.fsum(size) / max(math.fsum(count), 1.0)
-    drawn = (size + prior * mean) / (count + prior)
-    order = [i for i in np.lexsort((tokens.ids, -drawn)) if count[i]][:most]
+    digits = tokens.digits[: len(tokens.ids)]
+    whole = exact.value(digits.sum(0))
+    mean = whole[TOKEN_VALUES.index("abs")] / max(whole[0], 1.0)
+
+    def pulled(count: NDArray[np.float64], size: NDArray[np.float64]) -> NDArray[np.float64]:
+        return (size + prior * mean) / (count + prior)
+
+    near = np.lexsort((tokens.ids, -pulled(*exact.rough(digits[:, :2]).T)))[: 2 * most]
+    ids, values = tokens.ids[near], exact.value(digits[near])
+    count, size, total, k3 = values.T
+    drawn = pulled(count, size)
+    order = [i for i in np.lexsort((ids, -drawn)) if count[i]][:most]
     return [
-        {"token_id": int(tokens.ids[i]), "tokens": int(count[i]), "abs_diff": size[i] / count[i], "mean_diff": total[i] / count[i], "kl_k3": k3[i] / count[i], "drawn": drawn[i]}
+        {"token_id": int(ids[i]), "tokens": int(count[i]), "abs_diff": size[i] / count[i], "mean_diff": total[i] / count[i], "kl_k3": k3[i] / count[i], "drawn": drawn[i]}
         for i in order
     ]
 

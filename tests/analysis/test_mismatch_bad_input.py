@@ -66,6 +66,12 @@ def truncate(path: Path) -> None:
     resize(path)
 
 
+def overwritten(path: Path, at: int, size: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[at : at + size] = bytes(size)
+    path.write_bytes(content)
+
+
 def other_schema(path: Path, schema: str) -> None:
     edit(path, lambda file: file.attrs.modify("schema", schema))
 
@@ -118,6 +124,8 @@ CASES = {
     "shard is cut off": (lambda run: truncate(shard(run)), "rollout.0.h5: an HDF5 file expected"),
     "shard is cut off, manifest as it was": (lambda run: shard(run).write_bytes(shard(run).read_bytes()[:4000]), "bytes expected by manifest.json, 4000 found"),
     "record is cut off": (lambda run: truncate(record(run)), "node_0000.h5: an HDF5 file expected"),
+    "links within a shard are damaged": (lambda run: overwritten(shard(run), 600, 2000), "rollout.0.h5: damaged: what it should hold can't be read"),
+    "attributes of a shard are damaged": (lambda run: overwritten(shard(run), 50, 300), "rollout.0.h5: damaged: what it should hold can't be read"),
     "shard lacks a dataset": (lambda run: drop(shard(run), "tokens/rollout_logprob"), "rollout.0.h5: has no dataset /tokens/rollout_logprob"),
     "shard lacks rewards": (lambda run: drop(shard(run), "sequences/reward"), "rollout.0.h5: has no dataset /sequences/reward"),
     "record lacks a dataset": (lambda run: drop(record(run), "tokens/train_logprob"), "node_0000.h5: has no dataset /tokens/train_logprob"),

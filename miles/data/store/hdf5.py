@@ -87,7 +87,9 @@ def open_hdf5(path: Path, schema: str) -> h5py.File:
             raise
         raise Damaged(f"{path}: an HDF5 file expected; {error}") from None
     try:
-        schema_kind(file.attrs.get("schema"), schema, path)
+        with reading(path):
+            found = file.attrs.get("schema")
+        schema_kind(found, schema, path)
     except ValueError:
         file.close()
         raise
