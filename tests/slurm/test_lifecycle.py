@@ -81,6 +81,7 @@ def test_a_run_goes_on_whatever_the_cluster_does(cluster: Cluster, tmp_path: Pat
         assert 0 < sum(seconds or 0.0 for seconds in stop["seconds"].values()) < 110
         assert epoch == 3 or stop["seconds"]["save"] is not None, "saved for the stop's sake"  # `scontrol requeue` may leave no time for it
     assert job.log.count("the stop took") == 3
+    assert f"job {job.id} begins again on {job.fields()['NodeList']}" in job.log
     assert (job.run_dir / "report" / "index.html").is_file()
     said, _ = follower.communicate(timeout=180)
     assert follower.returncode == 0
