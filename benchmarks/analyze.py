@@ -164,6 +164,7 @@ class Part:
 
     def __init__(self, rows: np.ndarray, step: int, columns: dict[str, np.ndarray]) -> None:
         self.names, self._which, self._columns = list(columns), (rows + step) % 256, columns
+        self.layers: dict[str, np.ndarray] = {}
         self.shard, self.row = np.zeros(len(rows), np.uint16), rows.astype(np.uint32)
         self.offset = (np.arange(len(rows) + 1) * LENGTH).astype(np.uint64)
 
