@@ -21,12 +21,12 @@ from typing import Any
 import numpy as np
 
 from benchmarks.table import Row, show
-from miles.analysis import fused
 from miles.analysis.analyze import analyze
 from miles.analysis.causes import attribute
 from miles.analysis.chunk_pass import ChunkPass
 from miles.analysis.compiled import kernel
-from miles.analysis.load import loaded
+from miles.analysis.core_pass import core
+from miles.analysis.load import aligned, loaded
 from miles.analysis.measure import standard_errors, token_metrics
 from miles.analysis.ranks import Alone
 from miles.analysis.recommend import recommend
@@ -62,16 +62,17 @@ class Arrays:
     def __init__(self, tokens: int) -> None:
         random = np.random.default_rng(0)
         block = 1 << 20
-        self.mu = np.resize(-random.exponential(1.0, block).astype(np.float32), tokens)
-        self.o = np.resize(self.mu[:block] + random.normal(0, 0.02, block).astype(np.float32), tokens)
-        self.mask = np.resize((np.arange(LENGTH) >= PROMPT).astype(np.uint8), tokens)
+        self.mu, self.o, self.mask = aligned(tokens, np.float32), aligned(tokens, np.float32), aligned(tokens, np.uint8)
+        self.mu[:] = np.resize(-random.exponential(1.0, block).astype(np.float32), tokens)
+        self.o[:] = np.resize(self.mu[:block] + random.normal(0, 0.02, block).astype(np.float32), tokens)
+        self.mask[:] = np.resize((np.arange(LENGTH) >= PROMPT).astype(np.uint8), tokens)
         self.start = np.arange(0, tokens, LENGTH)
         self.length = np.minimum(LENGTH, tokens - self.start)
 
     def analyse(self, part: int, parts: int) -> None:
         which = slice(len(self.start) * part // parts, len(self.start) * (part + 1) // parts)
         outputs = np.zeros(len(SUMS)), np.zeros(len(COUNTS), np.int64), np.zeros(BINS, np.int64)
-        fused.core(self.mu, self.o, self.mask, self.start[which], self.start[which], self.length[which], *outputs)
+        core(self.mu, self.o, self.mask, self.start[which], self.start[which], self.length[which], *outputs)
 
     def read(self, part: int, parts: int) -> None:
         for array in (self.mu, self.o, self.mask):

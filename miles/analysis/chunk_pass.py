@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from miles.analysis import exact, fused
+from miles.analysis.core_pass import core
 from miles.analysis.load import Loaded, numbers_of
 from miles.analysis.slices import TOKEN_SLICES, VERSIONS
 from miles.analysis.state import ODD, SEEN, WORST_FIELDS, State
@@ -22,7 +23,7 @@ def add_core(state: State, loaded: Loaded) -> None:
     """The core sums, counts and histogram of a chunk alone."""
     columns = loaded.columns
     sums, counts, histogram = np.zeros(len(SUMS)), np.zeros(len(COUNTS), np.int64), np.zeros(BINS, np.int64)
-    top = fused.core(
+    top = core(
         columns["rollout_logprob"], columns["train_logprob"], columns["loss_mask"],
         loaded.shard_start, loaded.train_start, loaded.length, sums, counts, histogram,
     )  # fmt: skip

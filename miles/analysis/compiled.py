@@ -11,7 +11,9 @@ from numba import config, njit
 from miles.precision.kernel_cache import cache_folder
 
 SOURCES = (
-    "boundaries.py", "compiled.py", "corrections.py", "exact.py", "expert_kernel.py", "fused.py", "lane_sum.py", "lanes.py", "sequence_kernels.py", "slices.py", "terms.py", "weights_pass.py",
+    "bin_lanes.py", "boundaries.py", "compiled.py", "core_lanes.py", "core_pass.py", "corrections.py", "counters.py", "exact.py",
+    "expert_kernel.py", "fused.py", "lane_sum.py", "memory.py", "row_lanes.py", "sequence_kernels.py", "slice_lanes.py", "slices.py",
+    "terms.py", "vectors.py", "weights_pass.py",
 )  # fmt: skip
 _FOLDER = cache_folder(*(Path(__file__).parent / name for name in SOURCES))
 

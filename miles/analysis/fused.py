@@ -7,29 +7,14 @@ import math
 import numpy as np
 
 from miles.analysis.compiled import kernel
-from miles.analysis.lanes import STRIDE, WAIT, add_near, add_sum, gather, make_scatter, make_sums, sum_rows, touch
+from miles.analysis.counters import COUNTERS, ROOM, finish, flush
+from miles.analysis.memory import at1, at4, of, pad, reduced
+from miles.analysis.memory import table as aligned
+from miles.analysis.row_lanes import row_sums
+from miles.analysis.slice_lanes import STRIDE, WAIT, add_near, add_sum, gather, make_scatter, sum_rows, touch
 from miles.analysis.slices import BASE, ENTROPIES, MISSES, PROBABILITIES, VERSIONS
-from miles.analysis.terms import (
-    BINS,
-    COUNTED,
-    COUNTS,
-    HUGE,
-    INFINITE,
-    LIMIT,
-    MOMENTS,
-    RING,
-    SEQUENCE_SUMS,
-    SUB_BINS,
-    SUMS,
-    TAUS,
-    TERM_ROW,
-    TOKEN_VALUES,
-    VALUES,
-    WIDE,
-)
+from miles.analysis.terms import COUNTS, HUGE, INFINITE, LIMIT, MOMENTS, RING, SEQUENCE_SUMS, SUMS, TAUS, TERM_ROW, TOKEN_VALUES, VALUES, WIDE
 
-core_sums = make_sums(terms=False, every=False)
-all_sums = make_sums(terms=True, every=True)
 scatter1, scatter2, scatter3 = (make_scatter(kinds) for kinds in (1, 2, 3))
 
 WAYS = len(VALUES)
@@ -37,40 +22,6 @@ POSITION, PROBABILITY, ENTROPY, TURN = BASE["position"], BASE["rollout_probabili
 SPECULATIVE, MISS, SIGNS, USED = (BASE[name] for name in ("speculative", "layers_routed_differently", "reward_and_advantage", "used"))
 NEAR_COLUMNS = tuple(VALUES.index(name) for name in TOKEN_VALUES)
 HOT_SLOTS = PROBABILITIES + ENTROPIES + MISSES  # what is scattered token by token, in this order
-SCRATCH = (BINS + 1) * SUB_BINS  # counters of the histogram, one bin past the last for the ring's beginning
-PIECE = WIDE * (COUNTED // 2)  # tokens between two looks at whether the counters could overflow
-
-
-@kernel
-def core(mu, o, mask, mu_start, o_start, length, sums, counts, histogram):
-    """Sums f64 [len(SUMS)] (rows of CORE), counts i64 [len(COUNTS)] and histogram i64 [BINS] of some sequences are added to; returns the greatest |d|.
-
-    mu f32, mask u8: sequence i begins at mu_start[i]; o f32: at o_start[i]; length[i] tokens.
-    """
-    lanes, tally, scratch, ring, padded, _, _ = _working()
-    greatest = np.float32(0.0)
-    counted = 0
-    for i in range(len(length)):
-        a, b, n = mu_start[i], o_start[i], length[i]
-        for start in range(0, n, PIECE):
-            size = min(PIECE, n - start)
-            if counted + size > WIDE * (COUNTED - 1):
-                _flush(scratch, histogram)
-                counted = 0
-            counted += size + WIDE
-            at, bt, body = a + start, b + start, size - size % WIDE
-            top = core_sums(_at4(mu, at), _at4(o, bt), _at1(mask, at), body, _of(lanes), _of(tally), _of(scratch), _of(ring), 0, 0)
-            if body < size:
-                _pad(padded, mu, o, mask, at + body, bt + body, size - body)
-                p = _of(padded)
-                tail = core_sums(p, p + 4 * WIDE, p + 8 * WIDE, WIDE, _of(lanes), _of(tally), _of(scratch), _of(ring), 0, 0)
-                top = max(top, tail)
-            greatest = max(greatest, top)
-    found = np.zeros(len(SUMS))
-    _reduce(lanes, found)
-    sums += found
-    _finish(tally, scratch, ring, counts, histogram)
-    return greatest
 
 
 @kernel
@@ -88,16 +39,18 @@ def scan(
     sequence_table f64 [., 8]. token_table i64 [V, 4] in units of NEAR_UNIT, of tokens with |d| <= near; the others are listed: far_token
     i64 [tokens], far f64 [tokens, 4]. odd i64 [6]: NaN, infinite and absurd log-probs of the rollout, then of the trainer, under the mask.
     """
-    lanes, tally, scratch, ring, padded, rows, probable = _working()
+    lanes, tally, padded = np.zeros((len(SUMS) + len(MOMENTS), WIDE)), np.zeros(len(COUNTS) + 1, np.int64), np.zeros(3 * WIDE, np.float32)
+    counters, ring = np.zeros(COUNTERS, np.uint16), np.zeros(RING * WIDE, np.uint16)
+    rows, probable = aligned(TERM_ROW // 2, WAYS).reshape(-1).view(np.float32), np.zeros(TERM_ROW, np.float32)
     greatest = np.float32(0.0)
-    listed, counted = 0, 0
+    listed, counted = 0, WIDE
     here, part, before = np.zeros(len(SUMS)), np.zeros(len(SUMS) + len(MOMENTS)), np.zeros(len(COUNTS), np.int64)
     value = np.zeros(WAYS)
     found = np.zeros(len(TAUS), np.int64)
     kinds = len(sequence_slots)
     code, bins, segment = np.zeros(TERM_ROW, np.uint8), np.zeros((3, TERM_ROW), np.uint16), np.zeros(WAYS)
     words, poisson = code.view(np.uint64), _poisson()
-    hot = _rows(WAIT * HOT_SLOTS // 2, WAYS).reshape(-1).view(np.float32)
+    hot = aligned(WAIT * HOT_SLOTS // 2, WAYS).reshape(-1).view(np.float32)
     for i in range(len(length)):
         a, b, n = mu_start[i], o_start[i], length[i]
         here[:] = 0.0
@@ -113,25 +66,25 @@ def scan(
             size = min(TERM_ROW, n - start)
             body = size - size % WIDE
             at, bt = a + start, b + start
-            if counted + size > WIDE * (COUNTED - 1):
-                _flush(scratch, histogram)
-                counted = 0
+            if counted + size + WIDE > ROOM:
+                flush(counters, histogram)
+                counted = WIDE
             counted += size + WIDE
             if len(token_table):
-                touch(_at4(token, at), size, _of(token_table), len(token_table))
+                touch(at4(token, at), size, of(token_table), len(token_table))
             tokens, base = tally[1], np.float64(start - prompt[i])
-            top = all_sums(_at4(mu, at), _at4(o, bt), _at1(mask, at), body, _of(lanes), _of(tally), _of(scratch), _of(ring), _of(rows), _of(probable))
-            _reduce(lanes, part)
+            top = row_sums(at4(mu, at), at4(o, bt), at1(mask, at), body, of(lanes), of(tally), of(counters), of(ring), of(rows), of(probable))
+            reduced(lanes, part)
             count = tally[1] - tokens
             line, square, product = _moments(part, count, base, line, square, product)
             here += part[: len(SUMS)]
             if body < size:
-                _pad(padded, mu, o, mask, at + body, bt + body, size - body)
-                p = _of(padded)
-                more, chance = _of(rows) + 4 * WAYS * body, _at4(probable, body)
-                tail = all_sums(p, p + 4 * WIDE, p + 8 * WIDE, WIDE, _of(lanes), _of(tally), _of(scratch), _of(ring), more, chance)
+                pad(padded, WIDE, mu, o, mask, at + body, bt + body, size - body)
+                p = of(padded)
+                more, chance = of(rows) + 4 * WAYS * body, at4(probable, body)
+                tail = row_sums(p, p + 4 * WIDE, p + 8 * WIDE, WIDE, of(lanes), of(tally), of(counters), of(ring), more, chance)
                 top = max(top, tail)
-                _reduce(lanes, part)
+                reduced(lanes, part)
                 line, square, product = _moments(part, tally[1] - tokens - count, base + body, line, square, product)
                 here += part[: len(SUMS)]
             greatest = max(greatest, top)
@@ -170,11 +123,11 @@ def scan(
                     end += 1
                     while end % 8 == 0 and end + 8 <= stop and words[end // 8] == eight:
                         end += 8
-                sum_rows(_of(rows) + 4 * WAYS * j, end - j, _of(segment))
+                sum_rows(of(rows) + 4 * WAYS * j, end - j, of(segment))
                 j = end
                 if segment[0] == 0.0:
                     continue
-                t, g = _of(table), _of(segment)
+                t, g = of(table), of(segment)
                 add_sum(t, POSITION + bucket, g)
                 add_sum(t, TURN + (0 if since == 0 else 1 if since < 8 else 2), g)
                 add_sum(t, SPECULATIVE + (2 if alike & 16 else 1 if alike & 8 else 0), g)
@@ -202,7 +155,7 @@ def scan(
             for k in range(len(TAUS)):
                 divergence[k, 0 if found[k] < 0 else 1 + _bucket(found[k])[0]] += 1
             _resample(identity[i], value, bootstrap, poisson)
-    _finish(tally, scratch, ring, counts, histogram)
+    finish(tally, WIDE, counters, ring, counts, histogram)
     return greatest, listed
 
 
@@ -216,19 +169,19 @@ def _moments(part, count, x, line, square, product):
 @kernel
 def _by_token(token, rows, all_near, near, table, far_token, far, listed):
     """Add a row of terms to its token ids; tokens that are not near are listed. Returns how many are."""
-    first, size, names = _of(rows), len(token), np.uint64(len(table))
+    first, size, names = of(rows), len(token), np.uint64(len(table))
     if all_near:
         for j in range(size):
             name = np.uint64(np.int64(token[j]))
             if name < names:  # no negative one is
-                add_near(_of(table), name, first + 4 * WAYS * j)
+                add_near(of(table), name, first + 4 * WAYS * j)
         return listed
     for j in range(size):
         name = np.uint64(np.int64(token[j]))
         if name >= names:
             continue
         if rows[j * WAYS + 2] <= near:
-            add_near(_of(table), name, first + 4 * WAYS * j)
+            add_near(of(table), name, first + 4 * WAYS * j)
         else:
             far_token[listed] = name
             for k, which in enumerate(NEAR_COLUMNS):
@@ -261,12 +214,12 @@ def _scatter(rows, size, bins, hot, probable, entropy, miss, table):
         last = _miss_bins(miss, bins[kinds])
         kinds += 1
     if kinds == 3:
-        scatter3(_of(rows), size, _of(bins), _of(hot))
+        scatter3(of(rows), size, of(bins), of(hot))
     elif kinds == 2:
-        scatter2(_of(rows), size, _of(bins), _of(hot))
+        scatter2(of(rows), size, of(bins), of(hot))
     else:
-        scatter1(_of(rows), size, _of(bins), _of(hot))
-    first, out = _of(hot), _of(table)
+        scatter1(of(rows), size, of(bins), of(hot))
+    first, out = of(hot), of(table)
     for slot in range(PROBABILITIES):
         gather(first, slot, out, PROBABILITY + slot)
     for slot in range(ENTROPIES if len(entropy) else 0):
@@ -307,84 +260,6 @@ def _miss_bins(miss, bins):
 def _part(array, start, size):
     """Of an array that may not be recorded."""
     return array[start : start + size] if len(array) else array
-
-
-@kernel
-def _rows(count, width):
-    """f64 [count, width], zeros, at the beginning of a cache line: no row of 8 lies across two."""
-    held = np.zeros(count * width + 8)
-    skip = (-(held.ctypes.data // 8)) % 8
-    return held[skip : skip + count * width].reshape(count, width)
-
-
-@kernel
-def _of(array):
-    return array.ctypes.data
-
-
-@kernel
-def _at4(array, index):
-    return array.ctypes.data + 4 * index
-
-
-@kernel
-def _at1(array, index):
-    return array.ctypes.data + index
-
-
-@kernel
-def _working():
-    """Zeroed: lanes, counts and turns, bins, the ring (its bins one past the last), a padded turn, rows of terms, e^mu."""
-    ring = np.full(RING * WIDE, BINS, np.uint16)
-    lanes, tally = np.zeros((len(SUMS) + len(MOMENTS), WIDE)), np.zeros(len(COUNTS) + 1, np.int64)
-    padded, rows, probable = np.zeros(3 * WIDE, np.float32), _rows(TERM_ROW // 2, WAYS).reshape(-1).view(np.float32), np.zeros(TERM_ROW, np.float32)
-    return lanes, tally, np.zeros(SCRATCH, np.uint16), ring, padded, rows, probable
-
-
-@kernel
-def _pad(padded, mu, o, mask, a, b, n):
-    """The last n < 16 tokens as a whole turn: mu, then o, then the mask in bytes; the rest does not count."""
-    padded[:] = 0.0
-    under = padded[2 * WIDE :].view(np.uint8)
-    for i in range(n):
-        padded[i] = mu[a + i]
-        padded[WIDE + i] = o[b + i]
-        under[i] = mask[a + i]
-
-
-@kernel
-def _reduce(lanes, out):
-    """Lanes to sums [rows wanted], in a fixed tree: i with i + 8, then + 4, + 2, + 1. The lanes are 0 then."""
-    for k in range(len(out)):
-        width = WIDE // 2
-        while width:
-            for i in range(width):
-                lanes[k, i] += lanes[k, i + width]
-            width //= 2
-        out[k] = lanes[k, 0]
-    lanes[:] = 0.0
-
-
-@kernel
-def _flush(scratch, histogram):
-    """16-bit counters to 64 bits, before they could overflow: the four of a bin at once."""
-    words, few = scratch.view(np.uint64), np.uint64(0x0000FFFF0000FFFF)
-    for i in range(BINS):
-        pairs = (words[i] & few) + ((words[i] >> np.uint64(16)) & few)
-        histogram[i] += np.int64((pairs + (pairs >> np.uint64(32))) & np.uint64(0xFFFFFFFF))
-        words[i] = 0
-
-
-@kernel
-def _finish(tally, scratch, ring, counts, histogram):
-    """Count what waits in the ring; take the tokens that don't count out of bin 0."""
-    _flush(scratch, histogram)
-    for which in ring:
-        if which < BINS:
-            histogram[which] += 1
-    for k in range(len(COUNTS)):
-        counts[k] += tally[k]
-    histogram[0] -= tally[3] * WIDE - tally[1]
 
 
 @kernel

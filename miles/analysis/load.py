@@ -15,6 +15,7 @@ from miles.analysis.source import OPTIONAL_COLUMNS, SHARD_COLUMNS, TRAIN_COLUMNS
 from miles.data.store.files import Damaged
 from miles.data.store.manifest import NAME
 
+LINE = 64  # bytes of a cache line
 AHEAD = 1  # chunks read while one is computed
 NEEDED_OF_CORE = ("rollout_logprob", "loss_mask", "train_logprob")
 
@@ -35,7 +36,7 @@ class Loaded:
 
 
 class Buffers:
-    """Arrays that grow to what was asked for and are used again."""
+    """Arrays that grow to what was asked for and are used again. They begin at a cache line: vectors within one are read faster."""
 
     def __init__(self) -> None:
         self._arrays: dict[str, NDArray[Any]] = {}
@@ -43,8 +44,16 @@ class Buffers:
     def take(self, name: str, dtype: Any, size: int) -> NDArray[Any]:
         held = self._arrays.get(name)
         if held is None or len(held) < size:
-            held = self._arrays[name] = np.empty(size + size // 8, dtype)
+            held = self._arrays[name] = aligned(size + size // 8, dtype)
         return held[:size]
+
+
+def aligned(size: int, dtype: Any) -> NDArray[Any]:
+    """An array of no particular content that begins at a cache line."""
+    width = np.dtype(dtype).itemsize
+    held = np.empty(size * width + LINE, np.uint8)
+    skip = -held.ctypes.data % LINE
+    return held[skip : skip + size * width].view(dtype)
 
 
 def load(chunk: Chunk, buffers: Buffers, core: bool = False) -> Loaded:

@@ -7,7 +7,8 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from miles.analysis import exact, fused
+from miles.analysis import exact
+from miles.analysis.core_pass import core
 from miles.analysis.state import ByToken
 from miles.analysis.terms import BINS, COUNTS, NEAR, NEAR_UNIT, SUMS, TOKEN_VALUES
 
@@ -18,7 +19,7 @@ def test_more_equal_tokens_than_a_counter_of_16_bits_holds(lengths):
     mu, o, mask = np.full(total, -1.0, np.float32), np.full(total, -1.5, np.float32), np.ones(total, np.uint8)
     start = np.cumsum([0, *lengths[:-1]])
     sums, counts, histogram = np.zeros(len(SUMS)), np.zeros(len(COUNTS), np.int64), np.zeros(BINS, np.int64)
-    assert fused.core(mu, o, mask, start, start, np.array(lengths), sums, counts, histogram) == 0.5
+    assert core(mu, o, mask, start, start, np.array(lengths), sums, counts, histogram) == 0.5
     assert counts.tolist() == [total, total, 0]
     bin = int(np.array([-0.5], np.float32).view(np.uint32)[0] >> 19)
     assert np.flatnonzero(histogram).tolist() == [bin]
