@@ -13,7 +13,21 @@ from miles.analysis.memory import table as aligned
 from miles.analysis.row_lanes import row_sums
 from miles.analysis.slice_lanes import STRIDE, WAIT, add_near, add_sum, gather, make_scatter, sum_rows, touch
 from miles.analysis.slices import BASE, ENTROPIES, MISSES, PROBABILITIES, VERSIONS
-from miles.analysis.terms import COUNTS, HUGE, INFINITE, LIMIT, MOMENTS, RING, SEQUENCE_SUMS, SUMS, TAUS, TERM_ROW, TOKEN_VALUES, VALUES, WIDE
+from miles.analysis.terms import (
+    COUNTS,
+    HUGE,
+    INFINITE,
+    LIMIT,
+    MOMENTS,
+    RING,
+    SEQUENCE_SUMS,
+    SUMS,
+    TAUS,
+    TERM_ROW,
+    TOKEN_VALUES,
+    VALUES,
+    WIDE,
+)
 
 scatter1, scatter2, scatter3 = (make_scatter(kinds) for kinds in (1, 2, 3))
 
