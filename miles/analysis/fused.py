@@ -14,6 +14,7 @@ from miles.analysis.row_lanes import row_sums
 from miles.analysis.slice_lanes import STRIDE, WAIT, add_near, add_sum, gather, make_scatter, sum_rows, touch
 from miles.analysis.slices import BASE, ENTROPIES, MISSES, PROBABILITIES, VERSIONS
 from miles.analysis.terms import (
+    CORE,
     COUNTS,
     HUGE,
     INFINITE,
@@ -63,6 +64,7 @@ def scan(
     found = np.zeros(len(TAUS), np.int64)
     kinds = len(sequence_slots)
     code, bins, segment = np.zeros(TERM_ROW, np.uint8), np.zeros((3, TERM_ROW), np.uint16), np.zeros(WAYS)
+    block = np.zeros(WAYS)
     words, poisson = code.view(np.uint64), _poisson()
     hot = aligned(WAIT * HOT_SLOTS // 2, WAYS).reshape(-1).view(np.float32)
     for i in range(len(length)):
@@ -86,12 +88,13 @@ def scan(
             counted += size + WIDE
             if len(token_table):
                 touch(at4(token, at), size, of(token_table), len(token_table))
-            tokens, base = tally[1], np.float64(start - prompt[i])
+            tokens, alike, base = tally[1], tally[2], np.float64(start - prompt[i])
             top = row_sums(at4(mu, at), at4(o, bt), at1(mask, at), body, of(lanes), of(tally), of(counters), of(ring), of(rows), of(probable))
             reduced(lanes, part)
             count = tally[1] - tokens
             line, square, product = _moments(part, count, base, line, square, product)
             here += part[: len(SUMS)]
+            block[1 : 1 + len(CORE)] = part[: len(CORE)]
             if body < size:
                 pad(padded, WIDE, mu, o, mask, at + body, bt + body, size - body)
                 p = of(padded)
@@ -101,6 +104,8 @@ def scan(
                 reduced(lanes, part)
                 line, square, product = _moments(part, tally[1] - tokens - count, base + body, line, square, product)
                 here += part[: len(SUMS)]
+                block[1 : 1 + len(CORE)] += part[: len(CORE)]
+            block[0], block[-1] = tally[1] - tokens, tally[2] - alike
             greatest = max(greatest, top)
             for k in range(len(TAUS)):
                 if found[k] < 0 and top > TAUS[k]:
@@ -125,32 +130,37 @@ def scan(
                 stop = min(size, bucket_end + prompt[i] - start)
                 if run < last_run:
                     stop = min(stop, run_start[run] - start)
-                alike = code[j]
-                if alike & 2:
+                mark = code[j]
+                if mark & 2:
                     turn = place
                 since = place - turn
                 if since < 8:
                     stop = min(stop, j + 1 if since == 0 else turn + 8 - start)
                 end = j + 1
-                eight = np.uint64(alike) * np.uint64(0x0101010101010101)
-                while end < stop and code[end] == alike:
+                eight = np.uint64(mark) * np.uint64(0x0101010101010101)
+                while end < stop and code[end] == mark:
                     end += 1
                     while end % 8 == 0 and end + 8 <= stop and words[end // 8] == eight:
                         end += 8
-                sum_rows(of(rows) + 4 * WAYS * j, end - j, of(segment))
+                if end - j == size:
+                    segment[:] = block
+                else:
+                    sum_rows(of(rows) + 4 * WAYS * j, end - j, of(segment))
                 j = end
                 if segment[0] == 0.0:
                     continue
                 t, g = of(table), of(segment)
                 add_sum(t, POSITION + bucket, g)
                 add_sum(t, TURN + (0 if since == 0 else 1 if since < 8 else 2), g)
-                add_sum(t, SPECULATIVE + (2 if alike & 16 else 1 if alike & 8 else 0), g)
+                add_sum(t, SPECULATIVE + (2 if mark & 16 else 1 if mark & 8 else 0), g)
                 if len(advantage):
-                    add_sum(t, SIGNS + 4 * reward_sign[i] + (alike >> 5), g)
+                    add_sum(t, SIGNS + 4 * reward_sign[i] + (mark >> 5), g)
                 if len(used):
-                    add_sum(t, USED + (alike & 1), g)
+                    add_sum(t, USED + (mark & 1), g)
                 if slot >= 0:
                     add_sum(t, VERSIONS + slot, g)
+            if block[0] == 0.0:
+                continue
             _scatter(rows, size, bins, hot, probable[:size], _part(entropy, bt, size), _part(miss, bt, size), table)
             if len(token_table):
                 listed = _by_token(token[at : at + size], rows, top <= near, near, token_table, far_token, far, listed)
