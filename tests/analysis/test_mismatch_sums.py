@@ -10,7 +10,7 @@ import pytest
 from miles.analysis import exact
 from miles.analysis.core_pass import core
 from miles.analysis.state import ByToken
-from miles.analysis.terms import BINS, COUNTS, NEAR, NEAR_UNIT, SUMS, TOKEN_VALUES
+from miles.analysis.terms import BINS, CORE, COUNTS, HUGE, LIMIT, NEAR, NEAR_UNIT, SUMS, TOKEN_VALUES
 
 
 @pytest.mark.parametrize("lengths", [[700_001], [350_000, 17, 349_984]])
@@ -25,6 +25,33 @@ def test_more_equal_tokens_than_a_counter_of_16_bits_holds(lengths):
     assert np.flatnonzero(histogram).tolist() == [bin]
     assert histogram[bin] == total
     assert sums[:3] == pytest.approx([-0.5 * total, 0.5 * total, 0.25 * total], rel=1e-7)
+
+
+def test_totals_of_odd_tokens_and_ends_of_any_length_are_those_of_numpy():
+    random = np.random.default_rng(3)
+    lengths = np.array([1, 63, 64, 65, 0, 1000, 60_000])
+    total, start = int(lengths.sum()), np.cumsum([0, *lengths[:-1]])
+    mu = -random.exponential(1, total).astype(np.float32)
+    o = (mu + random.normal(0, 0.02, total) * np.exp(random.normal(0, 1.5, total))).astype(np.float32)
+    mask = (random.random(total) < 0.9) * random.integers(1, 255, total).astype(np.uint8)
+    for array in (mu, o):
+        for value in (np.nan, np.inf, -np.inf, 1e30, -2000, -999.9, -0.0, 0.0):
+            array[random.integers(0, total, 20)] = value
+    alike, edge = random.integers(0, total, total // 4), random.integers(0, total, 20)
+    o[alike] = mu[alike]
+    mu[edge], o[edge] = -999.9, -1000.05  # near each other, and only one of them may count
+    sums, counts, histogram = np.zeros(len(SUMS)), np.zeros(len(COUNTS), np.int64), np.zeros(BINS, np.int64)
+    top = core(mu, o, mask, start, start, lengths, sums, counts, histogram)
+    kept = (mask != 0) & (np.abs(mu) <= HUGE) & (np.abs(o) <= HUGE)
+    d = o[kept] - mu[kept]
+    wide = d.astype(np.float64)
+    c = np.clip(wide, -LIMIT, LIMIT)
+    t = np.expm1(c)
+    assert counts.tolist() == [np.count_nonzero(mask), kept.sum(), (mu.view(np.int32) == o.view(np.int32))[kept].sum()]
+    assert histogram.tolist() == np.bincount(d.view(np.uint32) >> 19, minlength=BINS).tolist()
+    assert top == np.abs(d).max()
+    assert sums[0] == pytest.approx(wide.sum(), abs=1e-7 * np.abs(wide).sum())
+    assert sums[1 : len(CORE)] == pytest.approx([np.abs(wide).sum(), (wide**2).sum(), (t - c).sum(), t.sum(), (t**2).sum()], rel=3e-7)
 
 
 def test_sums_by_token_have_the_same_digits_however_they_were_reached():
