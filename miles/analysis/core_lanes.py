@@ -9,6 +9,8 @@ in fp32, 16 such sums in fp32 again (of d in fp64), then everything in fp64.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from llvmlite import ir
@@ -170,7 +172,7 @@ class _Part:
 def _add(b: ir.IRBuilder, cells: dict[str, ir.Value], d: ir.Value, square: ir.Value, t: ir.Value, k3: ir.Value) -> None:
     for name, factors in {"d": (d,), "abs": (absolute(b, d),), "d2": (square,), "k3": (k3,), "t": (t,), "t2": (t, t)}.items():
         old = b.load(cells[name])
-        b.store(fma(b, *factors, old) if len(factors) > 1 else b.fadd(old, factors[0]), cells[name])
+        b.store(fma(b, factors[0], factors[1], old) if len(factors) > 1 else b.fadd(old, factors[0]), cells[name])
 
 
 def _fetch(b: ir.IRBuilder, index: ir.Value, arrays: list[tuple[ir.Value, int]]) -> None:
@@ -189,18 +191,11 @@ def _joined(b: ir.IRBuilder, one: ir.Value, other: ir.Value) -> ir.Value:
     return b.shuffle_vector(one, other, ir.Constant(ir.VectorType(I32, len(lanes)), lanes))
 
 
-class _pieces:
+@contextmanager
+def _pieces(b: ir.IRBuilder, turns: ir.Value, size: int) -> Iterator[tuple[ir.Value, ir.Value]]:
     """A loop over pieces of `size` turns, the last one shorter: the first turn of each, and how many."""
-
-    def __init__(self, b: ir.IRBuilder, turns: ir.Value, size: int) -> None:
-        self._b, self._turns, self._size = b, turns, number(size)
-        count = b.sdiv(b.add(turns, number(size - 1)), self._size)
-        self._loop = cgutils.for_range(b, count)
-
-    def __enter__(self) -> tuple[ir.Value, ir.Value]:
-        b, first = self._b, self._b.mul(self._loop.__enter__().index, self._size)
-        left = b.sub(self._turns, first)
-        return first, b.select(b.icmp_signed("<", left, self._size), left, self._size)
-
-    def __exit__(self, *raised: object) -> None:
-        self._loop.__exit__(*raised)
+    whole = number(size)
+    with cgutils.for_range(b, b.sdiv(b.add(turns, number(size - 1)), whole)) as loop:
+        first = b.mul(loop.index, whole)
+        left = b.sub(turns, first)
+        yield first, b.select(b.icmp_signed("<", left, whole), left, whole)
