@@ -48,7 +48,7 @@ def recommend(state: State, tokens: dict[str, Any], verdict: Verdict) -> Recomme
     if routed:
         why += "; layers were routed differently, which replaying routes in training would end"
     if verdict.word == "biased":
-        why += "; but the mismatch is one-sided: look for its cause first"
+        why += "; but the mismatch is more than noise: look at its cause first"
     [outcome] = simulate.judged(state, Setting(f"recommended: TIS {f'{low:g} to' if low else 'up to'} {high:g}", mode="truncate", low=low, high=high))
     return Recommendation(why, {"use_tis": True, "tis_clip": float(high), "tis_clip_low": float(low)}, outcome)
 

@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from miles.analysis.causes import FAULTS, NOISE, Cause
+from miles.analysis.causes import FAULTS, LAG, NOISE, Cause
 from miles.analysis.terms import HUGE
 from miles.config.exits import UserError
 
 ORDER = ("bitwise", "noise", "biased", "broken")  # from the best to the worst
 BROKEN_K3, BROKEN_RATIO, BROKEN_ESS, BROKEN_ODD = 0.1, 0.1, 0.3, 0.01
 BIASED_SLOPE = 0.01
+LITTLE_K3 = 1e-4  # nothing to do below it
 CERTAIN = 5.0  # standard errors: a clean run is judged each time it is looked at, so 95 % would call one in twenty biased
 UNEVEN = 2.0  # times the slope's standard error under even noise: it is greatest where the log-prob is far from its mean
 FAULTY = 0.05  # of Σ d²: a fault that explains less doesn't change the word
@@ -58,7 +59,7 @@ def judge(tokens: dict[str, Any], errors: dict[str, float], causes: Sequence[Cau
     slope = tokens.get("slope")
     if slope is not None and abs(slope - 1) > max(BIASED_SLOPE, CERTAIN * _slope_error(tokens)):
         biased.append(f"the slope of the trainer's log-probs on the rollout's is {slope:.4g}, not 1: another temperature?")
-    if leading and leading.name in FAULTS and leading.share > FAULTY and not biased:
+    if leading and leading.share > FAULTY and (leading.name in FAULTS or (leading.name == LAG and k3 > LITTLE_K3)) and not biased:
         biased.append(f"k3 is {k3:.3g}, and not all of it is noise")
     if biased:
         return Verdict("biased", biased + words, leading.advice if leading else "look for a cause (sampling settings, weights, token ids) before correcting")
@@ -72,7 +73,7 @@ def _slope_error(tokens: dict[str, Any]) -> float:
 
 
 def _advice(k3: float) -> str:
-    if k3 < 1e-4:
+    if k3 < LITTLE_K3:
         return "nothing to do"
     if k3 < 1e-2:
         return "truncated importance sampling per token with a bound of 2 (1.5 for a mixture of experts)"

@@ -53,3 +53,11 @@ def test_a_slope_is_off_only_beyond_its_error():
     verdict = judge(tokens | {"tokens": 20_000, "masked": 20_000}, {})
     assert verdict.word == "biased"
     assert "slope" in verdict.why[0]
+
+
+def test_lag_that_matters_is_no_noise(tmp_path):
+    """Half of the tokens are the last policy's: training is not on the policy that generated them."""
+    plant(tmp_path, "lag", 1.0, 3, steps=3, sequences=32, response=64)
+    verdict = judged(tmp_path)
+    assert verdict.word == "biased"
+    assert "policy lag" in " ".join(verdict.why)

@@ -8,6 +8,7 @@ from miles.analysis.evidence import Evidence
 
 NOISE = "noise"
 FAULTS = ("token ids differ", "shifted by one", "temperature", "top-p or top-k", "one engine off", "one rank off", "one node off")  # to be mended, whatever their size
+LAG = "policy lag"  # another policy than the one that generated the data, though one that is meant
 LOUD = 0.3  # on a logit: more than 8-bit arithmetic makes
 LEAST = 0.002  # of Σ d²: a smaller share is not worth a name
 
@@ -43,4 +44,4 @@ def _noise(case: Case, share: float) -> Cause:
     )  # fmt: skip
 
 
-__all__ = ["FAULTS", "NOISE", "Cause", "attribute"]
+__all__ = ["FAULTS", "LAG", "NOISE", "Cause", "attribute"]
