@@ -37,7 +37,7 @@ CLEAN = [name for name, cause in CAUSES.items() if cause.family == "noise"]
 LIMITS = {
     "retokenised": 0.001, "other_prompt": 0.05, "shifted": 0.05, "temperature": 0.005, "temperature_low": -0.005, "top_p": 0.01, "top_k": 0.05,
     "bf16_logits": 2.0**-13, "bf16_logprob": 2.0**-13, "bf16_trainer": 2.0**-13, "engine": 0.5, "engine_tensor": 0.02, "rank": 0.02, "node": 0.02,
-    "lag": 0.25, "routing": 0.001, "routing_next": 0.002,
+    "lag": 0.25, "routing": 0.002, "routing_next": 0.002,
 }  # fmt: skip
 
 
