@@ -42,7 +42,7 @@ from miles.analysis.vectors import (
 )
 
 intrinsic: Any = _intrinsic  # its type says nothing of what the decorated function becomes
-AHEAD = 2048  # tokens
+AHEAD = 1024  # tokens
 PARTS = CORE_WIDE // WIDE
 
 
