@@ -16,6 +16,8 @@ from miles.config.exits import UserError
 # What a launcher says of the number of its processes; srun's step, not its job: a batch script is one process of many tasks.
 SIZES = ("SLURM_STEP_NUM_TASKS", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MPI_LOCALNRANKS", "PALS_SIZE", "FLUX_JOB_SIZE", "MV2_COMM_WORLD_SIZE")
 RANKS = ("PMI_RANK", "PMIX_RANK", "SLURM_STEP_ID")
+# MPICH's other network layer, UCX, has long addresses: under Slurm 22.05's pmi2 a launch in six failed, since they arrived there cut in two.
+UNDER_SRUN = {"MPIR_CVAR_CH4_NETMOD": "ofi"}
 
 
 class Alone:
@@ -109,6 +111,9 @@ def launched(environment: Mapping[str, str] = os.environ, world: Callable[[], An
 
 
 def _world() -> Any:
+    if "SLURM_STEP_ID" in os.environ:
+        for name, value in UNDER_SRUN.items():
+            os.environ.setdefault(name, value)
     from mpi4py import MPI
 
     return MPI.COMM_WORLD
