@@ -16,8 +16,6 @@ from miles.config.exits import UserError
 # What a launcher says of the number of its processes; srun's step, not its job: a batch script is one process of many tasks.
 SIZES = ("SLURM_STEP_NUM_TASKS", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MPI_LOCALNRANKS", "PALS_SIZE", "FLUX_JOB_SIZE", "MV2_COMM_WORLD_SIZE")
 RANKS = ("PMI_RANK", "PMIX_RANK", "SLURM_STEP_ID")
-# MPICH's other network layer, UCX, has long addresses: under Slurm 22.05's pmi2 a launch in six failed, since they arrived there cut in two.
-UNDER_SRUN = {"MPIR_CVAR_CH4_NETMOD": "ofi"}
 
 
 class Alone:
@@ -112,8 +110,8 @@ def launched(environment: Mapping[str, str] = os.environ, world: Callable[[], An
 
 def _world() -> Any:
     if "SLURM_STEP_ID" in os.environ:
-        for name, value in UNDER_SRUN.items():
-            os.environ.setdefault(name, value)
+        # The addresses of UCX, which MPICH takes otherwise, are long: under Slurm 22.05's pmi2 a launch in seven failed, since they arrived garbled.
+        os.environ.setdefault("MPIR_CVAR_CH4_NETMOD", "ofi")
     from mpi4py import MPI
 
     return MPI.COMM_WORLD

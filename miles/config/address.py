@@ -17,6 +17,18 @@ def family_of(host: str) -> socket.AddressFamily:
     return socket.AF_INET6 if ":" in host else socket.AF_INET
 
 
+def bound(host: str, port: int) -> socket.socket:
+    """A TCP socket bound to host and port (0: any free one), not listening; others may bind to it with SO_REUSEADDR until one listens. Raises OSError."""
+    sock = socket.socket(family_of(host), socket.SOCK_STREAM)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        sock.bind((host, port))
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
 def url_of(host: str, port: int) -> str:
     """http://host:port, an IPv6 address in brackets."""
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

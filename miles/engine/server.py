@@ -19,7 +19,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from miles.config.address import family_of, url_of
+from miles.config.address import bound, url_of
 from miles.config.exits import UserError
 from miles.engine.control import Control, reply
 from miles.engine.engine import Engine, EngineThread
@@ -100,18 +100,14 @@ def build_app(thread: EngineThread) -> ASGIApp:
 
 def bind(host: str, port: int) -> socket.socket:
     """A bound socket, not listening yet. Raises UserError when the port is taken or the address is not this machine's."""
-    sock = socket.socket(family_of(host), socket.SOCK_STREAM)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        sock.bind((host, port))
+        return bound(host, port)
     except OSError as error:
-        sock.close()
         if error.errno == errno.EADDRINUSE:
             raise UserError(f"port {port} of {host} is in use; choose another, or 0 for a free one") from error
         if error.errno in (errno.EADDRNOTAVAIL, errno.EACCES) or isinstance(error, socket.gaierror):
             raise UserError(f"can't bind to port {port} of {host}: {error.strerror}; choose an address of this machine") from error
         raise
-    return sock
 
 
 def serve(options: EngineOptions, ready: Callable[[str, Engine], None] | None = None) -> None:

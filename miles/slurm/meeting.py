@@ -8,7 +8,7 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 
-from miles.config.address import bind_host, family_of, url_of
+from miles.config.address import bind_host, bound, url_of
 from miles.config.exits import UserError
 from miles.config.schema import Cluster
 from miles.data.store.files import seal_json
@@ -25,14 +25,10 @@ class Meeting:
 def hold_port(host: str, wanted: int) -> socket.socket:
     """A socket bound to a free TCP port of host: the wanted one, or any for 0. While it is open the kernel gives that port to nobody of its own
     accord, be it a server or a connection; who asks for it by number and with SO_REUSEADDR, as our service does, can listen there."""
-    holder = socket.socket(family_of(host), socket.SOCK_STREAM)
-    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        holder.bind((host, wanted))
+        return bound(host, wanted)
     except OSError as error:
-        holder.close()
         raise UserError(f"cluster.port: {host}:{wanted} can't be used ({error.strerror}); choose another, or 0 for a free one") from error
-    return holder
 
 
 def open_meeting(folder: Path, host: str, port: int) -> Meeting:
