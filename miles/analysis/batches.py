@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from miles.analysis.source import CHUNK, SHARD_COLUMNS, Part, Step
+from miles.analysis.rows import Part
+from miles.analysis.source import CHUNK, SHARD_COLUMNS, Step
 from miles.config.exits import UserError
 from miles.data.store.manifest import NAME, Kind, read_manifest
 from miles.data.store.run_dir import RunDir, steps_in

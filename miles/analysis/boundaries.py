@@ -25,7 +25,7 @@ def add_boundaries(state: State, loaded: Loaded) -> None:
     table = np.zeros((AFTER + 2 * len(KINDS[1]), len(VALUES)))
     near_boundaries(
         columns["rollout_logprob"], columns["loss_mask"], columns["flags"], columns["train_logprob"], loaded.shard_start, loaded.train_start, loaded.length,
-        numbers_of(loaded, "prompt_length", np.int64), table,
+        numbers_of(loaded, "prompt_length"), table,
     )  # fmt: skip
     first, second = BOUNDARY_SLICES
     filled = np.flatnonzero(table[:, 0]).tolist()

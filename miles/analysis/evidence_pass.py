@@ -9,7 +9,6 @@ import xxhash
 from numpy.typing import NDArray
 
 from miles.analysis import exact
-from miles.analysis.chunk_pass import group_hash, version_runs
 from miles.analysis.evidence import (
     CELL,
     CLASSES,
@@ -26,6 +25,7 @@ from miles.analysis.evidence import (
 )  # fmt: skip
 from miles.analysis.load import Loaded, numbers_of
 from miles.analysis.sequence_kernels import FIRST, PART, PARTS, TERMS, first_look, second_look
+from miles.analysis.sequences import group_hash, version_runs
 
 SAMPLE = 1 << 15  # tokens of a chunk that are looked at, about: groups of siblings are drawn by their hash
 LEAST_CLEAR = 8  # clear tokens without which a sequence's mean logarithm says too little
@@ -57,7 +57,7 @@ class EvidencePass:
         look = dict(zip(FIRST, first.T, strict=True))
         kind = _kinds(look)
         slopes = _slopes(first[kind == 0].sum(0))
-        run_first, run_start, run_version = version_runs(loaded, chosen)
+        run_first, run_start, run_version = version_runs(loaded.rows, loaded.at[chosen])
         parts, by_run = np.zeros((len(chosen), len(PARTS), len(PART))), np.zeros((len(run_start), len(PART)))
         second_look(*tokens, columns["route_miss"], terms, *where, run_first, run_start, slopes, parts, by_run)
         logs, enough = _mean_logs(parts)
@@ -94,9 +94,8 @@ class EvidencePass:
         rows = np.stack(
             [use, np.where(use, logs[:, 0], 0), np.where(use, logs[:, 0] ** 2, 0), *whole[:, :3].T, look["xx"] * plain, look["xd"] * plain, look["d2"] * far], 1
         )[use]  # fmt: skip
-        engine = numbers_of(loaded, "engine", np.int64)
-        names = [part.engines for part in loaded.parts]
-        engines = [names[part][i] if i < len(names[part]) else "unknown" for part, i in zip(loaded.part_of[chosen[use]], engine[chosen[use]], strict=True)]
+        engine = numbers_of(loaded, "engine")
+        engines = [loaded.rows.names["engine"][i] for i in engine[chosen[use]].tolist()]
         ranks = chunk.record.rank[chunk.first : chunk.last][chosen[use]].tolist()
         for name, values in (("engine", engines), ("rank", [f"{chunk.record.node}/{rank}" for rank in ranks]), ("node", [chunk.record.node] * len(rows))):
             labels = sorted(set(values))
@@ -165,7 +164,7 @@ def _total(evidence: Evidence, look: dict[str, Rows], parts: Rows, kind: NDArray
 
 def _openings(evidence: Evidence, loaded: Loaded, chosen: NDArray[np.int64], key: NDArray[np.uint64], run_first: NDArray[np.int64], run_version: NDArray[np.int64]) -> None:
     """The first generated tokens of each sequence, to be compared with its siblings'."""
-    columns, prompt, sample = loaded.columns, numbers_of(loaded, "prompt_length", np.int64), numbers_of(loaded, "sample", np.uint64)
+    columns, prompt, sample = loaded.columns, numbers_of(loaded, "prompt_length"), numbers_of(loaded, "sample")
     made = np.zeros(len(chosen), OPENING_FIELDS)
     for place, i in enumerate(chosen.tolist()):
         a, b, length = loaded.shard_start[i], loaded.train_start[i], min(OPENING, int(loaded.length[i] - prompt[i]))

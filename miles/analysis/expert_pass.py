@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from miles.analysis.chunk_pass import group_hash
 from miles.analysis.columns import Sheet, check_offsets
 from miles.analysis.expert_kernel import BY_EXPERT, WHOLE, add_tokens, end_sequence
 from miles.analysis.experts import Experts
 from miles.analysis.load import Loaded
-from miles.analysis.source import Part, Step
+from miles.analysis.rows import Part
+from miles.analysis.sequences import group_hash
+from miles.analysis.source import Step
 from miles.data.store import routes as route_store
 from miles.data.store.files import Damaged
 from miles.data.store.manifest import NAME

@@ -8,6 +8,7 @@ import numpy as np
 
 from miles.analysis.compiled import kernel
 from miles.analysis.counters import COUNTERS, ROOM, finish, flush
+from miles.analysis.hashing import mix
 from miles.analysis.memory import at1, at4, of, pad, reduced
 from miles.analysis.memory import table as aligned
 from miles.analysis.row_lanes import row_sums
@@ -359,15 +360,6 @@ def _insert(worst, worst_at, key, order, place, sequence):
 
 
 @kernel
-def _mix(z):
-    z ^= z >> np.uint64(30)
-    z *= np.uint64(0xBF58476D1CE4E5B9)
-    z ^= z >> np.uint64(27)
-    z *= np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
-
-
-@kernel
 def _poisson():
     """The distribution of mean 1: a sequence is taken as many times as there are entries that u in [0, 1) reaches."""
     reach = np.zeros(12)
@@ -382,7 +374,7 @@ def _poisson():
 def _resample(identity, value, bootstrap, poisson):
     """Each replicate takes the sequence 0, 1, 2, ... times (Poisson of mean 1), by a hash of the sequence and the replicate."""
     for k in range(len(bootstrap)):
-        u = (_mix(identity + np.uint64(k + 1) * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(11)) * 2.0**-53
+        u = (mix(identity + np.uint64(k + 1) * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(11)) * 2.0**-53
         times = 0
         for reach in poisson:
             times += int(u >= reach)

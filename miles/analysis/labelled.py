@@ -20,12 +20,15 @@ class Labelled:
 
     def places(self, labels: Iterable[tuple[str, Any]]) -> NDArray[np.int64]:
         """Rows of labels, made where they are new."""
-        found = np.array([self.rows.setdefault(label, len(self.rows)) for label in labels], np.int64)
+        labels = list(labels)
+        found = list(map(self.rows.get, labels))
+        if None in found:
+            found = [self.rows.setdefault(label, len(self.rows)) for label in labels]
         if len(self.rows) > len(self.digits):
             grown = exact.zeros(max(len(self.rows), 2 * len(self.digits)), self.digits.shape[1])
             grown[: len(self.digits)] = self.digits
             self.digits = grown
-        return found
+        return np.array(found, np.int64)
 
     def add(self, labels: list[tuple[str, Any]], values: NDArray[np.float64]) -> None:
         """values f64 [len(labels), width] are added, in the order given."""

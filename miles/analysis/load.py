@@ -6,12 +6,14 @@ import queue
 import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from miles.analysis.source import OPTIONAL_COLUMNS, SHARD_COLUMNS, TRAIN_COLUMNS, Chunk, Part
+from miles.analysis.rows import Part, Rows
+from miles.analysis.source import OPTIONAL_COLUMNS, SHARD_COLUMNS, TRAIN_COLUMNS, Chunk
 from miles.data.store.files import Damaged
 from miles.data.store.manifest import NAME
 
@@ -22,7 +24,10 @@ NEEDED_OF_CORE = ("rollout_logprob", "loss_mask", "train_logprob")
 
 @dataclass
 class Loaded:
-    """A chunk's token arrays, by name; sequence i begins at shard_start[i] of those of shards, at train_start[i] of those of the record."""
+    """A chunk's token arrays, by name; sequence i begins at shard_start[i] of those of shards, at train_start[i] of those of the record.
+
+    It is row[i] of parts[part_of[i]], and so row at[i] of `rows`, which are those of all these parts.
+    """
 
     chunk: Chunk
     columns: dict[str, NDArray[Any]]
@@ -33,6 +38,14 @@ class Loaded:
     part_of: NDArray[np.int64]
     row: NDArray[np.int64]
     bytes: int
+
+    @cached_property
+    def rows(self) -> Rows:
+        return self.chunk.step.rows(self.parts)
+
+    @cached_property
+    def at(self) -> NDArray[np.int64]:
+        return self.rows.first[self.part_of] + self.row
 
 
 class Buffers:
@@ -114,12 +127,9 @@ def load(chunk: Chunk, buffers: Buffers, core: bool = False) -> Loaded:
     return Loaded(chunk, columns, shard_start, train_start, length, parts, part_of, row, sum(column.nbytes for column in columns.values()))
 
 
-def numbers_of(loaded: Loaded, name: str, dtype: type) -> NDArray[Any]:
-    """A number of each sequence, out of its shard."""
-    found: NDArray[Any] = np.zeros(len(loaded.row), dtype)
-    for index, part in enumerate(loaded.parts):
-        mine = loaded.part_of == index
-        found[mine] = part.numbers[name][loaded.row[mine]]
+def numbers_of(loaded: Loaded, name: str) -> NDArray[Any]:
+    """A number of each sequence, out of its shard: of the type of rows.NUMBERS, engines and sources as places in loaded.rows.names."""
+    found: NDArray[Any] = loaded.rows.numbers[name][loaded.at]
     return found
 
 

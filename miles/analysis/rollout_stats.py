@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from miles.analysis.batches import Block, batches, blocks_of, parts_of, versions_of
-from miles.analysis.source import Part, Step
+from miles.analysis.rows import Part
+from miles.analysis.source import Step
 from miles.config.exits import UserError
 from miles.data.sample import Flag, Status
 from miles.data.store.manifest import Kind

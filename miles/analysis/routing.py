@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from miles.analysis.batches import batches, parts_of, versions_of
 from miles.analysis.load import Buffers, load
-from miles.analysis.source import Part, Record, Step, chunks_of, find_steps, open_step
+from miles.analysis.rows import Part
+from miles.analysis.source import Record, Step, chunks_of, find_steps, open_step
 from miles.config.exits import UserError
 from miles.data.store.files import Damaged
 from miles.data.store.hdf5 import reading

@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from miles.analysis.columns import Sheet, check_offsets
+from miles.analysis.rows import NUMBERS, Part, Rows, rows_of
 from miles.config.exits import UserError
 from miles.data.store import shard as shard_store
 from miles.data.store import train_record
@@ -26,7 +26,6 @@ SHARD_COLUMNS = {"rollout_logprob": np.float32, "loss_mask": np.uint8, "flags": 
 OPTIONAL_COLUMNS = {"kept_mass": np.float16}  # of shards
 TRAIN_COLUMNS = {"train_logprob": np.float32, "entropy": np.float32, "advantage": np.float32, "used": np.uint8, "route_miss": np.uint8}
 NEEDED = ("rollout_logprob", "loss_mask", "train_logprob")
-NUMBERS = ("prompt_length", "draw", "sample", "reward", "status", "engine", "source", "cached_tokens")
 
 
 @dataclass
@@ -56,26 +55,13 @@ class Record:
     columns: list[str]  # token arrays that it has
 
 
-@dataclass
-class Part:
-    """A shard: its rows' numbers."""
-
-    sheet: Sheet
-    offset: NDArray[np.int64]
-    numbers: dict[str, NDArray[Any]]
-    engines: list[str]
-    sources: list[str]
-    run_sequence: NDArray[np.int64]
-    run_start: NDArray[np.int64]
-    run_version: NDArray[np.int64]
-
-
 class Step:
     """A batch and what training saw of it; files are opened when they are asked for, and closed together."""
 
     def __init__(self, step: int, manifest: Manifest, folder: Path, records: list[Path]) -> None:
         self.step, self.manifest, self.folder, self.paths = step, manifest, folder, records
         self._parts: dict[int, Part] = {}
+        self._rows: tuple[list[Part], Rows] | None = None
         self._open: list[Sheet] = []
 
     def records(self) -> Iterator[Record]:
@@ -88,6 +74,12 @@ class Step:
         if index not in self._parts:
             self._parts[index] = self._part(index)
         return self._parts[index]
+
+    def rows(self, parts: list[Part]) -> Rows:
+        """The rows of these shards as one table. The last one is kept: the next chunk is mostly of the same shards."""
+        if self._rows is None or self._rows[0] != parts:
+            self._rows = parts, rows_of(parts)
+        return self._rows[1]
 
     def close(self) -> None:
         for sheet in self._open:
@@ -129,6 +121,11 @@ class Step:
             raise Damaged(f"{path}: {len(offset) - 1} sequences of {offset[-1]} tokens, and {NAME} says {entry.sequences} of {entry.tokens}; files of two runs are mixed")
         numbers = {name: sheet.whole(f"sequences/{name}") for name in NUMBERS}
         sequence, start, version = (sheet.whole(f"runs/{name}").astype(np.int64) for name in ("sequence", "start", "weight_version"))
+        for name, values in numbers.items():
+            if len(values) != entry.sequences:
+                raise Damaged(f"{path}: /sequences/{name} has {len(values)} values for {entry.sequences} sequences")
+        if not len(sequence) == len(start) == len(version) or (np.diff(sequence, prepend=0, append=entry.sequences - 1) < 0).any():
+            raise Damaged(f"{path}: /runs: sequence, start and weight_version are not of one length, or sequence doesn't ascend from 0 to {entry.sequences - 1}")
         return Part(sheet, offset, numbers, sheet.names("sequences/engine"), sheet.names("sequences/source"), sequence, start, version)
 
 

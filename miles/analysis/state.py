@@ -30,12 +30,13 @@ from miles.analysis.terms import (
     WORST,
 )
 
+VOCABULARY = 1 << 20  # token ids beyond it have no slice
 WORST_FIELDS = np.dtype([("abs", "f4"), ("step", "i8"), ("shard", "i8"), ("row", "i8"), ("place", "i8")])
 ODD = ("rollout_nan", "rollout_infinite", "rollout_absurd", "train_nan", "train_infinite", "train_absurd")  # absurd: finite, and beyond ±HUGE
 ADDED = ("sums", "bootstrap", "sequence_sums", "counts", "odd", "histogram", "sequence_histogram", "divergence", "seen")
 NEAR_K3 = math.expm1(NEAR) - NEAR  # the greatest of a token with |d| <= NEAR
 NEAR_PLACES = np.array([math.frexp(NEAR_UNIT[name])[1] - 1 for name in TOKEN_VALUES])  # units as powers of 2
-ROOM = 2.0**62 * np.array([NEAR_UNIT["abs"], NEAR_UNIT["k3"]])  # below what overflows int64, by more than rounding adds
+ROOM = 2.0**62 * NEAR_UNIT["abs"], 2.0**62 * NEAR_UNIT["k3"]  # below what overflows int64, by more than rounding adds
 SEEN = ("steps", "sequences", "all_tokens", "not_trained_on", "other_batches", "record_bytes")
 
 
@@ -82,7 +83,8 @@ class State:
 
     def add_worst(self, more: NDArray[Any]) -> None:
         """Keep the greatest |d| of both, ties by where they are."""
-        both = np.concatenate([self.worst, more])
+        both = np.empty(len(self.worst) + len(more), WORST_FIELDS)
+        both[: len(self.worst)], both[len(self.worst) :] = self.worst, more
         order = np.lexsort((both["place"], both["row"], both["shard"], both["step"], -both["abs"]))
         self.worst = both[order[:WORST]]
 
@@ -124,7 +126,8 @@ class ByToken:
         self._ids = np.zeros(0, np.int64)
         self._digits = exact.zeros(0, len(TOKEN_VALUES))
         self._table = np.zeros((0, len(TOKEN_VALUES)), np.int64)
-        self._held = np.zeros(2)  # at most so much |d| and k3 is in the table
+        self._held = 0.0, 0.0  # at most so much |d| and k3 is in the table
+        self._written = False  # whether it was given away since it was folded
 
     @property
     def ids(self) -> NDArray[np.int64]:
@@ -138,22 +141,21 @@ class ByToken:
         self._fold()
         return self._digits
 
-    def table(self, vocabulary: int, tokens: int) -> tuple[NDArray[np.int64], float]:
-        """The table i64 [V >= vocabulary, 4], with room for `tokens` more; and the greatest |d| that may be added to it: NEAR, or less than 0 where so many have no room."""
-        if vocabulary > len(self._table):
-            self._fold()
-            rows, width = vocabulary + vocabulary // 4, len(TOKEN_VALUES)
-            held = np.zeros(rows * width + 8, np.int64)
+    def table(self, tokens: int) -> tuple[NDArray[np.int64], float]:
+        """The table i64 [VOCABULARY, 4], with room for `tokens` more; and the greatest |d| that may be added to it: NEAR, or less than 0 where so many have no room."""
+        if not len(self._table):
+            held = np.zeros(VOCABULARY * len(TOKEN_VALUES) + 8, np.int64)  # takes memory where it is written to
             skip = -(held.ctypes.data // 8) % 8
-            self._table = held[skip : skip + rows * width].reshape(rows, width)  # no row lies across two cache lines
-        more = np.array([NEAR * tokens, NEAR_K3 * tokens])
-        if (self._held + more > ROOM).any():
+            self._table = held[skip : skip - 8].reshape(VOCABULARY, -1)  # no row lies across two cache lines
+        more = NEAR * tokens, NEAR_K3 * tokens
+        if any(held + size > room for held, size, room in zip(self._held, more, ROOM, strict=True)):
             self._fold()
-        return self._table, NEAR if (more <= ROOM).all() else -1.0
+        self._written = True
+        return self._table, NEAR if all(size <= room for size, room in zip(more, ROOM, strict=True)) else -1.0
 
     def added(self, size: float, k3: float) -> None:
         """At most so much |d| and k3 was added to the table."""
-        self._held += (size, k3)
+        self._held = self._held[0] + size, self._held[1] + k3
 
     def add(self, ids: NDArray[np.int64], values: NDArray[np.float64]) -> None:
         """values f64 [i, 4] of single tokens; an id may come several times."""
@@ -171,13 +173,16 @@ class ByToken:
 
     def _fold(self) -> None:
         """The table into the digits."""
+        if not self._written:
+            return
         ids = np.flatnonzero(self._table[:, 0])
         if len(ids):
             rows = self._rows(ids)
             exact.add_integers(self._digits, rows, self._table[ids], NEAR_PLACES)
             exact.carry(self._digits, rows)
-            self._table[:] = 0
-        self._held[:] = 0.0
+            self._table[ids] = 0
+        self._held = 0.0, 0.0
+        self._written = False
 
     def _rows(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
         """Rows of ids, each once, made where they are new."""

@@ -118,6 +118,22 @@ def twice(run: Path) -> None:
     edit(record(run), change)
 
 
+def fewer_rewards(run: Path) -> None:
+    def change(file: h5py.File) -> None:
+        rewards = file["sequences/reward"][:-1]
+        del file["sequences/reward"]
+        file["sequences/reward"] = rewards
+
+    edit(shard(run), change)
+
+
+def run_of_no_row(run: Path) -> None:
+    def change(file: h5py.File) -> None:
+        file["runs/sequence"][-1] = len(file["sequences/offset"]) - 1
+
+    edit(shard(run), change)
+
+
 CASES = {
     "shard is no HDF5": (lambda run: (shard(run).write_bytes(b"x" * 5000), resize(shard(run))), "rollout.0.h5: an HDF5 file expected"),
     "record is no HDF5": (lambda run: record(run).write_bytes(b"x" * 5000), "node_0000.h5: an HDF5 file expected"),
@@ -128,6 +144,8 @@ CASES = {
     "attributes of a shard are damaged": (lambda run: overwritten(shard(run), 50, 300), "rollout.0.h5: damaged: what it should hold can't be read"),
     "shard lacks a dataset": (lambda run: drop(shard(run), "tokens/rollout_logprob"), "rollout.0.h5: has no dataset /tokens/rollout_logprob"),
     "shard lacks rewards": (lambda run: drop(shard(run), "sequences/reward"), "rollout.0.h5: has no dataset /sequences/reward"),
+    "shard has fewer rewards than rows": (fewer_rewards, "rollout.0.h5: /sequences/reward has"),
+    "a run of weights of a row that isn't there": (run_of_no_row, "rollout.0.h5: /runs: sequence, start and weight_version"),
     "record lacks a dataset": (lambda run: drop(record(run), "tokens/train_logprob"), "node_0000.h5: has no dataset /tokens/train_logprob"),
     "shard of a later version": (lambda run: other_schema(shard(run), "miles.rollout/2"), "rollout.0.h5: is miles.rollout/2, and this miles reads miles.rollout/1"),
     "record of a later version": (lambda run: other_schema(record(run), "miles.train/2"), "node_0000.h5: is miles.train/2, and this miles reads miles.train/1"),

@@ -6,10 +6,14 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+from made_runs import Made, make_sample, make_train, write_run
 
 from miles.analysis import exact
+from miles.analysis.analyze import analyze
 from miles.analysis.core_pass import core
-from miles.analysis.state import ByToken
+from miles.analysis.distinct import distinct
+from miles.analysis.ranks import Alone
+from miles.analysis.state import VOCABULARY, ByToken
 from miles.analysis.terms import BINS, CORE, COUNTS, HUGE, LIMIT, NEAR, NEAR_UNIT, SUMS, TOKEN_VALUES
 
 
@@ -65,7 +69,7 @@ def test_sums_by_token_have_the_same_digits_however_they_were_reached():
         states = []
         for part in np.array_split(np.arange(4000), pieces):
             state = ByToken()
-            table, near = state.table(50, 4000)
+            table, near = state.table(4000)
             assert near == NEAR
             np.add.at(table, ids[part], values[part])
             states.append(state)
@@ -84,15 +88,40 @@ def test_sums_by_token_have_the_same_digits_however_they_were_reached():
 
 def test_a_table_by_token_is_folded_before_it_could_overflow():
     state = ByToken()
-    table, _ = state.table(1, 1 << 20)
+    table, _ = state.table(1 << 20)
     half = int(2.0**61)
     table[0] = [1, half, -half, half]
     state.added(half * NEAR_UNIT["abs"], half * NEAR_UNIT["k3"])
-    again, near = state.table(1, 1 << 20)
+    again, near = state.table(1 << 20)
     assert again is table
     assert (near, table[0, 1]) == (NEAR, half)
     state.added(half * NEAR_UNIT["abs"], half * NEAR_UNIT["k3"])
-    state.table(1, 1 << 20)
+    state.table(1 << 20)
     assert not table.any()
     assert exact.value(state.digits[:1])[0].tolist() == [1.0, half * NEAR_UNIT["abs"], -half * NEAR_UNIT["d"], half * NEAR_UNIT["k3"]]
-    assert state.table(1, 1 << 30)[1] < 0  # so many tokens have no room: each is added by itself
+    assert state.table(1 << 30)[1] < 0  # so many tokens have no room: each is added by itself
+
+
+def test_few_and_many_distinct_numbers_are_told_apart():
+    random = np.random.default_rng(1)
+    keys = np.stack([
+        np.zeros(3000, np.int64), random.integers(0, 4, 3000), random.integers(-(1 << 63), 1 << 62, 3000), random.integers(-2, 2000, 3000) << 32
+    ])  # fmt: skip
+    values, places = distinct(keys)
+    assert values == [list(dict.fromkeys(row)) for row in keys.tolist()]  # in the order met
+    together = [(k, value) for k, found in enumerate(values) for value in found]
+    assert [[together[place] for place in row] for row in places.tolist()] == [[(k, key) for key in row] for k, row in enumerate(keys.tolist())]
+    assert distinct(np.zeros((1, 0), np.int64))[0] == [[]]
+
+
+def test_token_ids_that_no_vocabulary_has_are_in_no_table(tmp_path):
+    random = np.random.default_rng(2)
+    sample = make_sample(random, 1, 0, 3, 60, 1)
+    sample.loss_mask[:], sample.loss_mask[3:] = 0, 1
+    sample.token_id[3:] = np.resize([7, -1, VOCABULARY - 1, VOCABULARY, -(1 << 31), (1 << 31) - 1], 60)
+    train = make_train(random, sample, 1.0)  # near and far ones
+    write_run(tmp_path, [Made(1, sample, train, 0, -1, 0, 0, 1)])
+    state = analyze(tmp_path, Alone())
+    assert state.counts[COUNTS.index("tokens")] == 60
+    count = {int(name): exact.value(state.tokens.digits[row])[0] for row, name in enumerate(state.tokens.ids)}
+    assert count == {7: 10, VOCABULARY - 1: 10}
