@@ -52,7 +52,7 @@ class ChunkPass:
         far_token = self._buffers.take("token", np.int64, chunk.tokens)
         far = self._buffers.take("values", np.float64, chunk.tokens * len(TOKEN_VALUES)).reshape(-1, len(TOKEN_VALUES))
         sums, table, by_sequence = np.zeros(len(SUMS)), np.zeros((VERSIONS + len(versions), len(VALUES))), np.zeros((len(labels), len(VALUES)))
-        sequence_sums, bootstrap = np.zeros(len(SEQUENCE_SUMS)), np.zeros((REPLICATES, len(VALUES)))
+        sequence_sums, bootstrap = np.zeros(len(SEQUENCE_SUMS)), np.zeros((len(VALUES), REPLICATES))
         worst, worst_at = np.zeros(WORST, np.float32), np.zeros((WORST, 3), np.int64)
         worst_at[:, 0] = LAST
         top, listed = fused.scan(
@@ -62,7 +62,7 @@ class ChunkPass:
             sums, state.counts, state.odd, state.histogram, table, by_sequence, tokens, far_token, far, sequence_sums, state.sequence_histogram,
             state.divergence, bootstrap, worst, worst_at,
         )  # fmt: skip
-        for mine, more in ((state.sums, sums), (state.bootstrap, bootstrap), (state.sequence_sums, sequence_sums)):
+        for mine, more in ((state.sums, sums), (state.bootstrap, bootstrap.T), (state.sequence_sums, sequence_sums)):
             exact.add(mine, more)
         state.greatest = max(state.greatest, float(top))
         names, now = SLOT_NAMES + [("weight_version", version) for version in versions], chunk.step.manifest.policy.weight_version

@@ -6,9 +6,9 @@ import math
 
 import numpy as np
 
+from miles.analysis.bootstrap import resample
 from miles.analysis.compiled import kernel
 from miles.analysis.counters import COUNTERS, ROOM, finish, flush
-from miles.analysis.hashing import mix
 from miles.analysis.memory import at1, at4, of, pad, reduced
 from miles.analysis.memory import table as aligned
 from miles.analysis.row_lanes import row_sums
@@ -21,6 +21,7 @@ from miles.analysis.terms import (
     INFINITE,
     LIMIT,
     MOMENTS,
+    REPLICATES,
     RING,
     SEQUENCE_SUMS,
     SUMS,
@@ -52,8 +53,8 @@ def scan(
     miss u8, from o_start[i]; arrays that weren't recorded have no elements. Of sequences [S]: length, prompt tokens, reward_sign
     (0 to 3), identity (a hash, for the bootstrap), order (breaks ties among worst tokens). Runs of one weight version: those of
     sequence i are run_first[i] to run_first[i + 1], each with its start (tokens) and slot. sequence_slots i64 [K, S] rows of
-    sequence_table f64 [., 8]. token_table i64 [V, 4] in units of NEAR_UNIT, of tokens with |d| <= near; the others are listed: far_token
-    i64 [tokens], far f64 [tokens, 4]. odd i64 [6]: NaN, infinite and absurd log-probs of the rollout, then of the trainer, under the mask.
+    sequence_table f64 [., 8]. bootstrap f64 [8, REPLICATES]. token_table i64 [V, 4] in units of NEAR_UNIT, of tokens with |d| <= near;
+    the others are listed: far_token i64 [tokens], far f64 [tokens, 4]. odd i64 [6]: NaN, infinite and absurd log-probs of the rollout, then of the trainer, under the mask.
     """
     lanes, tally, padded = np.zeros((len(SUMS) + len(MOMENTS), WIDE)), np.zeros(len(COUNTS) + 1, np.int64), np.zeros(3 * WIDE, np.float32)
     counters, ring = np.zeros(COUNTERS, np.uint16), np.zeros(RING * WIDE, np.uint16)
@@ -66,7 +67,7 @@ def scan(
     kinds = len(sequence_slots)
     code, bins, segment = np.zeros(TERM_ROW, np.uint8), np.zeros((3, TERM_ROW), np.uint16), np.zeros(WAYS)
     block = np.zeros(WAYS)
-    words, poisson = code.view(np.uint64), _poisson()
+    words, times = code.view(np.uint64), np.empty(REPLICATES)
     hot = aligned(WAIT * HOT_SLOTS // 2, WAYS).reshape(-1).view(np.float32)
     for i in range(len(length)):
         a, b, n = mu_start[i], o_start[i], length[i]
@@ -173,13 +174,12 @@ def scan(
             value[1 + k] = here[k]
         value[0], value[7] = count, tally[2] - before[2]
         for k in range(kinds):
-            for w in range(WAYS):
-                sequence_table[sequence_slots[k, i], w] += value[w]
+            add_sum(of(sequence_table), sequence_slots[k, i], of(value))
         if count:
             _sequence(here, count, line, square, product, sequence_sums, sequence_histogram)
             for k in range(len(TAUS)):
                 divergence[k, 0 if found[k] < 0 else 1 + _bucket(found[k])[0]] += 1
-            _resample(identity[i], value, bootstrap, poisson)
+            resample(identity[i], value, bootstrap, times)
     finish(tally, WIDE, counters, ring, counts, histogram)
     return greatest, listed
 
@@ -357,26 +357,3 @@ def _insert(worst, worst_at, key, order, place, sequence):
         k -= 1
     worst[k] = key
     worst_at[k, 0], worst_at[k, 1], worst_at[k, 2] = order, place, sequence
-
-
-@kernel
-def _poisson():
-    """The distribution of mean 1: a sequence is taken as many times as there are entries that u in [0, 1) reaches."""
-    reach = np.zeros(12)
-    term = reach[0] = math.exp(-1.0)
-    for times in range(1, len(reach)):
-        term /= times
-        reach[times] = reach[times - 1] + term
-    return reach
-
-
-@kernel
-def _resample(identity, value, bootstrap, poisson):
-    """Each replicate takes the sequence 0, 1, 2, ... times (Poisson of mean 1), by a hash of the sequence and the replicate."""
-    for k in range(len(bootstrap)):
-        u = (mix(identity + np.uint64(k + 1) * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(11)) * 2.0**-53
-        times = 0
-        for reach in poisson:
-            times += int(u >= reach)
-        for w in range(WAYS):
-            bootstrap[k, w] += np.float64(times) * value[w]

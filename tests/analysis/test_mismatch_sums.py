@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from fractions import Fraction
 
 import numpy as np
@@ -10,6 +11,7 @@ from made_runs import Made, make_sample, make_train, write_run
 
 from miles.analysis import exact
 from miles.analysis.analyze import analyze
+from miles.analysis.bootstrap import resample
 from miles.analysis.core_pass import core
 from miles.analysis.distinct import distinct
 from miles.analysis.ranks import Alone
@@ -125,3 +127,24 @@ def test_token_ids_that_no_vocabulary_has_are_in_no_table(tmp_path):
     assert state.counts[COUNTS.index("tokens")] == 60
     count = {int(name): exact.value(state.tokens.digits[row])[0] for row, name in enumerate(state.tokens.ids)}
     assert count == {7: 10, VOCABULARY - 1: 10}
+
+
+def test_replicates_take_sequences_as_poisson_does_by_their_hashes():
+    whole, replicates, n = 1 << 64, 200, 2000
+    reach = np.cumsum([math.exp(-1.0) / math.factorial(times) for times in range(12)])
+    expected = np.zeros((3, replicates))
+    found, times = np.zeros((3, replicates)), np.empty(replicates)
+    random = np.random.default_rng(3)
+    taken = []
+    for identity, value in zip(random.integers(0, 1 << 63, n).tolist(), random.normal(0, 1, (n, 3)), strict=True):
+        resample(np.uint64(identity), value, found, times)
+        for k in range(0, replicates, 40):  # splitmix64, in integers of any size
+            z = (identity + (k + 1) * 0x9E3779B97F4A7C15) % whole
+            z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 % whole
+            z = (z ^ z >> 27) * 0x94D049BB133111EB % whole
+            assert times[k] == np.searchsorted(reach, ((z ^ z >> 31) >> 11) / (1 << 53), "right")
+        expected += times * value[:, None]
+        taken.append(times.copy())
+    assert (found == expected).all()
+    assert np.mean(taken) == pytest.approx(1.0, abs=0.01)
+    assert np.var(taken) == pytest.approx(1.0, abs=0.02)
