@@ -9,7 +9,8 @@ import numpy as np
 
 from miles.analysis import exact
 from miles.analysis.corrections import CLASS_COLUMNS, CLASSES, SEQUENCE_COLUMNS, WEIGHT_BINS
-from miles.analysis.load import Loaded
+from miles.analysis.distinct import distinct
+from miles.analysis.load import Loaded, numbers_of
 from miles.analysis.simulation import PLACE_COLUMNS, Simulation
 from miles.analysis.weights_pass import weigh
 
@@ -35,14 +36,10 @@ class SimulationPass:
         )  # fmt: skip
         exact.add(simulation.classes, classes)
         exact.add(simulation.weights, weights)
-        chunk = loaded.chunk
-        names: dict[str, list[int | str]] = {"train_rank": chunk.record.rank[chunk.first : chunk.last].tolist(), "engine": []}
-        for row, part in zip(loaded.row, (loaded.parts[index] for index in loaded.part_of), strict=True):
-            index = part.numbers["engine"][row]
-            names["engine"].append(part.engines[index] if index < len(part.engines) else "unknown")
-        for kind in PLACES:
-            slots: dict[int | str, int] = {}
-            slot = [slots.setdefault(name, len(slots)) for name in names[kind]]
-            table = np.zeros((len(slots), len(PLACE_COLUMNS)))
+        chunk, stretch = loaded.chunk, self._stretch[loaded.chunk.step.step]
+        (ranks, engines), slots = distinct(np.stack([chunk.record.rank[chunk.first : chunk.last], numbers_of(loaded, "engine")]))
+        labels = [("train_rank", (rank, *stretch)) for rank in ranks] + [("engine", (loaded.rows.names["engine"][place], *stretch)) for place in engines]
+        table = np.zeros((len(labels), len(PLACE_COLUMNS)))
+        for slot in slots:
             np.add.at(table, slot, values)
-            simulation.places.add([(kind, (name, *self._stretch[chunk.step.step])) for name in slots], table)
+        simulation.places.add(labels, table)
