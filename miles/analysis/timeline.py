@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from miles.config.exits import UserError
-from miles.data.store.events import read_events
+from miles.data.store.events import PassedOver, facts_of, read_events
 from miles.data.store.files import seal_bytes
 from miles.data.store.run_dir import RunDir
 
 SCHEMA = "miles.timeline/1"
 WHOLE = frozenset({"step", "idle"})  # spans that hold others, or nothing
 WAITING = frozenset({"wait"})  # the trainer's, for a batch: no work
-KNOWN = frozenset({"component", "rank", "epoch", "phase", "start", "end"})
 OURS = b'{"otherData": {"made_by": "miles"'
 Interval = tuple[float, float]
 
@@ -52,27 +51,27 @@ class Attempt:
         return min(span["start"] for lane in self.lanes for span in lane.spans), max(span["end"] for lane in self.lanes for span in lane.spans)
 
 
-def read_timeline(path: Path, first: int | None = None, last: int | None = None) -> list[Attempt]:
-    """Attempts with a phase of the steps first to last (inclusive). UserError where there is none."""
+def read_timeline(path: Path, first: int | None = None, last: int | None = None, passed: PassedOver | None = None) -> list[Attempt]:
+    """Attempts with a phase of the steps first to last (inclusive). UserError where there is none. passed counts lines of events that are no phase."""
     if not path.is_dir():
         raise UserError(f"{path}: no such folder; give a run directory")
     lanes: dict[tuple[int, str, int], Lane] = {}
-    for event in read_events(RunDir(path)):
-        step, phase = event.get("step"), event.get("phase")
-        if not isinstance(step, int) or not isinstance(phase, str) or phase in WHOLE or (first is not None and step < first) or (last is not None and step > last):
-            continue
-        if not isinstance(event.get("end"), int | float) or event["end"] < event["start"]:
+    passed = PassedOver() if passed is None else passed
+    for event in read_events(RunDir(path), passed):
+        step = event["step"]
+        if event["phase"] in WHOLE or (first is not None and step < first) or (last is not None and step > last):
             continue
         key = (event["epoch"], event["component"], event["rank"])
         lanes.setdefault(key, Lane(event["component"], event["rank"], event["epoch"])).spans.append(event)
     if not lanes:
         between = "" if first is None and last is None else " of those steps"
-        raise UserError(f"{path}: nothing to analyse: events/ holds no phase{between}")
+        lines = f"; {passed.count} line{'s' if passed.count > 1 else ''} passed over, the first: {passed.first}" if passed.count else ""
+        raise UserError(f"{path}: nothing to analyse: events/ holds no phase{between}{lines}")
     ordered = [lanes[key] for key in sorted(lanes, key=lambda key: (key[0], _order(key[1]), key[1], key[2]))]
     return [Attempt(epoch, [lane for lane in ordered if lane.epoch == epoch]) for epoch in sorted({lane.epoch for lane in ordered})]
 
 
-def timeline(path: Path, attempts: list[Attempt]) -> dict[str, Any]:
+def timeline(path: Path, attempts: list[Attempt], passed: PassedOver) -> dict[str, Any]:
     """Of what read_timeline gives. Seconds by process and phase, idle time (waiting within), time in which nobody or several worked; of each attempt, and the seconds between attempts."""
     rows = []
     for attempt in attempts:
@@ -85,7 +84,7 @@ def timeline(path: Path, attempts: list[Attempt]) -> dict[str, Any]:
             "nobody": whole - length(union([interval for each in work for interval in each])), "overlap": _overlap(work),
         })  # fmt: skip
     between = [after.extent[0] - before.extent[1] for before, after in pairwise(attempts)]
-    return {"schema": SCHEMA, "run": str(path), "attempts": rows, "between_attempts": between}
+    return {"schema": SCHEMA, "run": str(path), "attempts": rows, "between_attempts": between, "passed_over": asdict(passed)}
 
 
 def _process(lane: Lane, whole: float) -> dict[str, Any]:
@@ -118,7 +117,7 @@ def chrome_trace(attempts: list[Attempt]) -> dict[str, Any]:
                 events += [
                     {
                         "ph": "X", "name": span["phase"], "cat": lane.component, "pid": number, "tid": track, "ts": round(1e6 * (span["start"] - origin), 3),
-                        "dur": round(1e6 * (span["end"] - span["start"]), 3), "args": {key: value for key, value in span.items() if key not in KNOWN},
+                        "dur": round(1e6 * (span["end"] - span["start"]), 3), "args": {"step": span["step"], **facts_of(span)},
                     }
                     for span in spans
                 ]  # fmt: skip

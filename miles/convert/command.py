@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import math
 import os
@@ -51,6 +52,8 @@ def positive(word: str) -> float:
 
 def run(main: Callable[[], int]) -> None:
     """Call a script's main and leave with its code; a user's mistake is one line on stderr and 78, a missing rank 75."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may hold any byte
     try:
         code = main()
         sys.stdout.flush()

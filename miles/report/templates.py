@@ -24,7 +24,7 @@ def put(page: str, target: Path) -> None:
     """Write a page whole or not at all, over what is there."""
     temporary = target.with_suffix(f".{time.time_ns()}.tmp")
     try:
-        temporary.write_text(page, encoding="utf-8")
+        temporary.write_text(page, encoding="utf-8", errors="backslashreplace")
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)

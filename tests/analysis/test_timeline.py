@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -10,10 +13,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from script import script
+from script import TOOLS, script
 
 from miles.analysis.timeline import Interval, chrome_trace, length, read_timeline, timeline, tracks, union, write_trace
 from miles.config.exits import UserError
+from miles.data.store.events import PassedOver
 from miles.report.gantt import coarse
 
 EVENTS = {
@@ -53,7 +57,7 @@ def grid(attempt: int, *, of: str | None = None, waiting: bool = False) -> np.nd
 
 
 def test_seconds_are_those_of_a_fine_grid(run: Path) -> None:
-    found = timeline(run, read_timeline(run))
+    found = timeline(run, read_timeline(run), PassedOver())
     assert [row["attempt"] for row in found["attempts"]] == [1, 2]
     assert found["between_attempts"] == [130 - 111]
     for row in found["attempts"]:
@@ -71,7 +75,7 @@ def test_seconds_are_those_of_a_fine_grid(run: Path) -> None:
     assert trainer["process"] == "trainer 0"
     assert trainer["phases"]["train"] == {"count": 2, "seconds": 4, "longest": 3, "longest_step": 1, "errors": 0}
     assert "step" not in trainer["phases"]
-    only = timeline(run, read_timeline(run, 1, 1))["attempts"]
+    only = timeline(run, read_timeline(run, 1, 1), PassedOver())["attempts"]
     assert [(row["attempt"], row["start"], row["end"]) for row in only] == [(1, 100, 108)]
 
 
@@ -126,7 +130,73 @@ def test_the_tool_tells_draws_and_refuses(run: Path, tmp_path: Path, capsys: pyt
     assert "Between attempts" in told
     assert (tmp_path / "page.html").read_text().count("<rect") > 10
     assert json.loads((tmp_path / "trace.json").read_text())["displayTimeUnit"] == "ms"
+    assert "5 lines of events/ passed over, torn by a kill or no phase; the first: " in told
     assert script("timeline", run, "--json") == 0
-    assert json.loads(capsys.readouterr().out) == timeline(run, read_timeline(run))
+    passed = PassedOver()
+    assert json.loads(capsys.readouterr().out) == timeline(run, read_timeline(run, passed=passed), passed)
+    assert passed == PassedOver(5, f"{run}/events/engine.0.1.jsonl, line 2: no whole JSON object")
     with pytest.raises(UserError, match="nothing to analyse: events/ holds no phase"):
         script("timeline", tmp_path)
+
+
+WHOLE_LINE = {"phase": "train", "step": 3, "start": 100.0, "end": 104.0}
+NO_PHASES = {
+    "not JSON": "}{", "no object": "[1, 2]", "a number": "7", "nested": "[" * 100_000, "not UTF-8": b"\xff\xfe\x00", "binary": bytes(range(256)).replace(b"\n", b""),
+    "no phase": {"phase": None}, "a phase that is a list": {"phase": ["train"]}, "a phase that moves a cursor": {"phase": "\x1b[2J"}, "half a pair": {"phase": "\ud800"},
+    "no step": {"step": None}, "a step in words": {"step": "3"}, "half a step": {"step": 2.5}, "a step before the first": {"step": -1}, "true for a step": {"step": True},
+    "an immense step": {"step": 10**400}, "no start": {"start": None}, "no end": {"end": None}, "an end in words": {"end": "104"}, "a negative start": {"start": -5.0},
+    "an end before its start": {"end": 99.0}, "an endless phase": {"end": float("inf")}, "a start that is no number": {"start": float("nan")},
+    "an immense end": {"end": 10**400}, "an end after the year 10000": {"end": 1e15}, "a list for a start": {"start": [[[1]]]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NO_PHASES)
+def test_lines_that_are_no_phase_are_counted_and_named(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content = NO_PHASES[name]
+    line = json.dumps(WHOLE_LINE | content) if isinstance(content, dict) else content
+    whole, wrong = json.dumps(WHOLE_LINE).encode(), line if isinstance(line, bytes) else line.encode()
+    target = tmp_path / "events/trainer.0.1.jsonl"
+    target.parent.mkdir()
+    target.write_bytes(b"\n".join([whole, b"", wrong, whole, b""]))
+    assert script("timeline", tmp_path, "--html", tmp_path / "page.html", "--chrome", tmp_path / "trace.json") == 0
+    (said,) = (line for line in capsys.readouterr().out.splitlines() if "passed over, torn" in line)
+    assert said.startswith(f"1 line of events/ passed over, torn by a kill or no phase; the first: {target}, line 3: ")
+    assert script("timeline", tmp_path, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["passed_over"]["count"], found["attempts"][0]["processes"][0]["phases"]["train"]["count"]) == (1, 2)
+    target.write_bytes(wrong)
+    with pytest.raises(UserError, match=r"holds no phase; 1 line passed over, the first: .*trainer.0.1.jsonl, line 1: ") as refused:
+        script("timeline", tmp_path)
+    assert str(refused.value).isprintable()
+
+
+def test_whatever_else_a_line_says_is_shown_or_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Names of a process come from the file alone, and JSON for Chrome has no NaN."""
+    deep: list = []
+    for _ in range(300):
+        deep = [deep]
+    more = {"component": 7, "rank": None, "epoch": "x", "tokens": None, "deep": deep, "text": "<b>\x1b\ud800", "large": 10**400, "loss": float("inf")}
+    (tmp_path / "events").mkdir()
+    (tmp_path / "events/odd <b>.0.1.jsonl").write_text(json.dumps(WHOLE_LINE | more) + "\n" + json.dumps(WHOLE_LINE | {"phase": "<i>odd"}))
+    assert script("timeline", tmp_path, "--html", tmp_path / "page.html", "--chrome", tmp_path / "trace.json") == 0
+    assert "odd <b> 0" in capsys.readouterr().out
+    assert "<b>" not in (tmp_path / "page.html").read_text().replace("&lt;b>", "")
+    trace = json.loads((tmp_path / "trace.json").read_text(), parse_constant=pytest.fail)
+    assert next(event["args"] for event in trace["traceEvents"] if event["ph"] == "X") == {"step": 3, "tokens": None, "text": "<b>\x1b\ud800", "large": 10**400, "loss": None}
+
+
+def test_a_folder_in_place_of_a_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "events/trainer.0.1.jsonl").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"trainer.0.1.jsonl: a file of phases expected, a folder found"):
+        script("timeline", tmp_path)
+
+
+def test_names_of_any_bytes_are_told_and_drawn(tmp_path: Path) -> None:
+    run = Path(os.fsdecode(os.fsencode(tmp_path) + b"/run \xff"))
+    (run / "events").mkdir(parents=True)
+    (run / "events" / os.fsdecode(b"\xfe\x1b.0.1.jsonl")).write_text(json.dumps(WHOLE_LINE))
+    done = subprocess.run([sys.executable, TOOLS / "timeline.py", run, "--html", tmp_path / "page.html"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "run \\udcff: 1 attempt" in done.stdout
+    assert "\x1b" not in done.stdout
+    assert "run \\udcff" in (tmp_path / "page.html").read_text()

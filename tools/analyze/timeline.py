@@ -25,11 +25,13 @@ def main() -> int:
     given = options.parse_args()
     from miles.analysis.timeline import read_timeline, timeline, write_trace
     from miles.analysis.tools.timeline import findings
+    from miles.data.store.events import PassedOver
 
-    attempts = read_timeline(given.run_dir, given.first, given.last)
+    passed = PassedOver()
+    attempts = read_timeline(given.run_dir, given.first, given.last, passed)
     if given.chrome is not None:
         write_trace(attempts, given.chrome)
-    return tell(findings(timeline(given.run_dir, attempts), attempts), given.json, given.html)
+    return tell(findings(timeline(given.run_dir, attempts, passed), attempts), given.json, given.html)
 
 
 if __name__ == "__main__":

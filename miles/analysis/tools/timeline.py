@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from miles.analysis.tables import printable
 from miles.analysis.timeline import Attempt
 from miles.analysis.tools.findings import Findings
+from miles.data.store.events import facts_of
 from miles.report.figures import Placed
 from miles.report.gantt import Bar, gantt, phase_colour
 from miles.report.plain_page import Section, Table
@@ -23,6 +25,8 @@ def findings(found: dict[str, Any], attempts: list[Attempt]) -> Findings:
     if found["between_attempts"]:
         pauses = [[after["attempt"], pause] for after, pause in zip(rows[1:], found["between_attempts"], strict=True)]
         sections.append(Section("Between attempts", [Table(["before attempt", "seconds without a phase"], pauses)]))
+    if (passed := found["passed_over"])["count"]:
+        sections.append(Section("Passed over", [f"{passed['count']} line{'s' if passed['count'] > 1 else ''} of events/ passed over, torn by a kill or no phase; the first: {printable(passed['first'])}"]))
     facts = f"{len(rows)} attempt{'s' if len(rows) > 1 else ''}, {duration(whole)} in phases of {len({process['process'] for row in rows for process in row['processes']})} processes"
     return Findings("timeline", found["run"], facts, sections, found, _tiles(rows, whole))
 
@@ -53,7 +57,7 @@ def _attempt(row: dict[str, Any], attempt: Attempt, several: bool) -> list[Secti
 
 
 def _words(span: dict[str, Any]) -> str:
-    rest = [f"{key} {number(value) if isinstance(value, int | float) else value}" for key, value in span.items() if key not in ("component", "rank", "epoch", "phase", "start", "end", "step")]
+    rest = [f"{printable(key)} {number(value) if isinstance(value, int | float) else printable(value or '–')}" for key, value in facts_of(span).items()]
     return ", ".join([f"{span['phase']}, step {span['step']}: {number(span['end'] - span['start'])} s", *rest])
 
 

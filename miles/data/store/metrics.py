@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +27,18 @@ def append_line(path: Path, record: dict[str, Any]) -> None:
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """All whole lines; torn ones (of a killed writer) are passed over. Null becomes NaN. No file: no lines."""
+    return [record for _, record in numbered_lines(path) if record is not None]
+
+
+def numbered_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | None]]:
+    """(number from 1, record) of each line that isn't empty; None for one that is no JSON object. Null becomes NaN. No file: no lines."""
     if not path.exists():
-        return []
-    found = []
-    for line in path.read_bytes().split(b"\n"):
-        record = _parse(line)
-        if record is not None:
-            found.append({key: math.nan if value is None else value for key, value in record.items()})
-    return found
+        return
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if line != b"\n":
+                record = _parse(line)
+                yield number, None if record is None else {key: math.nan if value is None else value for key, value in record.items()}
 
 
 class Metrics:
@@ -102,7 +107,7 @@ def _open(path: Path) -> int:
 
 def _append(handle: int, record: dict[str, Any]) -> None:
     end = os.fstat(handle).st_size
-    line = json.dumps(_finite(record), ensure_ascii=False, default=plain).encode("utf-8", "replace") + b"\n"
+    line = json.dumps(finite(record), ensure_ascii=False, default=plain).encode("utf-8", "replace") + b"\n"
     if end and os.pread(handle, 1, end - 1) != b"\n":
         line = b"\n" + line
     try:
@@ -116,16 +121,17 @@ def _append(handle: int, record: dict[str, Any]) -> None:
 def _parse(line: bytes) -> dict[str, Any] | None:
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) else None
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """The value as JSON has it: NaN and infinities are None, in objects and lists too."""
     if isinstance(value, dict):
-        return {str(key): _finite(each) for key, each in value.items()}
+        return {str(key): finite(each) for key, each in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(each) for each in value]
+        return [finite(each) for each in value]
     if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
         value = value.item()  # numpy scalars (and 0-d tensors)
     return None if isinstance(value, float) and not math.isfinite(value) else value
