@@ -11,10 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from miles.analysis.rows import Part
-from miles.analysis.source import CHUNK, SHARD_COLUMNS, Step
+from miles.analysis.source import CHUNK, SHARD_COLUMNS, Step, steps_between
 from miles.config.exits import UserError
 from miles.data.store.manifest import NAME, Kind, read_manifest
-from miles.data.store.run_dir import RunDir, steps_in
+from miles.data.store.run_dir import RunDir
 
 
 @dataclass
@@ -31,14 +31,14 @@ class Block:
 def batches(path: Path, first: int | None = None, last: int | None = None, kind: Kind = "rollout") -> Iterator[Step]:
     """Sealed batches of a kind by step, first to last (both inclusive), each open until the next is asked for.
 
-    UserError for what is no run directory, and where there is none: nothing to analyse is no result. Damaged names a manifest that can't be read.
+    UserError for what is no run directory, and where there is none: nothing to analyse is no result. Damaged names a manifest that can't be read, and as steps_between() does.
     """
     if not path.is_dir():
         raise UserError(f"{path}: no such folder; give a run directory")
     run, found = RunDir(path), False
-    for number in steps_in(run.evals if kind == "eval" else run.batches):
+    for number in steps_between(run.evals if kind == "eval" else run.batches, first, last):
         folder = run.batch_of(kind, number)
-        if (first is not None and number < first) or (last is not None and number > last) or not (folder / NAME).is_file():
+        if not (folder / NAME).is_file():
             continue
         manifest = read_manifest(folder)
         if manifest.kind != kind:

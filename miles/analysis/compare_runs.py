@@ -11,7 +11,7 @@ from typing import Any
 
 from miles.analysis.contents import ASPECTS, contents
 from miles.analysis.rollout_stats import rollout_stats
-from miles.analysis.source import find_steps
+from miles.analysis.source import find_steps, steps_between
 from miles.config.exits import UserError
 from miles.data.store.manifest import NAME
 from miles.data.store.run_dir import RunDir, steps_in
@@ -107,7 +107,7 @@ def _read(path: Path, name: str, first: int | None, last: int | None) -> Run:
 
 def _of_batches(path: Path, first: int | None, last: int | None) -> dict[str, Curve]:
     """Curves of a run without metrics (an imported one), out of its batches and train records."""
-    if not any((RunDir(path).batch(step) / NAME).is_file() for step in steps_in(RunDir(path).batches)):
+    if not _sealed(path, first, last) and not steps_in(RunDir(path).batches):
         raise UserError(f"{path}: holds neither metrics of rollout steps nor batches; give a run directory")
     rows = rollout_stats(path, first, last)["steps"]
     found = {ours: {row["step"]: row[theirs] for row in rows if row.get(theirs) is not None} for ours, theirs in (("reward", "reward_mean"), ("response_length", "response_mean"))}
@@ -167,8 +167,7 @@ def _first_batch(paths: list[Path], first: int | None, last: int | None) -> dict
 def _sealed(path: Path, first: int | None, last: int | None) -> Iterable[int]:
     """Steps with a batch that is there."""
     run = RunDir(path)
-    steps = [step for step in steps_in(run.batches) if (first is None or step >= first) and (last is None or step <= last)]
-    return [step for step in steps if (run.batch(step) / NAME).is_file()]
+    return [step for step in steps_between(run.batches, first, last) if (run.batch(step) / NAME).is_file()]
 
 
 def _differences(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:

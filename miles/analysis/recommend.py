@@ -12,6 +12,7 @@ from miles.analysis.state import State
 from miles.analysis.tables import printable
 from miles.analysis.verdict import Verdict
 from miles.config.exits import UserError
+from miles.data.store.files import check_target, seal_bytes, writing
 
 ENOUGH, LARGE = 1e-4, 1e-2  # k3 from which on a correction pays; from which on it must also hold small ratios
 LEAST, MOST, MOST_ROUTED = 1.2, 2.0, 1.5  # upper bounds: the tightest; the widest; the widest where routing differs or k3 is large
@@ -57,8 +58,7 @@ def refuse_to_replace(target: Path) -> None:
     """UserError where the file is there already, or has no folder."""
     if target.exists():
         raise UserError(f"{target}: is there already; give another name, or remove it")
-    if not target.absolute().parent.is_dir():
-        raise UserError(f"{target}: there is no folder {target.parent}; give the name of a YAML file")
+    check_target(target, "a YAML file")
 
 
 def write_overlay(recommendation: Recommendation, target: Path, run: Path, tokens: dict[str, Any]) -> None:
@@ -74,8 +74,8 @@ def write_overlay(recommendation: Recommendation, target: Path, run: Path, token
         overlay_text(recommendation.settings),
     ]
     refuse_to_replace(target)
-    with target.open("x", encoding="utf-8") as file:
-        file.write("\n".join(lines) + "\n")
+    with writing(target):
+        seal_bytes(target, ("\n".join(lines) + "\n").encode())
 
 
 def overlay_text(settings: dict[str, Any]) -> str:

@@ -5,6 +5,7 @@ Chunks depend on the files alone, never on how many processes share them.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from miles.data.store import shard as shard_store
 from miles.data.store import train_record
 from miles.data.store.files import Damaged
 from miles.data.store.manifest import NAME, Manifest, read_manifest
-from miles.data.store.run_dir import RunDir, steps_in
+from miles.data.store.run_dir import RunDir, step_of
 
 CHUNK = 1 << 20  # tokens: a chunk ends with the sequence that reaches it
 SHARD_COLUMNS = {"rollout_logprob": np.float32, "loss_mask": np.uint8, "flags": np.uint8, "token_id": np.int32}
@@ -129,22 +130,38 @@ class Step:
         return Part(sheet, offset, numbers, sheet.names("sequences/engine"), sheet.names("sequences/source"), sequence, start, version)
 
 
+def steps_between(folder: Path, first: int | None = None, last: int | None = None) -> list[int]:
+    """Steps that have a folder here, first to last (inclusive), ascending.
+
+    Damaged names what is called like a step's folder and is none, as a file or a link to a disk that isn't there: its data would be left out unseen.
+    """
+    if not folder.is_dir():
+        if os.path.lexists(folder):
+            raise Damaged(f"{folder}: {_what(folder)}, and a folder of steps is expected; put it back, or move it away")
+        return []
+    inside = {entry: step for entry in folder.iterdir() if (step := step_of(entry.name)) is not None and (first is None or step >= first) and (last is None or step <= last)}
+    for entry in sorted(inside):
+        if not entry.is_dir() and os.path.lexists(entry):  # what retention has just deleted is no concern
+            raise Damaged(f"{entry}: {_what(entry)}, and the folder of a step is expected; put it back, move it away, or choose other steps")
+    return sorted(set(inside.values()))
+
+
+def _what(path: Path) -> str:
+    return f"a link to {os.readlink(path)}, which isn't there" if path.is_symlink() and not path.exists() else "no folder"
+
+
 def find_steps(path: Path, first: int | None = None, last: int | None = None) -> tuple[list[int], list[int]]:
     """Steps of a run directory that were trained on, and those with a batch that wasn't; both bounds are inclusive.
 
-    UserError for what is no run directory; Damaged for a train record whose batch is missing.
+    UserError for what is no run directory; Damaged for a train record whose batch is missing, and as steps_between() does.
     """
     run = RunDir(path)
     if not path.is_dir():
         raise UserError(f"{path}: no such folder; give a run directory")
-    if not run.batches.is_dir() and not run.train_records.is_dir():
+    if not os.path.lexists(run.batches) and not os.path.lexists(run.train_records):
         raise UserError(f"{path}: holds neither batches nor train records; give a run directory")
-
-    def wanted(folder: Path) -> set[int]:
-        return {step for step in steps_in(folder) if (first is None or step >= first) and (last is None or step <= last)}
-
-    batches = {step for step in wanted(run.batches) if (run.batch(step) / NAME).is_file()}
-    trained = {step for step in wanted(run.train_records) if any(run.train(step).glob("*.h5"))}
+    batches = {step for step in steps_between(run.batches, first, last) if (run.batch(step) / NAME).is_file()}
+    trained = {step for step in steps_between(run.train_records, first, last) if any(run.train(step).glob("*.h5"))}
     if orphans := sorted(trained - batches):
         step = orphans[0]
         raise Damaged(f"{run.train(step)}: a train record without its batch: {run.batch(step) / NAME} is missing; put the batch back, or choose other steps")

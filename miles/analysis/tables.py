@@ -10,7 +10,19 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from miles.config.stdout import hush
+
 HEADING, TEXT = 13, 28  # letters of a heading's line; the least that a column of texts gets
+
+
+class Terminal(Console):
+    """stdout for people. Its reader may leave before the end (head, less): the exit code stays that of what was found."""
+
+    def __init__(self) -> None:
+        super().__init__(highlight=False)
+
+    def on_broken_pipe(self) -> None:
+        hush()
 
 
 def printable(text: str) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from miles.config.exits import UserError
 from miles.data.store.events import PassedOver, facts_of, read_events
-from miles.data.store.files import seal_bytes
+from miles.data.store.files import check_target, seal_bytes, writing
 from miles.data.store.run_dir import RunDir
 
 SCHEMA = "miles.timeline/1"
@@ -126,13 +126,18 @@ def chrome_trace(attempts: list[Attempt]) -> dict[str, Any]:
 
 def write_trace(attempts: list[Attempt], target: Path) -> None:
     """Write chrome_trace() whole or not at all. An older trace of ours is replaced; UserError for any other file, which is not touched."""
-    if target.is_dir() or not target.absolute().parent.is_dir():
-        raise UserError(f"{target}: {'is a folder' if target.is_dir() else f'there is no folder {target.parent}'}; give the name of a JSON file")
+    refuse_other_traces(target)
+    with writing(target):
+        seal_bytes(target, json.dumps(chrome_trace(attempts)).encode())
+
+
+def refuse_other_traces(target: Path) -> None:
+    """UserError where no trace can be written."""
+    check_target(target, "a JSON file")
     if target.exists():
         with target.open("rb") as old:
             if old.read(len(OURS)) != OURS:
                 raise UserError(f"{target}: is there already, and is no trace that miles made; give another name")
-    seal_bytes(target, json.dumps(chrome_trace(attempts)).encode())
 
 
 def tracks(spans: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from miles.config.exits import AGAIN, FULL, OK, WRONG, TryAgain, UserError, file_fault
+from miles.config.stdout import flush, hush
 
 
 class Parser(argparse.ArgumentParser):
@@ -52,11 +53,13 @@ def positive(word: str) -> float:
 
 def run(main: Callable[[], int]) -> None:
     """Call a script's main and leave with its code; a user's mistake is one line on stderr and 78, a missing rank 75."""
+    if sys.stdout is None:  # closed by who started us
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files may hold any byte
     try:
         code = main()
-        sys.stdout.flush()
+        flush()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         code = WRONG
@@ -67,7 +70,7 @@ def run(main: Callable[[], int]) -> None:
         print("stopped", file=sys.stderr)
         code = AGAIN
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered goes nowhere
+        hush()
         code = OK
     except OSError as error:
         said = _disk_full(error) or file_fault(error)

@@ -24,6 +24,7 @@ from typing import Any
 from markupsafe import Markup
 
 from miles.config.exits import UserError
+from miles.data.store.files import check_target, writing
 from miles.report.figures import Placed
 from miles.report.scales import number
 from miles.report.templates import GENERATOR, fill, put
@@ -98,13 +99,13 @@ def plain_page(title: str, kind: str, facts: str, verdict: Verdict | None, secti
 def write_page(page: str, target: Path) -> None:
     """Write it. An older page of ours is replaced; UserError for any other file, which is not touched."""
     refuse_other_files(target)
-    put(page, target)
+    with writing(target):
+        put(page, target)
 
 
 def refuse_other_files(target: Path) -> None:
     """UserError where no page can be written: long work asks first."""
-    if target.is_dir() or not target.absolute().parent.is_dir():
-        raise UserError(f"{target}: {'is a folder' if target.is_dir() else f'there is no folder {target.parent}'}; give the name of an HTML file")
+    check_target(target, "an HTML file")
     if target.exists():
         with target.open("rb") as old:
             start = old.read(1024)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path[: not sys.flags.safe_path] = [__file__.rpartition("/tools/")[0] or "."]  # the repository
 
-from miles.analysis.tools.findings import add_options, tell  # noqa: E402
+from miles.analysis.tools.findings import add_options, chosen, tell  # noqa: E402
 from miles.config.exits import UserError  # noqa: E402
 from miles.convert.command import parser, run  # noqa: E402
 
@@ -25,7 +25,7 @@ def main() -> int:
     options.add_argument("run_dirs", type=Path, nargs="+", metavar="RUN_DIR")
     options.add_argument("--same", action="store_true", help="fail unless metrics other than speed and all batches have the same bits")
     add_options(options)
-    given = options.parse_args()
+    given = chosen(options)
     try:
         from miles.analysis.compare_runs import compare, differs
         from miles.analysis.tools.compare_runs import findings

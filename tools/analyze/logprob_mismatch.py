@@ -19,6 +19,7 @@ from pathlib import Path
 sys.path[: not sys.flags.safe_path] = [__file__.rpartition("/tools/")[0] or "."]  # the repository
 
 from miles.config.exits import OK, WRONG, UserError  # noqa: E402
+from miles.config.stdout import put  # noqa: E402
 from miles.convert.command import parser, run  # noqa: E402
 
 FAILED = 1
@@ -63,11 +64,10 @@ def main() -> int:
 
 def report(given, ranks) -> int:
     """Analyse on all ranks; tell on rank 0."""
-    from rich.console import Console
-
     from miles.analysis.analyze import analyze
     from miles.analysis.compare import SCHEMA, differences, verdict
     from miles.analysis.recommend import Recommendation, refuse_to_replace, write_overlay
+    from miles.analysis.tables import Terminal
     from miles.analysis.tools.mismatch_comparison import comparison_page, show_comparison
     from miles.analysis.tools.mismatch_page import mismatch_page
     from miles.analysis.tools.mismatch_terminal import show
@@ -110,17 +110,17 @@ def report(given, ranks) -> int:
     if given.html:
         said.append(f"page: {given.html}")
     if given.json:
-        print(json.dumps(told, indent=1, allow_nan=False))
+        put(json.dumps(told, indent=1, allow_nan=False))
     else:
-        out = Console(highlight=False)
+        out = Terminal()
         if given.against:
             show_comparison(told, out)
         else:
             show(told, texts_of(given.run_dir), out)
         for failure in failures:
-            print(f"FAILED: {failure}")
+            put(f"FAILED: {failure}")
     for line in said:
-        print(line, file=sys.stderr if given.json else sys.stdout)
+        print(line, file=sys.stderr) if given.json else put(line)
     return FAILED if failures else OK
 
 
@@ -134,7 +134,7 @@ def found_in(given, path: Path, state):
 
     tokens = measure.token_metrics(state, given.core)
     if not measure.counts_of(state)["sequences"]:
-        raise UserError(f"{path}: nothing to compare: no step that was trained on{' lies between those bounds' if given.first or given.last else ''}")
+        raise UserError(f"{path}: nothing to compare: no step that was trained on{' lies between those bounds' if (given.first, given.last) != (None, None) else ''}")
     if given.core:
         return result(path, state, tokens, judge(tokens, {}), None)
     causes = attribute(state.evidence)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path[: not sys.flags.safe_path] = [__file__.rpartition("/tools/")[0] or "."]  # the repository
 
-from miles.analysis.tools.findings import add_options, tell  # noqa: E402
+from miles.analysis.tools.findings import add_options, chosen, tell  # noqa: E402
 from miles.convert.command import parser, run  # noqa: E402
 
 
@@ -22,7 +22,7 @@ def main() -> int:
     options.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     options.add_argument("--experts", type=int, metavar="N", help="experts of a layer (default: the greatest number met and 1)")
     add_options(options)
-    given = options.parse_args()
+    given = chosen(options)
     from miles.analysis.routing import routing
     from miles.analysis.tools.routing import findings
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path[: not sys.flags.safe_path] = [__file__.rpartition("/tools/")[0] or "."]  # the repository
 
-from miles.analysis.tools.findings import add_options, tell  # noqa: E402
+from miles.analysis.tools.findings import add_options, chosen, tell  # noqa: E402
 from miles.convert.command import parser, run  # noqa: E402
 
 
@@ -22,11 +22,13 @@ def main() -> int:
     options.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     options.add_argument("--chrome", type=Path, metavar="FILE", help="write a trace (JSON); an older one of ours is replaced")
     add_options(options)
-    given = options.parse_args()
-    from miles.analysis.timeline import read_timeline, timeline, write_trace
+    given = chosen(options)
+    from miles.analysis.timeline import read_timeline, refuse_other_traces, timeline, write_trace
     from miles.analysis.tools.timeline import findings
     from miles.data.store.events import PassedOver
 
+    if given.chrome is not None:
+        refuse_other_traces(given.chrome)
     passed = PassedOver()
     attempts = read_timeline(given.run_dir, given.first, given.last, passed)
     if given.chrome is not None:

@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.text import Text
 
-from miles.analysis.tables import print_table
+from miles.analysis.tables import Terminal, print_table
 from miles.config.exits import OK
-from miles.report.plain_page import Section, Table, plain_page, write_page
+from miles.config.stdout import put
+from miles.report.plain_page import Section, Table, plain_page, refuse_other_files, write_page
 from miles.report.tiles import Tile
 
 
@@ -37,14 +37,22 @@ def add_options(options: argparse.ArgumentParser) -> None:
     options.add_argument("--last", type=int, metavar="STEP", help="last step, itself included")
 
 
+def chosen(options: argparse.ArgumentParser) -> argparse.Namespace:
+    """The options as they were given. UserError where the page can't be written: before the long work."""
+    given = options.parse_args()
+    if given.html is not None:
+        refuse_other_files(given.html)
+    return given
+
+
 def tell(found: Findings, as_json: bool, html: Path | None) -> int:
     """Print what was found, as JSON or as tables, and write the page where one is wanted. UserError where its file can't be."""
     if html is not None:
         write_page(plain_page(found.title, found.kind, found.facts, None, found.sections, found.tiles, source=found.title), html)
     if as_json:
-        print(json.dumps(found.data, indent=1, allow_nan=False))
+        put(json.dumps(found.data, indent=1, allow_nan=False))
         return OK
-    out = Console(highlight=False)
+    out = Terminal()
     out.print(Text(f"{found.title}: {found.facts}", style="bold"), soft_wrap=True)
     for section in found.sections:
         for part in section.parts:

@@ -27,7 +27,8 @@ def findings(found: dict[str, Any], attempts: list[Attempt]) -> Findings:
         sections.append(Section("Between attempts", [Table(["before attempt", "seconds without a phase"], pauses)]))
     if (passed := found["passed_over"])["count"]:
         sections.append(Section("Passed over", [f"{passed['count']} line{'s' if passed['count'] > 1 else ''} of events/ passed over, torn by a kill or no phase; the first: {printable(passed['first'])}"]))
-    facts = f"{len(rows)} attempt{'s' if len(rows) > 1 else ''}, {duration(whole)} in phases of {len({process['process'] for row in rows for process in row['processes']})} processes"
+    count = len({process["process"] for row in rows for process in row["processes"]})
+    facts = f"{len(rows)} attempt{'s' if len(rows) > 1 else ''}, {duration(whole)} in phases of {count} process{'es' if count > 1 else ''}"
     return Findings("timeline", found["run"], facts, sections, found, _tiles(rows, whole))
 
 

@@ -11,14 +11,15 @@ import json
 import os
 import secrets
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import xxhash
 
-from miles.config.exits import UserError
+from miles.config.exits import FULL, UserError
 
 if TYPE_CHECKING:
     from miles.data.store.epoch import Fence
@@ -118,6 +119,26 @@ def seal(path: Path, write: Callable[[Path], None], fence: Fence | None = None) 
         temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
     return sealed
+
+
+def check_target(target: Path, what: str) -> None:
+    """UserError where a file that a person named can't be written: long work asks first. what: a kind of file, as "an HTML file"."""
+    folder = target.absolute().parent
+    if target.is_dir() or not folder.is_dir():
+        raise UserError(f"{target}: {'is a folder' if target.is_dir() else f'there is no folder {target.parent}'}; give the name of {what}")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"{target}: nothing can be written to {folder}; choose another folder")
+
+
+@contextmanager
+def writing(target: Path) -> Iterator[None]:
+    """While a file that a person named is written: UserError where it can't be. A full disk passes as it comes."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in FULL:
+            raise
+        raise UserError(f"{target}: can't be written ({(error.strerror or type(error).__name__).lower()}); choose another place") from None
 
 
 def seal_bytes(path: Path, content: bytes, fence: Fence | None = None) -> Sealed:

@@ -1,0 +1,27 @@
+"""What a command says on stdout, whose reader (head, less) may leave before the end: the exit code is that of what was found, read or not."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+
+def put(text: str) -> None:
+    """print() and flush."""
+    try:
+        print(text)
+    except BrokenPipeError:
+        hush()
+    flush()
+
+
+def flush() -> None:
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        hush()
+
+
+def hush() -> None:
+    """What is still to be said, and what is buffered, goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
