@@ -56,9 +56,9 @@ def recommend(state: State, tokens: dict[str, Any], verdict: Verdict) -> Recomme
 
 def refuse_to_replace(target: Path) -> None:
     """UserError where the file is there already, or has no folder."""
+    check_target(target, "a YAML file")
     if target.exists():
         raise UserError(f"{target}: is there already; give another name, or remove it")
-    check_target(target, "a YAML file")
 
 
 def write_overlay(recommendation: Recommendation, target: Path, run: Path, tokens: dict[str, Any]) -> None:

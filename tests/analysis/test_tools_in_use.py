@@ -64,8 +64,9 @@ def test_without_stdout_the_page_is_written(whole: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize("name", NAMES)
 def test_a_page_that_cannot_be_written_is_named(name: str, whole: Path, tmp_path: Path) -> None:
     shutil.copytree(whole, tmp_path / "copy")
+    os.mkfifo(tmp_path / "pipe")  # opened to see whose it is, it would wait for ever
     words = arguments(name, whole, tmp_path / "copy")
-    for target, expected in (("/proc/self/page.html", "nothing can be written to /proc/self"), ("/proc/page.html", "can't be written"), (tmp_path / "no/page.html", "there is no folder"), (tmp_path, "is a folder")):
+    for target, expected in (("/proc/self/page.html", "nothing can be written to /proc/self"), ("/proc/page.html", "can't be written"), (tmp_path / "no/page.html", "there is no folder"), (tmp_path, "is a folder"), (tmp_path / "pipe", "is no plain file")):
         with pytest.raises(UserError, match=f"^{target}: .*{expected}"):
             script(name, *words, "--html", target)
 

@@ -126,6 +126,8 @@ def check_target(target: Path, what: str) -> None:
     folder = target.absolute().parent
     if target.is_dir() or not folder.is_dir():
         raise UserError(f"{target}: {'is a folder' if target.is_dir() else f'there is no folder {target.parent}'}; give the name of {what}")
+    if target.exists() and not target.is_file():
+        raise UserError(f"{target}: is no plain file; give the name of {what}")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise UserError(f"{target}: nothing can be written to {folder}; choose another folder")
 
