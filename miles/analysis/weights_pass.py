@@ -8,10 +8,10 @@ import numpy as np
 
 from miles.analysis.compiled import kernel
 from miles.analysis.corrections import DENSITY, HIGHS, LOWS, SAMPLED, TOKEN_COLUMNS, VETO_BINS, VETOES, WEIGHT_BINS, WIDTHS
-from miles.analysis.lane_sum import lane_sum
+from miles.analysis.lane_sum import LANES, lane_sum
 from miles.analysis.terms import HUGE, LIMIT
 
-SEGMENT = 512  # tokens at a time, in the first cache; what lies past the end of a sequence is 0
+SEGMENT = 512  # tokens at a time, in the first cache; what lies past the end of a sequence is 0, up to a multiple of LANES
 NEAR = 0.095  # nats: a smaller |d| lies within all bounds of a token's weight
 COLUMNS = len(TOKEN_COLUMNS)
 HIGH, LOW, WIDTH = np.array(HIGHS), np.array(LOWS), np.array(WIDTHS)
@@ -27,9 +27,7 @@ def weigh(mu, mask, o, mu_start, o_start, length, classes, weights, density, val
 
     mu f32, mask u8: sequence i begins at mu_start[i]; o f32: at o_start[i]; length[i] tokens. A token counts when its mask is on and both are finite.
     """
-    d, t, near = np.zeros(SEGMENT, np.float32), np.zeros(SEGMENT, np.float32), np.zeros(SEGMENT, np.float32)
-    size, scale, spare = np.zeros(SEGMENT, np.float32), np.zeros(SEGMENT, np.float32), np.zeros(SEGMENT, np.float32)
-    which, place = np.zeros(SEGMENT, np.uint8), np.zeros(SEGMENT, np.int64)
+    rows, whole_which, place = np.zeros((6, SEGMENT), np.float32), np.zeros(SEGMENT, np.uint8), np.zeros(SEGMENT, np.int64)
     bins = np.zeros((WEIGHT_BINS, COLUMNS))
     for i in range(len(length)):
         a, b, n = mu_start[i], o_start[i], length[i]
@@ -39,6 +37,9 @@ def weigh(mu, mask, o, mu_start, o_start, length, classes, weights, density, val
         for start in range(0, n, SEGMENT):
             count = min(SEGMENT, n - start)
             at, bt = a + start, b + start
+            room = (count + LANES - 1) // LANES * LANES
+            d, t, near, size, scale, spare = rows[0, :room], rows[1, :room], rows[2, :room], rows[3, :room], rows[4, :room], rows[5, :room]
+            which = whole_which[:room]
             some, gone = _differences(mu[at : at + count], mask[at : at + count], o[bt : bt + count], d)
             if not some:
                 lost += gone
@@ -47,16 +48,16 @@ def weigh(mu, mask, o, mu_start, o_start, length, classes, weights, density, val
             tokens, lost = tokens + some, lost + gone
             away = _sizes(d, size)
             lowest = max(lowest, _greatest(d.view(np.uint32)))
-            total += lane_sum(d.ctypes.data, SEGMENT)
-            absolute += lane_sum(size.ctypes.data, SEGMENT)
+            total += lane_sum(d.ctypes.data, room)
+            absolute += lane_sum(size.ctypes.data, room)
             _exponentials(d, t, scale, spare)
             _near(size, t, near)
             bins[0, 0] += some - away
-            bins[0, 1] += lane_sum(near.ctypes.data, SEGMENT)
+            bins[0, 1] += lane_sum(near.ctypes.data, room)
             _squares(near, spare)
-            bins[0, 2] += lane_sum(spare.ctypes.data, SEGMENT)
+            bins[0, 2] += lane_sum(spare.ctypes.data, room)
             _absolutes(near, spare)
-            bins[0, 3] += lane_sum(spare.ctypes.data, SEGMENT)
+            bins[0, 3] += lane_sum(spare.ctypes.data, room)
             if away:
                 _which(t, which)
                 found = np.int64(0)
@@ -111,7 +112,7 @@ def _differences(mu, mask, o, d):
 def _sizes(d, size):
     """|d|; how many are not small."""
     away = np.int32(0)
-    for j in range(SEGMENT):
+    for j in range(len(d)):
         size[j] = abs(d[j])
         away += np.int32(abs(d[j]) > np.float32(NEAR))
     return np.int64(away)
@@ -121,7 +122,7 @@ def _sizes(d, size):
 def _greatest(bits):
     """Of float32 as their bits: those of the least negative number, if there is one."""
     top = np.uint32(0)
-    for j in range(SEGMENT):
+    for j in range(len(bits)):
         top = max(top, bits[j])
     return top
 
@@ -130,13 +131,13 @@ def _greatest(bits):
 def _exponentials(d, t, scale, shifted):
     """t = e^c - 1 with c = d held to ±LIMIT: c = n ln2 + r, and the series of r; for n = 0 nothing cancels."""
     magic, limit = np.float32(12582912.0), np.float32(LIMIT)  # 1.5 * 2^23: adding it rounds to an integer, in the low bits
-    for j in range(SEGMENT):
+    for j in range(len(d)):
         c = min(max(d[j], -limit), limit)
         shifted[j] = c * np.float32(1.4426950408889634) + magic
     bits, powers = shifted.view(np.int32), scale.view(np.int32)
-    for j in range(SEGMENT):
+    for j in range(len(d)):
         powers[j] = (bits[j] << np.int32(23)) + np.int32(127 << 23)
-    for j in range(SEGMENT):
+    for j in range(len(d)):
         c = min(max(d[j], -limit), limit)
         n = shifted[j] - magic
         r = (c - n * np.float32(0.693359375)) + n * np.float32(2.12194440e-4)
@@ -147,19 +148,19 @@ def _exponentials(d, t, scale, shifted):
 
 @kernel
 def _near(size, t, near):
-    for j in range(SEGMENT):
+    for j in range(len(size)):
         near[j] = t[j] if size[j] <= np.float32(NEAR) else np.float32(0.0)
 
 
 @kernel
 def _squares(x, out):
-    for j in range(SEGMENT):
+    for j in range(len(x)):
         out[j] = x[j] * x[j]
 
 
 @kernel
 def _absolutes(x, out):
-    for j in range(SEGMENT):
+    for j in range(len(x)):
         out[j] = abs(x[j])
 
 
@@ -169,11 +170,11 @@ def _which(t, which):
     which[:] = 0
     for k in range(len(HIGH32)):
         high = HIGH32[k]
-        for j in range(SEGMENT):
+        for j in range(len(t)):
             which[j] += np.uint8(t[j] + np.float32(1.0) > high)
     for k in range(len(LOW32)):
         low, first = LOW32[k], np.uint8(len(HIGH32) if k == 0 else 0)
-        for j in range(SEGMENT):
+        for j in range(len(t)):
             under = np.uint8(t[j] + np.float32(1.0) < low)
             which[j] += under + under * first
 
