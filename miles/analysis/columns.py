@@ -35,7 +35,7 @@ class Sheet:
     def whole(self, name: str) -> NDArray[Any]:
         """A dataset with a number a sequence."""
         with reading(self.path):
-            return np.asarray(self._dataset(name)[:])
+            return np.asarray(self._numbers(name, 1)[:])
 
     def names(self, name: str) -> list[str]:
         """The list of names that a dataset's values point into."""
@@ -44,7 +44,7 @@ class Sheet:
 
     def length(self, name: str) -> int:
         """Of a token array."""
-        return len(self._dataset(name))
+        return len(self._numbers(name, None))
 
     def kind(self, name: str) -> tuple[np.dtype[Any], tuple[int, ...]]:
         """dtype and shape of a token array."""
@@ -56,7 +56,7 @@ class Sheet:
         if not len(into):
             return
         if name not in self._columns:
-            data = self._dataset(name)
+            data = self._numbers(name, into.ndim)
             place = data.id.get_offset() if data.chunks is None and data.dtype == into.dtype else None
             self._columns[name] = (data, place)
         data, place = self._columns[name]
@@ -74,6 +74,14 @@ class Sheet:
     def close(self) -> None:
         self._file.close()
         os.close(self._raw)
+
+    def _numbers(self, name: str, axes: int | None) -> h5py.Dataset:
+        found = self._dataset(name)
+        if found.ndim != axes if axes else not found.ndim:
+            raise Damaged(f"{self.path}: /{name} has {found.ndim} axes, and {axes or 'at least 1'} expected")
+        if found.dtype.kind not in "iuf":
+            raise Damaged(f"{self.path}: /{name} is {found.dtype}, and numbers are expected")
+        return found
 
     def _dataset(self, name: str) -> h5py.Dataset:
         with reading(self.path):

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from miles.analysis.rows import UNKNOWN
 from miles.analysis.source import SHARD_COLUMNS, open_step
 from miles.analysis.state import State
 
@@ -31,9 +32,10 @@ def worst_tokens(path: Path, state: State) -> list[dict[str, Any]]:
                     record.sheet.read("tokens/train_logprob", int(record.offset[i]) + place, train)
         finally:
             step.close()
+        engine = int(part.numbers["engine"][row])
         found.append({
                 "abs_diff": size, "step": number, "shard": step.manifest.shards[shard].name, "row": row, "position": place,
-                "draw": int(part.numbers["draw"][row]), "sample": int(part.numbers["sample"][row]), "engine": part.engines[part.numbers["engine"][row]],
+                "draw": int(part.numbers["draw"][row]), "sample": int(part.numbers["sample"][row]), "engine": part.engines[engine] if engine < len(part.engines) else UNKNOWN,
                 "rollout_logprob": float(columns["rollout_logprob"][at]), "train_logprob": float(train[0]), "token_ids": columns["token_id"].tolist(), "at": at,
         })  # fmt: skip
     return found

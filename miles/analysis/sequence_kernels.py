@@ -91,7 +91,7 @@ def first_look(mu, mask, o, entropy, kept, mu_start, o_start, length, found, zer
             if d > 0:
                 row[18] += size
             h = np.float64(entropy[b]) if len(entropy) else np.nan
-            x = np.float64(u) + h if h == h else 0.0
+            x = np.float64(u) + h if abs(h) <= HUGE else 0.0
             s = 0.0
             if len(kept):
                 k = np.float64(kept[a])

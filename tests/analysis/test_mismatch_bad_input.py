@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import h5py
 import numpy as np
 import pytest
 from made_runs import Made, make_sample, make_train, random_run, write_run
+from script import script
 
 from miles.analysis.analyze import analyze
 from miles.analysis.ranks import Alone
@@ -118,6 +120,24 @@ def twice(run: Path) -> None:
     edit(record(run), change)
 
 
+def two_columns(path: Path, name: str) -> None:
+    def change(file: h5py.File) -> None:
+        values = file[name][:]
+        del file[name]
+        file[name] = np.stack([values, values], 1)
+
+    edit(path, change)
+
+
+def texts(path: Path, name: str) -> None:
+    def change(file: h5py.File) -> None:
+        values = [str(value) for value in file[name][:]]
+        del file[name]
+        file[name] = values
+
+    edit(path, change)
+
+
 def fewer_rewards(run: Path) -> None:
     def change(file: h5py.File) -> None:
         rewards = file["sequences/reward"][:-1]
@@ -144,6 +164,9 @@ CASES = {
     "attributes of a shard are damaged": (lambda run: overwritten(shard(run), 50, 300), "rollout.0.h5: damaged: what it should hold can't be read"),
     "shard lacks a dataset": (lambda run: drop(shard(run), "tokens/rollout_logprob"), "rollout.0.h5: has no dataset /tokens/rollout_logprob"),
     "shard lacks rewards": (lambda run: drop(shard(run), "sequences/reward"), "rollout.0.h5: has no dataset /sequences/reward"),
+    "rewards in two columns": (lambda run: two_columns(shard(run), "sequences/reward"), "rollout.0.h5: /sequences/reward has 2 axes, and 1 expected"),
+    "log-probs in two columns": (lambda run: two_columns(record(run), "tokens/train_logprob"), "node_0000.h5: /tokens/train_logprob has 2 axes, and 1 expected"),
+    "texts for log-probs": (lambda run: texts(record(run), "tokens/train_logprob"), "node_0000.h5: /tokens/train_logprob is object, and numbers are expected"),
     "shard has fewer rewards than rows": (fewer_rewards, "rollout.0.h5: /sequences/reward has"),
     "a run of weights of a row that isn't there": (run_of_no_row, "rollout.0.h5: /runs: sequence, start and weight_version"),
     "record lacks a dataset": (lambda run: drop(record(run), "tokens/train_logprob"), "node_0000.h5: has no dataset /tokens/train_logprob"),
@@ -230,3 +253,25 @@ def test_a_clean_run_passes_and_the_verdict_can_be_demanded(tmp_path):
         assert (done.returncode, done.stdout.split(":")[0]) == (0, word)
         assert tool(run, "--at-worst", "bitwise").returncode == (word != "bitwise")
 
+
+
+def test_odd_values_are_no_traceback(whole, tmp_path, capsys):
+    """An entropy without bound, as of a policy that broke, and an engine that has no name."""
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+
+    def endless(file: h5py.File) -> None:
+        entropy = file["tokens/entropy"][:]
+        entropy[np.flatnonzero(np.isfinite(entropy))[::7]] = np.inf
+        file["tokens/entropy"][:] = entropy
+
+    edit(record(run), endless)
+    for path in sorted(run.glob("batches/*/rollout.*.h5")):
+        edit(path, lambda file: file["sequences/engine"].__setitem__(slice(None), 99))
+    found = {}
+    for each in (whole, run):
+        assert script("logprob_mismatch", each, "--json") == 0
+        found[each] = json.loads(capsys.readouterr().out)
+    assert found[run]["tokens"] == found[whole]["tokens"]
+    assert [row["value"] for row in found[run]["slices"]["engine"]] == ["unknown"]
+    assert {token["engine"] for token in found[run]["worst_tokens"]} == {"unknown"}
