@@ -13,7 +13,8 @@ from miles.precision.kernel_cache import cache_folder
 SOURCES = (
     "bin_lanes.py", "bootstrap.py", "boundaries.py", "compiled.py", "core_lanes.py", "core_pass.py", "corrections.py", "counters.py",
     "distinct.py", "exact.py", "expert_kernel.py", "fused.py", "hashing.py", "lane_sum.py", "memory.py", "row_lanes.py",
-    "sequence_kernels.py", "sequences.py", "slice_lanes.py", "slices.py", "terms.py", "vectors.py", "weights_pass.py",
+    "segments.py", "sequence_kernels.py", "sequences.py", "single_tokens.py", "slice_lanes.py", "slices.py", "terms.py", "token_lanes.py",
+    "transposition.py", "vectors.py", "weights_pass.py",
 )  # fmt: skip
 _FOLDER = cache_folder(*(Path(__file__).parent / name for name in SOURCES))
 

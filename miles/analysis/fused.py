@@ -9,36 +9,35 @@ import numpy as np
 from miles.analysis.bootstrap import resample
 from miles.analysis.compiled import kernel
 from miles.analysis.counters import COUNTERS, ROOM, finish, flush
-from miles.analysis.memory import at1, at4, of, pad, reduced
+from miles.analysis.memory import at1, at4, of
 from miles.analysis.memory import table as aligned
 from miles.analysis.row_lanes import row_sums
-from miles.analysis.slice_lanes import STRIDE, WAIT, add_near, add_sum, gather, make_scatter, sum_rows, touch
+from miles.analysis.segments import STATE, begin, bucket, codes, segments
+from miles.analysis.single_tokens import LAST, add_tokens, any_set, end_of, places_of, size_of
+from miles.analysis.slice_lanes import add_sum, gather, sum_rows
 from miles.analysis.slices import BASE, ENTROPIES, MISSES, PROBABILITIES, VERSIONS
 from miles.analysis.terms import (
     CORE,
     COUNTS,
+    GATHER,
     HUGE,
     INFINITE,
     LIMIT,
     MOMENTS,
     REPLICATES,
-    RING,
     SEQUENCE_SUMS,
     SUMS,
     TAUS,
     TERM_ROW,
-    TOKEN_VALUES,
     VALUES,
     WIDE,
 )
-
-scatter1, scatter2, scatter3 = (make_scatter(kinds) for kinds in (1, 2, 3))
+from miles.analysis.token_lanes import SIZE, WAIT
 
 WAYS = len(VALUES)
 POSITION, PROBABILITY, ENTROPY, TURN = BASE["position"], BASE["rollout_probability"], BASE["entropy"], BASE["turn"]
 SPECULATIVE, MISS, SIGNS, USED = (BASE[name] for name in ("speculative", "layers_routed_differently", "reward_and_advantage", "used"))
-NEAR_COLUMNS = tuple(VALUES.index(name) for name in TOKEN_VALUES)
-HOT_SLOTS = PROBABILITIES + ENTROPIES + MISSES  # what is scattered token by token, in this order
+HOT_SLOTS = PROBABILITIES + ENTROPIES + MISSES  # what is added to token by token, in this order
 
 
 @kernel
@@ -56,116 +55,105 @@ def scan(
     sequence_table f64 [., 8]. bootstrap f64 [8, REPLICATES]. token_table i64 [V, 4] in units of NEAR_UNIT, of tokens with |d| <= near;
     the others are listed: far_token i64 [tokens], far f64 [tokens, 4]. odd i64 [6]: NaN, infinite and absurd log-probs of the rollout, then of the trainer, under the mask.
     """
-    lanes, tally, padded = np.zeros((len(SUMS) + len(MOMENTS), WIDE)), np.zeros(len(COUNTS) + 1, np.int64), np.zeros(3 * WIDE, np.float32)
-    counters, ring = np.zeros(COUNTERS, np.uint16), np.zeros(RING * WIDE, np.uint16)
-    rows, probable = aligned(TERM_ROW // 2, WAYS).reshape(-1).view(np.float32), np.zeros(TERM_ROW, np.float32)
+    found, tally, part = np.zeros(len(SUMS) + len(MOMENTS)), np.zeros(len(COUNTS) + 1, np.int64), np.zeros(len(SUMS) + len(MOMENTS))
+    counters, waiting = np.zeros(COUNTERS, np.uint16), aligned(SIZE // 64, WAYS)
+    rows, hot = aligned(TERM_ROW // 2, WAYS).reshape(-1).view(np.float32), aligned(WAIT * HOT_SLOTS // 2, WAYS).reshape(-1).view(np.float32)
+    nowhere, last, by_token = aligned(1, WAYS), aligned(LAST, WAYS), aligned(HOT_SLOTS, WAYS)
     greatest = np.float32(0.0)
-    listed, counted = 0, WIDE
-    here, part, before = np.zeros(len(SUMS)), np.zeros(len(SUMS) + len(MOMENTS)), np.zeros(len(COUNTS), np.int64)
-    value = np.zeros(WAYS)
-    found = np.zeros(len(TAUS), np.int64)
+    listed, counted, held = 0, WIDE, 0
+    here, before = np.zeros(len(SUMS)), np.zeros(len(COUNTS), np.int64)
+    value, block, segment = np.zeros(WAYS), np.zeros(WAYS), np.zeros(WAYS)
+    beyond = np.zeros(len(TAUS), np.int64)
     kinds = len(sequence_slots)
-    code, bins, segment = np.zeros(TERM_ROW, np.uint8), np.zeros((3, TERM_ROW), np.uint16), np.zeros(WAYS)
-    block = np.zeros(WAYS)
+    code, odd_turns = np.zeros(TERM_ROW, np.uint8), np.zeros(TERM_ROW // WIDE, np.uint8)
+    ends, slots, state = np.zeros(TERM_ROW, np.int64), np.zeros((TERM_ROW, 4), np.int64), np.zeros(len(STATE), np.int64)
     words, times = code.view(np.uint64), np.empty(REPLICATES)
-    hot = aligned(WAIT * HOT_SLOTS // 2, WAYS).reshape(-1).view(np.float32)
+    given = (found, tally, counters, waiting, hot, token_table[: len(token_table) if near > 0 else 0], nowhere)
     for i in range(len(length)):
         a, b, n = mu_start[i], o_start[i], length[i]
         here[:] = 0.0
         for k in range(len(COUNTS)):
             before[k] = tally[k]
-        run, last_run = run_first[i], run_first[i + 1]
-        slot = np.int64(-1)
-        bucket, bucket_end = np.int64(0), np.int64(0)
-        turn = -(1 << 40)
-        found[:] = -1
+        begin(state, run_first[i], run_first[i + 1])
+        beyond[:] = -1
         line, square, product = 0.0, 0.0, 0.0  # sums of position, its square, and position times |d|
         for start in range(0, n, TERM_ROW):
             size = min(TERM_ROW, n - start)
-            body = size - size % WIDE
             at, bt = a + start, b + start
+            alike = codes(code, flags[at : at + size], _part(used, bt, size), _part(advantage, bt, size))
+            runs = segments(code, words, size, alike, start, prompt[i], state, run_start, run_slot, ends, slots)
+            if not any_set(mask[at : at + size]):
+                continue
             if counted + size + WIDE > ROOM:
                 flush(counters, histogram)
                 counted = WIDE
             counted += size + WIDE
-            if len(token_table):
-                touch(at4(token, at), size, of(token_table), len(token_table))
-            tokens, alike, base = tally[1], tally[2], np.float64(start - prompt[i])
-            top = row_sums(at4(mu, at), at4(o, bt), at1(mask, at), body, of(lanes), of(tally), of(counters), of(ring), of(rows), of(probable))
-            reduced(lanes, part)
-            count = tally[1] - tokens
-            line, square, product = _moments(part, count, base, line, square, product)
-            here += part[: len(SUMS)]
-            block[1 : 1 + len(CORE)] = part[: len(CORE)]
+            held += size + WIDE
+            if held > GATHER:
+                _gather(hot, by_token)
+                held = size + WIDE
+            tokens, same, missing, body = tally[1], tally[2], tally[0] - tally[1], size - size % WIDE
+            keep = np.int64(runs > 1)
+            part[:] = 0.0
+            top = np.float32(0.0)
+            if body:
+                h = at4(entropy, bt) if len(entropy) else at4(last, 0)
+                m = at1(miss, bt) if len(miss) else at1(last, 0)
+                h_step, m_step = np.int64(len(entropy) > 0), np.int64(len(miss) > 0)
+                ahead = (len(token) - at) // WIDE - 1
+                top = _sums(at4(mu, at), at4(o, bt), at1(mask, at), h, h_step, m, m_step, at4(token, at), at1(flags, at), at1(used, bt), at4(advantage, bt), body, ahead, given, at4(rows, 0), keep, at1(odd_turns, 0))
+                part[:] = found
             if body < size:
-                pad(padded, WIDE, mu, o, mask, at + body, bt + body, size - body)
-                p = of(padded)
-                more, chance = of(rows) + 4 * WAYS * body, at4(probable, body)
-                tail = row_sums(p, p + 4 * WIDE, p + 8 * WIDE, WIDE, of(lanes), of(tally), of(counters), of(ring), more, chance)
+                end_of(last, mu, o, mask, entropy, miss, token, at + body, bt + body, size - body)
+                p, one = at1(last, 0), np.int64(1)
+                tail = _sums(p, p + 64, p + 128, p + 192, one, p + 256, one, p + 320, p, p, p, one * WIDE, one - 1, given, at4(rows, WAYS * body), keep, at1(odd_turns, body // WIDE))
                 top = max(top, tail)
-                reduced(lanes, part)
-                line, square, product = _moments(part, tally[1] - tokens - count, base + body, line, square, product)
-                here += part[: len(SUMS)]
-                block[1 : 1 + len(CORE)] += part[: len(CORE)]
-            block[0], block[-1] = tally[1] - tokens, tally[2] - alike
+                part += found
+                part[len(SUMS)] += body * found[1]
+            count = tally[1] - tokens
+            base = np.float64(start - prompt[i])
+            places, squares = places_of(mu, o, mask, at, bt, size, count == size, tally[0] - tally[1] == missing)
+            line += places + base * count
+            square += squares + 2 * base * places + base * base * count
+            product += part[len(SUMS)] + base * part[1]
+            here += part[: len(SUMS)]
+            block[0], block[1 : 1 + len(CORE)], block[-1] = count, part[: len(CORE)], tally[2] - same
             greatest = max(greatest, top)
             for k in range(len(TAUS)):
-                if found[k] < 0 and top > TAUS[k]:
-                    for j in range(size):
-                        if rows[j * WAYS + 2] > TAUS[k]:
-                            found[k] = start + j - prompt[i]
-                            break
+                if beyond[k] < 0 and top > TAUS[k]:
+                    j = 0
+                    while size_of(mu, o, mask, at + j, bt + j) <= TAUS[k]:
+                        j += 1
+                    beyond[k] = start + j - prompt[i]
             if top > 0.0 and top >= worst[-1]:
                 for j in range(size):
-                    if rows[j * WAYS + 2] >= worst[-1] and rows[j * WAYS + 2] > 0.0:
-                        _insert(worst, worst_at, rows[j * WAYS + 2], order[i], start + j, i)
-            _codes(code, flags[at : at + size], _part(used, bt, size), _part(advantage, bt, size))
-            j = 0
-            while j < size:
-                place = start + j
-                x = place - prompt[i]
-                if x >= bucket_end:
-                    bucket, bucket_end = _bucket(x)
-                while run < last_run and run_start[run] <= place:
-                    slot = run_slot[run]
-                    run += 1
-                stop = min(size, bucket_end + prompt[i] - start)
-                if run < last_run:
-                    stop = min(stop, run_start[run] - start)
-                mark = code[j]
-                if mark & 2:
-                    turn = place
-                since = place - turn
-                if since < 8:
-                    stop = min(stop, j + 1 if since == 0 else turn + 8 - start)
-                end = j + 1
-                eight = np.uint64(mark) * np.uint64(0x0101010101010101)
-                while end < stop and code[end] == mark:
-                    end += 1
-                    while end % 8 == 0 and end + 8 <= stop and words[end // 8] == eight:
-                        end += 8
-                if end - j == size:
-                    segment[:] = block
-                else:
-                    sum_rows(of(rows) + 4 * WAYS * j, end - j, of(segment))
-                j = end
-                if segment[0] == 0.0:
-                    continue
-                t, g = of(table), of(segment)
-                add_sum(t, POSITION + bucket, g)
-                add_sum(t, TURN + (0 if since == 0 else 1 if since < 8 else 2), g)
-                add_sum(t, SPECULATIVE + (2 if mark & 16 else 1 if mark & 8 else 0), g)
-                if len(advantage):
-                    add_sum(t, SIGNS + 4 * reward_sign[i] + (mark >> 5), g)
-                if len(used):
-                    add_sum(t, USED + (mark & 1), g)
-                if slot >= 0:
-                    add_sum(t, VERSIONS + slot, g)
-            if block[0] == 0.0:
-                continue
-            _scatter(rows, size, bins, hot, probable[:size], _part(entropy, bt, size), _part(miss, bt, size), table)
-            if len(token_table):
-                listed = _by_token(token[at : at + size], rows, top <= near, near, token_table, far_token, far, listed)
+                    d = size_of(mu, o, mask, at + j, bt + j)
+                    if d >= worst[-1] and d > 0.0:
+                        _insert(worst, worst_at, d, order[i], start + j, i)
+            if count:
+                j = 0
+                for k in range(runs):
+                    if runs > 1:
+                        sum_rows(of(rows) + 4 * WAYS * j, ends[k] - j, of(segment))
+                        j = ends[k]
+                    else:
+                        segment[:] = block
+                    if segment[0] == 0.0:
+                        continue
+                    t, g, mark = of(table), of(segment), slots[k, 2]
+                    add_sum(t, POSITION + slots[k, 0], g)
+                    add_sum(t, TURN + slots[k, 1], g)
+                    add_sum(t, SPECULATIVE + (2 if mark & 16 else 1 if mark & 8 else 0), g)
+                    if len(advantage):
+                        add_sum(t, SIGNS + 4 * reward_sign[i] + (mark >> 5), g)
+                    if len(used):
+                        add_sum(t, USED + (mark & 1), g)
+                    if slots[k, 3] >= 0:
+                        add_sum(t, VERSIONS + slots[k, 3], g)
+            for turn in range((size + WIDE - 1) // WIDE):
+                if odd_turns[turn]:
+                    j = turn * WIDE
+                    listed = add_tokens(token[at + j : at + min(j + WIDE, size)], rows[j * WAYS :], near, token_table, far_token, far, listed)
         sums += here
         count = tally[1] - before[1]
         if tally[0] - before[0] != count:
@@ -178,125 +166,47 @@ def scan(
         if count:
             _sequence(here, count, line, square, product, sequence_sums, sequence_histogram)
             for k in range(len(TAUS)):
-                divergence[k, 0 if found[k] < 0 else 1 + _bucket(found[k])[0]] += 1
+                divergence[k, 0 if beyond[k] < 0 else 1 + bucket(beyond[k])[0]] += 1
             resample(identity[i], value, bootstrap, times)
-    finish(tally, WIDE, counters, ring, counts, histogram)
+    last[:] = 0.0  # tokens that don't count push out what waits
+    p, zero = at1(last, 0), np.int64(0)
+    _sums(p, p, p, p, zero, p, zero, p, p, p, p, zero + WIDE, zero, given, at4(rows, 0), zero, at1(odd_turns, 0))
+    _gather(hot, by_token)
+    table[PROBABILITY : PROBABILITY + PROBABILITIES] += by_token[:PROBABILITIES]
+    if len(entropy):
+        table[ENTROPY : ENTROPY + ENTROPIES] += by_token[PROBABILITIES : PROBABILITIES + ENTROPIES]
+    if len(miss):
+        table[MISS : MISS + MISSES] += by_token[PROBABILITIES + ENTROPIES :]
+    finish(tally, WIDE, counters, np.zeros(0, np.uint16), counts, histogram)
     return greatest, listed
 
 
 @kernel
-def _moments(part, count, x, line, square, product):
-    """Sums of position, its square, and position times |d|, with those of a row whose places count from x."""
-    place, place2, place_abs = part[len(SUMS)], part[len(SUMS) + 1], part[len(SUMS) + 2]
-    return line + place + x * count, square + place2 + 2 * x * place + x * x * count, product + place_abs + x * part[1]
+def _sums(mu, o, mask, entropy, entropy_step, miss, miss_step, token, flags, used, advantage, n, ahead, given, rows, keep, odd):
+    """row_sums(), compiled once for all its uses."""
+    found, tally, counters, waiting, hot, token_table, nowhere = given
+    return row_sums(
+        mu, o, mask, entropy, entropy_step, miss, miss_step, token, flags, used, advantage, n, ahead, of(found), of(tally), of(counters), of(waiting), of(hot),
+        of(token_table), len(token_table), of(nowhere), rows, keep, odd,
+    )  # fmt: skip
 
 
 @kernel
-def _by_token(token, rows, all_near, near, table, far_token, far, listed):
-    """Add a row of terms to its token ids; tokens that are not near are listed. Returns how many are."""
-    first, size, names = of(rows), len(token), np.uint64(len(table))
-    if all_near:
-        for j in range(size):
-            name = np.uint64(np.int64(token[j]))
-            if name < names:  # no negative one is
-                add_near(of(table), name, first + 4 * WAYS * j)
-        return listed
-    for j in range(size):
-        name = np.uint64(np.int64(token[j]))
-        if name >= names:
-            continue
-        if rows[j * WAYS + 2] <= near:
-            add_near(of(table), name, first + 4 * WAYS * j)
-        else:
-            far_token[listed] = name
-            for k, which in enumerate(NEAR_COLUMNS):
-                far[listed, k] = rows[j * WAYS + which]
-            listed += 1
-    return listed
-
-
-@kernel
-def _codes(code, flags, used, advantage):
-    """What neighbours must share to be added up together: bit 0 trained on, 1 first of a turn, 3 and 4 of the flags, 5 and 6 sign of the advantage."""
-    for j in range(len(flags)):
-        code[j] = flags[j] & 0x1A
-    for j in range(len(used)):
-        code[j] |= np.uint8(1 if used[j] else 0)
-    for j in range(len(advantage)):
-        value = advantage[j]
-        code[j] |= np.uint8(64 if value > 0 else 32 if value == 0 else 0 if value < 0 else 96)
-
-
-@kernel
-def _scatter(rows, size, bins, hot, probable, entropy, miss, table):
-    """Add a row of terms to the slices by e^mu, entropy and layers routed differently: in fp32 to `hot`, and that to the table, 0 then."""
-    _probability_bins(probable, bins[0])
-    kinds, last = 1, 0
-    if len(entropy):
-        _entropy_bins(entropy, bins[1])
-        kinds = 2
-    if len(miss):
-        last = _miss_bins(miss, bins[kinds])
-        kinds += 1
-    if kinds == 3:
-        scatter3(of(rows), size, of(bins), of(hot))
-    elif kinds == 2:
-        scatter2(of(rows), size, of(bins), of(hot))
-    else:
-        scatter1(of(rows), size, of(bins), of(hot))
-    first, out = of(hot), of(table)
-    for slot in range(PROBABILITIES):
-        gather(first, slot, out, PROBABILITY + slot)
-    for slot in range(ENTROPIES if len(entropy) else 0):
-        gather(first, PROBABILITIES + slot, out, ENTROPY + slot)
-    for slot in range(last + 1 if len(miss) else 0):
-        gather(first, PROBABILITIES + ENTROPIES + slot, out, MISS + slot)
-
-
-@kernel
-def _probability_bins(probable, bins):
-    """Slots of e^mu."""
-    for j in range(len(probable)):
-        slot = min(max(probable[j] * np.float32(PROBABILITIES), np.float32(0.0)), np.float32(PROBABILITIES - 1))
-        bins[j] = np.uint16(np.int32(slot)) * np.uint16(STRIDE)
-
-
-@kernel
-def _entropy_bins(entropy, bins):
-    """Slots of the entropy, behind those of e^mu."""
-    for j in range(len(entropy)):
-        value = entropy[j]
-        known = min(max(value * np.float32(4.0), np.float32(0.0)), np.float32(ENTROPIES - 2)) if value == value else np.float32(ENTROPIES - 1)
-        bins[j] = (np.uint16(np.int32(known)) + np.uint16(PROBABILITIES)) * np.uint16(STRIDE)
-
-
-@kernel
-def _miss_bins(miss, bins):
-    """Slots of layers routed differently, behind those of the entropy; returns the last one, counted from 0."""
-    for j in range(len(miss)):
-        bins[j] = (min(np.uint16(miss[j]), np.uint16(MISSES - 1)) + np.uint16(PROBABILITIES + ENTROPIES)) * np.uint16(STRIDE)
-    last = np.uint8(0)
-    for j in range(len(miss)):
-        last = max(last, miss[j])
-    return min(np.int64(last), MISSES - 1)
+def _gather(hot, table):
+    """What was added in fp32 to `hot` into a table f64 [HOT_SLOTS, 8]; 0 then."""
+    words = hot.view(np.uint32)
+    for slot in range(HOT_SLOTS):
+        filled = np.uint32(0)
+        for column in range(WAIT):
+            filled |= words[WAYS * (WAIT * slot + column)]
+        if filled:
+            gather(of(hot), slot, of(table), slot)
 
 
 @kernel
 def _part(array, start, size):
     """Of an array that may not be recorded."""
     return array[start : start + size] if len(array) else array
-
-
-@kernel
-def _bucket(x):
-    """(bucket of a position, first position beyond it); positions before the response count as its first."""
-    if x < 8:
-        x = max(x, 0)
-        return x, x + 1
-    bits = 0
-    while x >> bits > 1:
-        bits += 1
-    return 5 + bits, np.int64(1) << (bits + 1)
 
 
 @kernel

@@ -1,4 +1,7 @@
-"""The innermost loop of the pass with slices, as explicit vectors of 16 tokens: every sum, the histogram, and the terms of each token as a row.
+"""The innermost loop of the pass with slices: every sum of 16 tokens at a time as explicit vectors, and meanwhile the 16 before, token by token, into the tables.
+
+Vectors fill the arithmetic units, tables the load and store units: their instructions are interleaved here, so that both run side by side.
+Terms stay in registers from one turn to the next; where they go waits in memory.
 
 Strict IEEE: which lane a token falls in and the order of additions are written here, so bits depend on the data alone, not on how
 LLVM vectorises or on the width of the machine's vectors.
@@ -10,6 +13,7 @@ difference would cancel. Sums of the ratio 1 + t follow from those of t, so a to
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from llvmlite import ir
@@ -17,17 +21,20 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic as _intrinsic
 
-from miles.analysis.bin_lanes import count_bins, store_bins
-from miles.analysis.terms import COUNTS, HUGE, LIMIT, MOMENTS, NEAR, RING, SUMS, TURNS, VALUES, WIDE
+from miles.analysis.slices import ENTROPIES, MISSES, PROBABILITIES
+from miles.analysis.terms import COUNTS, HUGE, LIMIT, MOMENTS, NEAR, ROW, ROW_UNIT, SUB_BINS, SUMS, TURNS, WIDE
+from miles.analysis.token_lanes import ROW_VECTOR, STRIDE, Ahead, Tables, Waiting, fetch
+from miles.analysis.transposition import COLUMNS, ORDER, fours, half, pair_of
 from miles.analysis.vectors import (
     BYTES,
     DOUBLES,
     F32,
+    F64,
+    I8,
     I16,
     I32,
     I64,
     IVEC,
-    SHORTS,
     VEC,
     absolute,
     at,
@@ -39,137 +46,226 @@ from miles.analysis.vectors import (
     number,
     select,
     short_series,
+    splat,
+    tree,
 )
 
 intrinsic: Any = _intrinsic  # its type says nothing of what the decorated function becomes
+AHEAD = 1024  # tokens: what is read is fetched so long before
+FETCHED, FETCHED_BYTES = ("mu", "o", "entropy", "token", "advantage"), ("mask", "miss", "flags", "used")
 NAMES = (*SUMS, *MOMENTS)
+# (PROBABILITIES e^x)^(1/4) between LEAST and 0, interpolated at Chebyshev's nodes; its fourth power is within 7e-7 of itself.
+LEAST = -3.1  # below it lies the first slot alone
+ROOT = (2.1147425174713135, 0.528685450553894, 0.06608477234840393, 0.00550525588914752, 0.0003423895686864853, 1.6314834283548407e-05, 4.902587988908635e-07)
+ARGUMENTS = (
+    "mu", "o", "mask", "entropy", "entropy_step", "miss", "miss_step", "token", "flags", "used", "advantage", "n", "ahead",
+    "found", "counts", "histogram", "waiting", "hot", "token_table", "token_rows", "nowhere", "rows", "keep", "odd",
+)  # fmt: skip
 
 
 @intrinsic
-def row_sums(typingctx, mu, o, mask, n, lanes, counts, histogram, ring, terms, probable):
-    """-> greatest |d| of n tokens; all but n are addresses.
+def row_sums(
+    typingctx, mu, o, mask, entropy, entropy_step, miss, miss_step, token, flags, used, advantage, n, ahead,
+    found, counts, histogram, waiting, hot, token_table, token_rows, nowhere, rows, keep, odd,
+):  # fmt: skip
+    """-> greatest |d| of n tokens, a multiple of 16 and at most TERM_ROW; all are addresses but n, ahead, token_rows, keep and the steps.
 
-    mu, o f32 [n], mask u8 [n]; n a multiple of 16, at most TERM_ROW. Added to: lanes f64 [len(SUMS) + len(MOMENTS), 16]; counts i64
-    [len(COUNTS) + 1], the last one turns; histogram u16 [BINS, SUB_BINS], where a token that does not count is a d of 0. ring u16 [RING, 16]:
-    places in the histogram that wait to be counted, for the caller to count at the end; they begin as 0. Written: terms f32
-    [n, len(VALUES)], zeros for a token that does not count, and probable f32 [n], e^mu.
+    mu, o, entropy f32, mask, miss u8, token i32 [n]; a step is 1, or 0 where the array wasn't recorded and has 16 elements for all turns. flags,
+    used, advantage: where the caller reads on. Token ids can be read for `ahead` turns from the first one on. Set: found f64
+    [len(SUMS) + len(MOMENTS)], sums, with places counted from the first token. Added to: counts i64 [len(COUNTS) + 1], the last one turns;
+    and, a turn late, histogram u16 [BINS, SUB_BINS], where a token that does not count is a d of 0, hot f32 [slots, WAIT, 8], and
+    token_table i64 [token_rows, 4]. waiting: token_lanes.SIZE bytes, zeros at first, for what comes a turn late.
+
+    odd u8 [n / 16]: 1 for turns that are not added to token_table, since some |d| is large or some id has no row. Of these, and with `keep` of
+    all, rows f32 [n, 8] is written: terms in the order of ROW, in units of ROW_UNIT. nowhere: 32 bytes for what goes nowhere.
     """
-    return types.float32(*([types.int64] * 10)), lambda context, builder, signature, args: _build(builder, args)
+    return types.float32(*([types.int64] * len(ARGUMENTS))), lambda context, builder, signature, args: _Loop(builder, args).build()
 
 
-class _Turn:
-    """Of 16 tokens: which count, which have the same bits, d, |d|, e^c - 1 and k3, of a token that does not count 0. To the i64 at `lost` is added how many are under the mask and don't count."""
+class _Loop:
+    def __init__(self, b: ir.IRBuilder, args: list[ir.Value]) -> None:
+        self._b, self._given = b, dict(zip(ARGUMENTS, args, strict=True))
+        self._cells = {name: cgutils.alloca_once_value(b, const(VEC, 0.0)) for name in NAMES}
+        self._wider = {name: cgutils.alloca_once_value(b, const(DOUBLES, 0.0)) for name in NAMES}
+        self._fours = [cgutils.alloca_once_value(b, const(VEC, 0.0)) for _ in range(COLUMNS)]
+        self._tallies = [cgutils.alloca_once_value(b, number(0)) for _ in COUNTS]
+        self._bytes = cgutils.alloca_once(b, ir.ArrayType(I64, len(FETCHED_BYTES)))
+        self._greatest = cgutils.alloca_once_value(b, const(IVEC, 0))
 
-    def __init__(self, builder: ir.IRBuilder, mu: ir.Value, o: ir.Value, masked: ir.Value, lost: ir.Value) -> None:
-        b = builder
-        zero, huge = const(VEC, 0.0), const(VEC, HUGE)
+    def build(self) -> ir.Value:
+        b, given = self._b, self._given
+        for cell in self._wider.values():
+            b.store(const(DOUBLES, 0.0), cell)
+        for cell in self._tallies:
+            b.store(number(0), cell)
+        b.store(const(IVEC, 0), self._greatest)
+        waiting = [at(b, given["waiting"], number(k), VEC, 4 * WIDE) for k in range(COLUMNS)]
+        for cell, spot in zip(self._fours, waiting, strict=True):
+            b.store(b.load(spot, align=64), cell)
+        for k, name in enumerate(FETCHED_BYTES):
+            b.store(given[name], b.gep(self._bytes, [number(0), number(k)]))
+        turns = b.sdiv(given["n"], number(WIDE))
+        turn_at = at(b, given["counts"], number(len(COUNTS)), I64, 8)
+        first = b.load(turn_at)
+        blocks = b.sdiv(b.add(turns, number(TURNS - 1)), number(TURNS))
+        with cgutils.for_range(b, blocks) as outer:
+            done = b.mul(outer.index, number(TURNS))
+            left = b.sub(turns, done)
+            here = b.select(b.icmp_signed("<", left, number(TURNS)), left, number(TURNS))
+            for cell in self._cells.values():
+                b.store(const(VEC, 0.0), cell)
+            with cgutils.for_range(b, here) as inner:
+                index = b.add(done, inner.index)
+                self._turn(index, b.add(first, index))
+            for name in NAMES:
+                b.store(b.fadd(b.load(self._wider[name]), b.fpext(b.load(self._cells[name]), DOUBLES)), self._wider[name])
+        for k, name in enumerate(NAMES):
+            b.store(tree(b, b.load(self._wider[name])), at(b, given["found"], number(k), F64, 8))
+        masks, lost, equal = (b.load(cell) for cell in self._tallies)
+        for k, more in enumerate((masks, b.sub(masks, lost), equal)):
+            cell = at(b, given["counts"], number(k), I64, 8)
+            b.store(b.add(b.load(cell), more), cell)
+        b.store(b.add(first, turns), turn_at)
+        for cell, spot in zip(self._fours, waiting, strict=True):
+            b.store(b.load(cell), spot, align=64)
+        return b.bitcast(call(b, f"llvm.vector.reduce.umax.v{WIDE}i32", I32, b.load(self._greatest)), F32)
+
+    def _turn(self, index: ir.Value, turn: ir.Value) -> None:
+        b, given = self._b, self._given
+        waiting, earlier = (Waiting(b, given["waiting"], which) for which in (turn, b.sub(turn, number(1))))
+        tables, ids = Tables(b, earlier, self._fours, given), Ahead(b, given, index)
+        vectors, streams = self._vectors(index, waiting), self._streams(index)
+        for k in range(WIDE):
+            ids.fetch(k)
+            tables.add(k)
+            next(vectors, None)
+            next(streams, None)
+        for _ in vectors:
+            pass
+        for cell, four in zip(self._fours, self._new, strict=True):
+            b.store(four, cell)
+
+    def _streams(self, index: ir.Value) -> Iterator[None]:
+        """Begin to fetch what will be read: the processor itself stops at the end of each page of memory. Bytes are fetched 64 tokens at a time."""
+        b, given = self._b, self._given
+        place = b.add(b.mul(index, number(WIDE)), number(AHEAD))
+        for name in FETCHED:
+            step = given.get(f"{name}_step")
+            fetch(b, at(b, given[name], b.mul(place, step) if step else place, I8, 4), 3)
+            yield
+        which = b.gep(self._bytes, [number(0), b.and_(index, number(len(FETCHED_BYTES) - 1))])
+        fetch(b, at(b, b.load(which), place, I8, 1), 3)
+
+    def _add(self, name: str, value: ir.Value, other: ir.Value | None = None) -> None:
+        b, cell = self._b, self._cells[name]
+        old = b.load(cell)
+        b.store(b.fadd(old, value) if other is None else fma(b, value, other, old), cell)
+
+    def _tally(self, which: int, more: ir.Value) -> None:
+        self._b.store(self._b.add(self._b.load(self._tallies[which]), more), self._tallies[which])
+
+    def _vectors(self, index: ir.Value, waiting: Waiting) -> Iterator[None]:
+        """The vector work of a turn, in steps between which other work fits."""
+        b, given, zero = self._b, self._given, const(VEC, 0.0)
+        place = b.mul(index, number(WIDE))
+        mask = b.load(at(b, given["mask"], place, BYTES, 1), align=1)
+        masked = b.icmp_unsigned("!=", mask, const(BYTES, 0))
+        mu, o = (b.select(masked, b.load(at(b, given[name], place, VEC, 4), align=4), zero) for name in ("mu", "o"))
+        self._tally(0, counted(b, masked))
+        yield
+        probability = self._probability(mu)
+        yield
+        entropy = self._entropy(place)
+        yield
+        ids = b.load(at(b, given["token"], place, IVEC, 4), align=4)
+        most = b.trunc(given["token_rows"], I32)
+        known = b.icmp_unsigned("<", ids, splat(b, most))
         d = b.fsub(o, mu)
         size = absolute(b, d)
         same = b.and_(masked, b.icmp_unsigned("==", b.bitcast(mu, IVEC), b.bitcast(o, IVEC)))
         # Nearly always every d is small and no number odd. Where mu is not huge, by 1, neither is an o so near to it; NaN fails the comparison.
         near = b.and_(b.fcmp_ordered("<=", size, const(VEC, NEAR)), b.fcmp_ordered("<=", absolute(b, mu), const(VEC, HUGE - 1)))
-        rough = b.icmp_unsigned("!=", b.bitcast(near, I16), ir.Constant(I16, -1))
-        with b.if_else(rough, likely=False) as (then, otherwise):
+        small = b.icmp_unsigned("==", b.bitcast(near, I16), ir.Constant(I16, -1))
+        plain = b.and_(small, b.icmp_unsigned("==", b.bitcast(known, I16), ir.Constant(I16, -1)))
+        waiting.set_ids(ids, plain)
+        yield
+        with b.if_else(small, likely=True) as (then, otherwise):
             with then:
+                square, t, k3 = short_series(b, d)
+                fast = (masked, d, square, d, t, k3, mu, size, same)
+                fast_end = b.block
+            with otherwise:
+                huge = const(VEC, HUGE)
                 kept = b.and_(masked, b.and_(b.fcmp_ordered("<=", absolute(b, mu), huge), b.fcmp_ordered("<=", absolute(b, o), huge)))
                 held = b.select(kept, d, zero)
                 c = select(b, "<", select(b, ">", held, const(VEC, -LIMIT)), const(VEC, LIMIT))
-                rest = (b.select(kept, mu, zero), absolute(b, held), b.and_(same, kept))
-                b.store(b.add(b.load(lost), counted(b, b.xor(masked, kept))), lost)
-                slow = (kept, held, c, *exp_terms(b, c), *rest)
+                self._tally(1, counted(b, b.xor(masked, kept)))
+                slow = (kept, held, b.fmul(held, held), c, *exp_terms(b, c), b.select(kept, mu, zero), absolute(b, held), b.and_(same, kept))
                 slow_end = b.block
-            with otherwise:
-                fast = (masked, d, d, *short_series(b, d)[1:], mu, size, same)
-                fast_end = b.block
         found = []
-        for one, other in zip(slow, fast, strict=True):
+        for one, other in zip(fast, slow, strict=True):
             phi = b.phi(one.type)
-            phi.add_incoming(one, slow_end)
-            phi.add_incoming(other, fast_end)
+            phi.add_incoming(one, fast_end)
+            phi.add_incoming(other, slow_end)
             found.append(phi)
-        self.kept, self.d, self.c, self.t, self.k3, self.mu, self.size, self.same = found
+        kept, d, square, c, t, k3, mu, size, same = found
+        low = b.or_(probability, b.shl(entropy, const(IVEC, 16)))
+        waiting.set_words(low, b.or_(self._miss(place), b.and_(b.bitcast(d, IVEC), const(IVEC, -(SUB_BINS << 16)))))
+        yield
+        self._tally(2, counted(b, same))
+        b.store(call(b, f"llvm.umax.v{WIDE}i32", IVEC, b.bitcast(size, IVEC), b.load(self._greatest)), self._greatest)
+        yield
+        self._add("d", d)
+        self._add("abs", size)
+        self._add("d2", square)
+        yield
+        self._add("k3", k3)
+        self._add("t", t)
+        t2 = b.fmul(t, t)
+        self._add("t2", t2)
+        yield
+        self._add("td", t, c)
+        self._add("mu", mu)
+        self._add("mu2", mu, mu)
+        self._add("mud", mu, d)
+        yield
+        x = b.fadd(splat(b, b.sitofp(place, F32)), ir.Constant(VEC, [ir.Constant(F32, float(i)) for i in range(WIDE)]))
+        self._add("place_abs", x, size)
+        one, equal = (b.select(flags, const(VEC, 1.0), zero) for flags in (kept, same))
+        terms = {"tokens": one, "abs": size, "d": d, "k3": k3, "d2": square, "t": t, "t2": t2, "equal_bits": equal}
+        columns = [terms[name] if ROW_UNIT[name] == 1 else b.fmul(terms[name], const(VEC, 1 / ROW_UNIT[name])) for name in ROW]
+        first = fours(b, columns[:4])
+        yield
+        second = fours(b, columns[4:])
+        yield
+        b.store(b.zext(b.not_(plain), I8), at(b, given["odd"], index, I8, 1))
+        with b.if_then(b.or_(b.not_(plain), b.icmp_unsigned("!=", given["keep"], number(0))), likely=False):
+            for k, token in enumerate(ORDER):
+                pair = pair_of(b, first[k // 4], second[k // 4], k // 2 % 2)
+                b.store(half(b, pair, k % 2), at(b, given["rows"], b.add(place, number(token)), ROW_VECTOR, 4 * len(ROW)), align=32)
+        self._new = first + second
 
+    def _probability(self, mu: ir.Value) -> ir.Value:
+        b = self._b
+        x = select(b, ">", mu, const(VEC, LEAST))
+        root = const(VEC, ROOT[-1])
+        for coefficient in ROOT[-2::-1]:
+            root = fma(b, root, x, const(VEC, coefficient))
+        half = b.fmul(root, root)
+        return self._slots(select(b, "<", b.fmul(half, half), const(VEC, PROBABILITIES - 1)), 0)
 
-def _store_rows(builder: ir.IRBuilder, columns: list[ir.Value], first: ir.Value) -> None:
-    """Eight vectors of 16 tokens as 16 rows of eight, by three rounds of interleaving halves."""
-    assert len(columns) == 8, "three rounds"
-    vectors = columns
-    for _ in range(3):
-        half = len(vectors) // 2
-        woven = []
-        for a, b in zip(vectors[:half], vectors[half:], strict=True):
-            for start in (0, WIDE // 2):
-                lanes = [which for i in range(start, start + WIDE // 2) for which in (i, WIDE + i)]
-                woven.append(builder.shuffle_vector(a, b, ir.Constant(IVEC, lanes)))
-        vectors = woven
-    # Each round doubles the run of columns that lie together; the order of vectors follows the bits of their index.
-    for place, vector in enumerate(vectors):
-        spot = builder.gep(first, [ir.Constant(I32, place * WIDE)])
-        builder.store(vector, builder.bitcast(spot, VEC.as_pointer()), align=4)
+    def _entropy(self, place: ir.Value) -> ir.Value:
+        b, given = self._b, self._given
+        value = b.load(at(b, given["entropy"], b.mul(place, given["entropy_step"]), VEC, 4), align=4)
+        held = select(b, ">", select(b, "<", b.fmul(value, const(VEC, 4.0)), const(VEC, ENTROPIES - 2)), const(VEC, 0.0))
+        return self._slots(b.select(b.fcmp_unordered("uno", value, value), const(VEC, ENTROPIES - 1), held), PROBABILITIES)
 
+    def _miss(self, place: ir.Value) -> ir.Value:
+        b, given = self._b, self._given
+        count = b.load(at(b, given["miss"], b.mul(place, given["miss_step"]), BYTES, 1), align=1)
+        slot = b.zext(call(b, f"llvm.umin.v{WIDE}i8", BYTES, count, const(BYTES, MISSES - 1)), IVEC)
+        return b.mul(b.add(slot, const(IVEC, PROBABILITIES + ENTROPIES)), const(IVEC, STRIDE))
 
-def _build(builder: ir.IRBuilder, args: list[ir.Value]) -> ir.Value:
-    mu_at, o_at, mask_at, n, lanes_at, counts_at, histogram_at, ring_at, terms_at, probable_at = args
-
-    def add_to(cell: ir.Value, value: ir.Value) -> None:
-        builder.store(builder.add(builder.load(cell), value), cell)
-
-    zero = const(VEC, 0.0)
-    cells = {name: cgutils.alloca_once_value(builder, zero) for name in NAMES}
-    masks, lost, equal = tallies = [cgutils.alloca_once_value(builder, number(0)) for _ in COUNTS]
-    under = cgutils.alloca_once_value(builder, const(BYTES, 0))  # of a block, under the mask
-    greatest = cgutils.alloca_once_value(builder, zero)
-    place = cgutils.alloca_once_value(builder, ir.Constant(VEC, [ir.Constant(F32, float(i)) for i in range(WIDE)]))
-    turns = builder.sdiv(n, number(WIDE))
-    turn_at = at(builder, counts_at, number(len(COUNTS)), I64, 8)
-    turn = builder.load(turn_at)
-    counters = builder.inttoptr(histogram_at, I16.as_pointer())
-    blocks = builder.sdiv(builder.add(turns, number(TURNS - 1)), number(TURNS))
-    with cgutils.for_range(builder, blocks) as outer:
-        done = builder.mul(outer.index, number(TURNS))
-        left = builder.sub(turns, done)
-        here = builder.select(builder.icmp_signed("<", left, number(TURNS)), left, number(TURNS))
-        for cell in cells.values():
-            builder.store(zero, cell)
-        builder.store(const(BYTES, 0), under)
-        with cgutils.for_range(builder, here) as inner:
-            index = builder.mul(builder.add(done, inner.index), number(WIDE))
-            # The bins of this turn wait in the ring while those of RING turns ago are counted: loads that follow the store at once would wait for it.
-            slot = builder.and_(builder.add(turn, builder.add(done, inner.index)), number(RING - 1))
-            waiting = at(builder, ring_at, builder.mul(slot, number(WIDE)), I16, 2)
-            count_bins(builder, waiting, counters, range(WIDE))
-            mask = builder.load(at(builder, mask_at, index, BYTES, 1), align=1)
-            masked = builder.icmp_unsigned("!=", mask, const(BYTES, 0))
-            few = builder.load(under)
-            builder.store(builder.add(few, call(builder, f"llvm.umin.v{WIDE}i8", BYTES, mask, const(BYTES, 1))), under)
-            mu, o = (builder.select(masked, builder.load(at(builder, address, index, VEC, 4), align=4), zero) for address in (mu_at, o_at))
-            it = _Turn(builder, mu, o, masked, lost)
-            add_to(equal, counted(builder, it.same))
-            factors = {
-                "d": (it.d,), "abs": (it.size,), "d2": (it.d, it.d), "k3": (it.k3,), "t": (it.t,), "t2": (it.t, it.t),
-                "td": (it.t, it.c), "mu": (it.mu,), "mu2": (it.mu, it.mu), "mud": (it.mu, it.d),
-            }  # fmt: skip
-            one, same = (builder.select(flags, const(VEC, 1.0), zero) for flags in (it.kept, it.same))
-            x = builder.load(place)
-            builder.store(builder.fadd(x, const(VEC, WIDE)), place)
-            held = builder.select(it.kept, x, zero)
-            factors |= {"place": (held,), "place2": (held, held), "place_abs": (x, it.size)}
-            probable = builder.fadd(exp_terms(builder, select(builder, ">", it.mu, const(VEC, -80.0)))[0], const(VEC, 1.0))
-            columns = [one, it.d, it.size, builder.fmul(it.d, it.d), it.k3, it.t, builder.fmul(it.t, it.t), same]
-            _store_rows(builder, columns, at(builder, terms_at, builder.mul(index, number(len(VALUES))), F32, 4))
-            builder.store(probable, at(builder, probable_at, index, VEC, 4), align=4)
-            for name, cell in cells.items():
-                old, (first, *second) = builder.load(cell), factors[name]
-                builder.store(fma(builder, first, second[0], old) if second else builder.fadd(old, first), cell)
-            builder.store(select(builder, ">", it.size, builder.load(greatest)), greatest)
-            store_bins(builder, [it.d], waiting)
-        wide = builder.zext(builder.load(under), SHORTS)
-        add_to(masks, builder.zext(call(builder, f"llvm.vector.reduce.add.v{WIDE}i16", I16, wide), I64))
-        for row, name in enumerate(NAMES):
-            spot = at(builder, lanes_at, number(row * WIDE), DOUBLES, 8)
-            builder.store(builder.fadd(builder.load(spot, align=8), builder.fpext(builder.load(cells[name]), DOUBLES)), spot, align=8)
-    builder.store(builder.sub(builder.load(masks), builder.load(lost)), lost)
-    for index, cell in enumerate(tallies):
-        add_to(at(builder, counts_at, number(index), I64, 8), builder.load(cell))
-    builder.store(builder.add(turn, turns), turn_at)
-    return call(builder, f"llvm.vector.reduce.fmax.v{WIDE}f32", F32, builder.load(greatest))
+    def _slots(self, which: ir.Value, first: int) -> ir.Value:
+        b = self._b
+        return b.mul(b.add(b.fptosi(which, IVEC), const(IVEC, first)), const(IVEC, STRIDE))

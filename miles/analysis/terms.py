@@ -5,7 +5,7 @@ from __future__ import annotations
 # Over tokens that count, with d = train - rollout, c = d held to ±LIMIT, t = e^c - 1, mu the rollout's log-prob.
 CORE = ("d", "abs", "d2", "k3", "t", "t2")
 SUMS = (*CORE, "td", "mu", "mu2", "mud")
-MOMENTS = ("place", "place2", "place_abs")  # over tokens that count of their places in the row of terms: x, x^2 and x |d|
+MOMENTS = ("place_abs",)  # over tokens that count: x |d|, of their places x in the piece
 VALUES = ("tokens", "d", "abs", "d2", "k3", "t", "t2", "equal_bits")  # of every slice
 TOKEN_VALUES = ("tokens", "abs", "d", "k3")  # of every token id
 COUNTS = ("masked", "tokens", "equal_bits")  # under the loss mask; of them, both log-probs finite; of those, the same bits in both
@@ -22,8 +22,10 @@ CORE_RING = 4
 TURNS = 16  # whose sums are fp32 before they go to fp64; fewer than 256
 NEAR = 0.25  # nats: up to here a log-ratio is small, as nearly all are: its exponential is a short polynomial, its sums by token id are integers
 NEAR_UNIT = {"tokens": 1.0, "abs": 2.0**-40, "d": 2.0**-40, "k3": 2.0**-45}  # of those integers
-TERM_ROW = 512  # tokens: the most whose terms are kept
-RING = 16  # turns whose bins wait to be counted
+ROW = (*TOKEN_VALUES, "d2", "t", "t2", "equal_bits")  # of a token's terms in memory: VALUES, those of its id first
+ROW_UNIT = {name: NEAR_UNIT.get(name, 1.0) for name in ROW}  # powers of two
+TERM_ROW = 512  # tokens of a piece
+GATHER = 2048  # tokens whose terms are added in fp32 in the tables of slices that change with every token, or somewhat less
 TAUS = (0.0, 1e-6, 1e-3, 0.1)  # nats: a sequence diverges first where |d| exceeds one of these
 # Over sequences with a token that counts, S = sum of d over it, n its tokens: 1, e^S, e^2S, e^(-S/n), |S/n|, (S/n)^2, drift and its absolute value.
 SEQUENCE_SUMS = ("sequences", "w", "w2", "ppl", "abs_mean", "mean2", "drift", "abs_drift")

@@ -31,6 +31,23 @@ def const(kind: Any, value: float) -> ir.Constant:
     return ir.Constant(kind, [ir.Constant(kind.element, value)] * kind.count)
 
 
+def splat(b: ir.IRBuilder, value: ir.Value) -> ir.Value:
+    """A number in all lanes."""
+    kind = ir.VectorType(value.type, WIDE)
+    one = b.insert_element(ir.Constant(kind, ir.Undefined), value, ir.Constant(I32, 0))
+    return b.shuffle_vector(one, one, ir.Constant(IVEC, [0] * WIDE))
+
+
+def tree(b: ir.IRBuilder, lanes: ir.Value) -> ir.Value:
+    """Their sum: i with i + 8, then + 4, + 2, + 1."""
+    while lanes.type.count > 1:
+        half = lanes.type.count // 2
+        kind = ir.VectorType(I32, half)
+        low, high = (b.shuffle_vector(lanes, lanes, ir.Constant(kind, list(range(start, start + half)))) for start in (0, half))
+        lanes = b.fadd(low, high)
+    return b.extract_element(lanes, ir.Constant(I32, 0))
+
+
 def call(builder: ir.IRBuilder, name: str, kind: Any, *values: ir.Value) -> ir.Value:
     """One of LLVM's own functions."""
     function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(kind, [value.type for value in values]), name)

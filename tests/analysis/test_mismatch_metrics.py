@@ -15,8 +15,9 @@ from miles.analysis import measure
 from miles.analysis.analyze import analyze
 from miles.analysis.ranks import Alone
 from miles.analysis.slices import SLICES
-from miles.analysis.state import State
+from miles.analysis.state import VOCABULARY, State
 from miles.analysis.verdict import judge
+from miles.data.sample import Flag
 
 CLOSE = 3e-6  # differences and exponentials are fp32: each term within some 1e-7 of itself
 
@@ -128,6 +129,36 @@ def test_token_ids(run):
     mean = measure.token_metrics(state)["abs_diff"]
     drawn = {key: (each["abs_diff"] * each["tokens"] + 100 * mean) / (each["tokens"] + 100) for key, each in expected.items()}
     assert [row["token_id"] for row in rows[:5]] == sorted(drawn, key=drawn.get, reverse=True)[:5]
+
+
+def test_slices_of_a_long_response_nearly_all_of_whose_tokens_are_alike(tmp_path):
+    """Most tokens share their slots, none is far off but a few, some ids have no slice."""
+    random = np.random.default_rng(5)
+    sample = make_sample(random, 1, 0, 7, 20_011, 1)
+    total = len(sample.token_id)
+    sample.flags[7:], sample.loss_mask[7:] = Flag.GENERATED, 1
+    sample.rollout_logprob[7:] = -random.exponential(0.02, total - 7)
+    sample.token_id[random.integers(0, total, 50)] = 2 * VOCABULARY
+    train = make_train(random, sample, 0.0)
+    train["train_logprob"] += random.normal(0, 1e-3, total).astype(np.float32)
+    train["train_logprob"][random.integers(7, total, 5)] -= 2
+    train["entropy"][7:] = random.exponential(0.05, total - 7)
+    train["route_miss"][7:] = (random.random(total - 7) < 0.01) * random.integers(1, 60, total - 7)
+    train["advantage"][7:], train["used"][7:] = 1.0, 1
+    made = [Made(1, sample, train, 0, -1, 0, 0, 1)]
+    write_run(tmp_path, made)
+    state = analyze(tmp_path, Alone())
+    for name in ("rollout_probability", "entropy", "layers_routed_differently", "position"):
+        expected, rows = plain.sliced(made, name), measure.slices(state)[name]
+        assert {row["value"]: row["tokens"] for row in rows} == {key: each["tokens"] for key, each in expected.items()}
+        for row in rows:
+            wanted = expected[row["value"]]
+            agree(row, {key: wanted[key] for key in ("abs_diff", "mean_diff", "rms_diff", "kl_k3", "ratio_mean", "equal_share")}, wanted["abs_diff"])
+    by_id = {key: each for key, each in plain.sliced(made, "token_id").items() if key < VOCABULARY}
+    rows = measure.worst_token_ids(state, most=1000)
+    assert {row["token_id"]: row["tokens"] for row in rows} == {key: each["tokens"] for key, each in by_id.items()}
+    for row in rows:
+        agree(row, {name: by_id[row["token_id"]][name] for name in ("abs_diff", "mean_diff", "kl_k3")}, 0.001)
 
 
 def test_worst_tokens_and_first_divergence(run):
