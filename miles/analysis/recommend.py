@@ -9,9 +9,9 @@ from typing import Any
 from miles.analysis import simulate
 from miles.analysis.corrections import Setting
 from miles.analysis.state import State
-from miles.analysis.tables import printable
 from miles.analysis.verdict import Verdict
 from miles.config.exits import UserError
+from miles.config.stdout import printable
 from miles.data.store.files import check_target, seal_bytes, writing
 
 ENOUGH, LARGE = 1e-4, 1e-2  # k3 from which on a correction pays; from which on it must also hold small ratios

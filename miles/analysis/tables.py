@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from miles.config.stdout import hush
+from miles.config.stdout import hush, printable
 
 HEADING, TEXT = 13, 28  # letters of a heading's line; the least that a column of texts gets
 
@@ -23,11 +23,6 @@ class Terminal(Console):
 
     def on_broken_pipe(self) -> None:
         hush()
-
-
-def printable(text: str) -> str:
-    """Text in one line that does nothing to a terminal."""
-    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape", "backslashreplace").decode() for letter in text)
 
 
 def word(value: Any) -> str:

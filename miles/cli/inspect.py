@@ -15,6 +15,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from miles.config.exits import OK, WRONG, UserError
+from miles.config.stdout import printable
 from miles.data.inspect.check import check
 from miles.data.inspect.page import Page, Table, counted
 from miles.data.inspect.recognise import describe, recognise
@@ -75,11 +76,6 @@ def exact(name: str, value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.3f}" if name in TIMES else f"{value:.9g}"
     return f'"{printable(value)}"' if isinstance(value, str) and name in TEXTS else words(name, value)
-
-
-def printable(text: str) -> str:
-    """Text in one line that does nothing to a terminal: control characters and line ends as escapes."""
-    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape", "backslashreplace").decode() for letter in text)
 
 
 def size(count: int) -> str:

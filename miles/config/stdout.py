@@ -25,3 +25,8 @@ def flush() -> None:
 def hush() -> None:
     """What is still to be said, and what is buffered, goes nowhere."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def printable(text: str) -> str:
+    """Text in one line that does nothing to a terminal: control characters and line ends as escapes."""
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape", "backslashreplace").decode() for letter in text)

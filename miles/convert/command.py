@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from miles.config.exits import AGAIN, FULL, OK, WRONG, TryAgain, UserError, file_fault
-from miles.config.stdout import flush, hush
+from miles.config.stdout import flush, hush, printable
 
 
 class Parser(argparse.ArgumentParser):
@@ -61,7 +61,7 @@ def run(main: Callable[[], int]) -> None:
         code = main()
         flush()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         code = WRONG
     except TryAgain as error:
         print(f"again: {error}", file=sys.stderr)

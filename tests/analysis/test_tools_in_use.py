@@ -133,3 +133,10 @@ def test_a_run_that_is_being_written_is_read_as_far_as_it_is_sealed(name: str, w
         found.append(json.loads(capsys.readouterr().out))
     assert found[0] == found[1]
 
+
+
+def test_an_error_with_a_name_of_any_bytes_is_one_line(tmp_path: Path) -> None:
+    name = tmp_path / os.fsdecode(b"no\n\x1b[2J\xff")
+    done = subprocess.run([sys.executable, TOOLS / "rollout_stats.py", name], capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout) == (78, "")
+    assert done.stderr == f"error: {tmp_path}/no\\n\\x1b[2J\\udcff: no such folder; give a run directory\n"

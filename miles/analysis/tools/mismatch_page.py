@@ -11,9 +11,9 @@ from markupsafe import Markup
 from miles.analysis.recommend import overlay_text
 from miles.analysis.result import COLUMNS, WORDS, facts, not_recorded, passed_over
 from miles.analysis.state import State
-from miles.analysis.tables import printable
 from miles.analysis.tools.mismatch_experts import by_expert_parts
 from miles.analysis.tools.mismatch_plots import by_slice, by_step, divergence, probabilities, ratios, who_and_when
+from miles.config.stdout import printable
 from miles.report.plain_page import Section, Table, Toned, Verdict, plain_page
 from miles.report.scales import number
 from miles.report.tiles import Tile

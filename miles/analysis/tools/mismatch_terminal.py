@@ -9,11 +9,12 @@ from rich.console import Console
 from rich.text import Text
 
 from miles.analysis.result import WORDS, facts, not_recorded, passed_over
-from miles.analysis.tables import print_table, printable, word
+from miles.analysis.tables import print_table, word
 from miles.analysis.tools.mismatch_experts import COLUMNS as EXPERT_COLUMNS
 from miles.analysis.tools.mismatch_experts import SHOWN as SHOWN_EXPERTS
 from miles.analysis.tools.mismatch_experts import expert_rows, experts_said
 from miles.analysis.tools.mismatch_page import correction_rows
+from miles.config.stdout import printable
 
 MAIN = ("mean_diff", "abs_diff", "abs_diff_p99", "max_abs_diff", "kl_k3", "ratio_mean", "ess", "equal_share", "slope", "pearson")
 SHOWN = ("no correction", "plain ratio", "TIS up to 2", "MIS sequence up to 2", "geometric 0.99 to 1.001")  # and two with bounds from the data

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from miles.analysis.tables import printable
 from miles.analysis.timeline import Attempt
 from miles.analysis.tools.findings import Findings
+from miles.config.stdout import printable
 from miles.data.store.events import facts_of
 from miles.report.figures import Placed
 from miles.report.gantt import Bar, gantt, phase_colour

@@ -36,6 +36,11 @@ def test_torn_last_line_is_passed_over_and_written_past(run_dir):
         assert [each["step"] for each in read_metrics(run_dir.metrics)] == [0, 2]
 
 
+def test_integers_that_no_float_holds_are_infinite(run_dir):
+    run_dir.metrics.write_text(json.dumps({"step": 1, "loss": 10**400, "low": -(10**400), "large": 10**300, "on": True}) + "\n" + json.dumps({"step": 10**400}))
+    assert read_metrics(run_dir.metrics) == [{"step": 1, "loss": math.inf, "low": -math.inf, "large": 10**300, "on": True}]
+
+
 def test_cut_back_keeps_steps_up_to_the_checkpoint(run_dir):
     assert Metrics(run_dir.metrics).cut_back(3) == 0
     for step, kind in ((0, "sft"), (1, "sft"), (1, "eval"), (2, "rollout"), (3, "rollout"), (3, "eval")):
