@@ -69,6 +69,7 @@ def scan(
     ends, slots, state = np.zeros(TERM_ROW, np.int64), np.zeros((TERM_ROW, 4), np.int64), np.zeros(len(STATE), np.int64)
     words, times = code.view(np.uint64), np.empty(REPLICATES)
     given = (found, tally, counters, waiting, hot, token_table[: len(token_table) if near > 0 else 0], nowhere)
+    p, zero = at1(last, 0), np.int64(0)
     for i in range(len(length)):
         a, b, n = mu_start[i], o_start[i], length[i]
         here[:] = 0.0
@@ -84,7 +85,7 @@ def scan(
             runs = segments(code, words, size, alike, start, prompt[i], state, run_start, run_slot, ends, slots)
             if not any_set(mask[at : at + size]):
                 continue
-            if counted + size + WIDE > ROOM:
+            if counted + size + 2 * WIDE > ROOM:
                 flush(counters, histogram)
                 counted = WIDE
             counted += size + WIDE
@@ -105,8 +106,7 @@ def scan(
                 part[:] = found
             if body < size:
                 end_of(last, mu, o, mask, entropy, miss, token, at + body, bt + body, size - body)
-                p, one = at1(last, 0), np.int64(1)
-                tail = _sums(p, p + 64, p + 128, p + 192, one, p + 256, one, p + 320, p, p, p, one * WIDE, one - 1, given, at4(rows, WAYS * body), keep, at1(odd_turns, body // WIDE))
+                tail = _sums(p, p + 64, p + 128, p + 192, zero + 1, p + 256, zero + 1, p + 320, p, p, p, zero + WIDE, zero, given, at4(rows, WAYS * body), keep, at1(odd_turns, body // WIDE))
                 top = max(top, tail)
                 part += found
                 part[len(SUMS)] += body * found[1]
@@ -154,6 +154,12 @@ def scan(
                 if odd_turns[turn]:
                     j = turn * WIDE
                     listed = add_tokens(token[at + j : at + min(j + WIDE, size)], rows[j * WAYS :], near, token_table, far_token, far, listed)
+        if held:  # tokens that don't count push out what waits: what is added in fp32 depends on this sequence alone, not on its neighbours
+            last[:] = 0.0
+            _sums(p, p, p, p, zero, p, zero, p, p, p, p, zero + WIDE, zero, given, at4(rows, 0), zero, at1(odd_turns, 0))
+            counted += WIDE
+            _gather(hot, by_token)
+            held = 0
         sums += here
         count = tally[1] - before[1]
         if tally[0] - before[0] != count:
@@ -168,10 +174,6 @@ def scan(
             for k in range(len(TAUS)):
                 divergence[k, 0 if beyond[k] < 0 else 1 + bucket(beyond[k])[0]] += 1
             resample(identity[i], value, bootstrap, times)
-    last[:] = 0.0  # tokens that don't count push out what waits
-    p, zero = at1(last, 0), np.int64(0)
-    _sums(p, p, p, p, zero, p, zero, p, p, p, p, zero + WIDE, zero, given, at4(rows, 0), zero, at1(odd_turns, 0))
-    _gather(hot, by_token)
     table[PROBABILITY : PROBABILITY + PROBABILITIES] += by_token[:PROBABILITIES]
     if len(entropy):
         table[ENTROPY : ENTROPY + ENTROPIES] += by_token[PROBABILITIES : PROBABILITIES + ENTROPIES]
