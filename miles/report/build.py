@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from miles.data.store.metrics import as_float
 from miles.report.figures import figures
 from miles.report.mismatch import Mismatch
 from miles.report.records import RunRecord, read_run
@@ -78,7 +79,7 @@ def metric_rows(record: RunRecord) -> list[MetricRow]:
         for line in record.of_kind(kind):
             for name, value in line.items():
                 if name not in ("step", "time", "kind") and isinstance(value, int | float):
-                    found.setdefault(name + suffix, []).append(float(value))
+                    found.setdefault(name + suffix, []).append(as_float(value))
     rows = []
     for name, values in sorted(found.items()):
         known = [value for value in values if math.isfinite(value)] or [math.nan]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from miles.data.store.metrics import as_float
 from miles.report.records import RunRecord
 from miles.report.scales import number
 from miles.report.svg import WIDTH, Figure, Series, line_plot, stacked_bars
@@ -43,7 +44,7 @@ class Placed(Figure):
 def series_of(lines: Sequence[dict[str, Any]], names: Sequence[str]) -> tuple[list[int], list[float]]:
     """Steps and values of the first of these metrics that occurs in the lines."""
     for name in names:
-        found = [(int(line["step"]), float(line[name])) for line in lines if isinstance(line.get(name), int | float)]
+        found = [(int(line["step"]), as_float(line[name])) for line in lines if isinstance(line.get(name), int | float)]
         if found:
             return [step for step, _ in found], [value for _, value in found]
     return [], []

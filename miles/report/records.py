@@ -11,7 +11,7 @@ from typing import Any
 from miles.config.exits import UserError
 from miles.config.lenient import usable
 from miles.data.store.events import read_events
-from miles.data.store.metrics import read_metrics
+from miles.data.store.metrics import as_float, read_metrics
 from miles.data.store.run_dir import RunDir, newest_complete_checkpoint, read_provenance, read_run_yaml
 
 NOT_PHASES = frozenset({"step", "idle"})  # spans that contain others, or nothing
@@ -90,7 +90,7 @@ class RunRecord:
 
     def _phase_metrics(self) -> dict[int, dict[str, float]]:
         names = {"perf/rollout_time": "generate", "perf/log_probs_time": "log_probs", "perf/ref_log_probs_time": "ref_log_probs", "perf/actor_train_time": "train", "perf/train_time": "train", "perf/update_weights_time": "sync"}
-        found = {int(line["step"]): {phase: float(line[name]) for name, phase in names.items() if isinstance(line.get(name), int | float)} for line in self.metrics}
+        found = {int(line["step"]): {phase: as_float(line[name]) for name, phase in names.items() if isinstance(line.get(name), int | float)} for line in self.metrics}
         return {step: stack for step, stack in found.items() if stack}
 
 

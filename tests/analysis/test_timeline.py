@@ -182,7 +182,7 @@ def test_whatever_else_a_line_says_is_shown_or_left_out(tmp_path: Path, capsys: 
     assert "odd <b> 0" in capsys.readouterr().out
     assert "<b>" not in (tmp_path / "page.html").read_text().replace("&lt;b>", "")
     trace = json.loads((tmp_path / "trace.json").read_text(), parse_constant=pytest.fail)
-    assert next(event["args"] for event in trace["traceEvents"] if event["ph"] == "X") == {"step": 3, "tokens": None, "text": "<b>\x1b\ud800", "large": None, "loss": None}
+    assert next(event["args"] for event in trace["traceEvents"] if event["ph"] == "X") == {"step": 3, "tokens": None, "text": "<b>\x1b\ud800", "large": 10**400, "loss": None}
 
 
 def test_a_folder_in_place_of_a_file_is_named(tmp_path: Path) -> None:

@@ -140,3 +140,14 @@ def test_an_error_with_a_name_of_any_bytes_is_one_line(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, TOOLS / "rollout_stats.py", name], capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stdout) == (78, "")
     assert done.stderr == f"error: {tmp_path}/no\\n\\x1b[2J\\udcff: no such folder; give a run directory\n"
+
+
+@pytest.mark.parametrize("form", [[], ["--json"]])
+def test_immense_integers_in_metrics_are_no_traceback(form: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, loss in (("a", 10**400), ("b", 3)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.yaml").write_text("num_rollout: 2\n")
+        lines = [{"step": step, "kind": "rollout", "time": 1e9 + step, "train/loss": loss if step == 2 else 1} for step in (1, 2)]
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert script("compare_runs", tmp_path / "a", tmp_path / "b", *form) == 0
+    assert "loss" in capsys.readouterr().out

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ def append_line(path: Path, record: dict[str, Any]) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """All whole lines; torn ones (of a killed writer) are passed over. Null becomes NaN, an integer that no float holds infinity. No file: no lines."""
+    """All whole lines; torn ones (of a killed writer) are passed over. Null becomes NaN. No file: no lines."""
     return [record for _, record in numbered_lines(path) if record is not None]
 
 
@@ -39,7 +38,7 @@ def numbered_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | None]]:
         for number, line in enumerate(lines, 1):
             if line != b"\n":
                 record = _parse(line)
-                yield number, None if record is None else {key: _number(value) for key, value in record.items()}
+                yield number, None if record is None else {key: math.nan if value is None else value for key, value in record.items()}
 
 
 class Metrics:
@@ -127,10 +126,12 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     return record if isinstance(record, dict) else None
 
 
-def _number(value: Any) -> Any:
-    if value is None:
-        return math.nan
-    return math.copysign(math.inf, value) if isinstance(value, int) and value.bit_length() > sys.float_info.max_exp - 1 else value
+def as_float(value: float) -> float:
+    """A number of a line: infinite where it is an integer that no float holds."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
 
 
 def finite(value: Any) -> Any:
