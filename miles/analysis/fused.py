@@ -89,10 +89,10 @@ def scan(
                 flush(counters, histogram)
                 counted = WIDE
             counted += size + WIDE
-            held += size + WIDE
-            if held > GATHER:
+            if held + size > GATHER:
                 _gather(hot, by_token)
-                held = size + WIDE
+                held = 0
+            held += size
             tokens, same, missing, body = tally[1], tally[2], tally[0] - tally[1], size - size % WIDE
             keep = np.int64(runs > 1)
             part[:] = 0.0
