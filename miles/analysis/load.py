@@ -17,7 +17,7 @@ from miles.analysis.source import OPTIONAL_COLUMNS, SHARD_COLUMNS, TRAIN_COLUMNS
 from miles.data.store.files import Damaged
 from miles.data.store.manifest import NAME
 
-LINE = 64  # bytes of a cache line
+LINE, HUGE_PAGE = 64, 1 << 21  # bytes of a cache line, and of a large page of memory
 AHEAD = 1  # chunks read while one is computed
 NEEDED_OF_CORE = ("rollout_logprob", "loss_mask", "train_logprob")
 
@@ -62,10 +62,11 @@ class Buffers:
 
 
 def aligned(size: int, dtype: Any) -> NDArray[Any]:
-    """An array of no particular content that begins at a cache line."""
+    """An array of no particular content that begins at a cache line, and a great one at a large page: arrays read side by side are read faster."""
     width = np.dtype(dtype).itemsize
-    held = np.empty(size * width + LINE, np.uint8)
-    skip = -held.ctypes.data % LINE
+    border = HUGE_PAGE if size * width >= HUGE_PAGE else LINE
+    held = np.empty(size * width + border, np.uint8)
+    skip = -held.ctypes.data % border
     return held[skip : skip + size * width].view(dtype)
 
 

@@ -21,9 +21,10 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic as _intrinsic
 
+from miles.analysis.bin_lanes import upper_places
 from miles.analysis.slices import ENTROPIES, MISSES, PROBABILITIES
-from miles.analysis.terms import COUNTS, HUGE, LIMIT, MOMENTS, NEAR, ROW, ROW_UNIT, SUB_BINS, SUMS, TURNS, WIDE
-from miles.analysis.token_lanes import ROW_VECTOR, STRIDE, Ahead, Tables, Waiting, fetch
+from miles.analysis.terms import COUNTS, HUGE, LIMIT, MOMENTS, NEAR, ROW, ROW_UNIT, SUMS, TURNS, WIDE
+from miles.analysis.token_lanes import ROW_VECTOR, STRIDE, Ahead, Tables, Waiting
 from miles.analysis.transposition import COLUMNS, ORDER, fours, half, pair_of
 from miles.analysis.vectors import (
     BYTES,
@@ -42,6 +43,7 @@ from miles.analysis.vectors import (
     const,
     counted,
     exp_terms,
+    fetch,
     fma,
     number,
     select,
@@ -73,7 +75,7 @@ def row_sums(
     mu, o, entropy f32, mask, miss u8, token i32 [n]; a step is 1, or 0 where the array wasn't recorded and has 16 elements for all turns. flags,
     used, advantage: where the caller reads on. Token ids can be read for `ahead` turns from the first one on. Set: found f64
     [len(SUMS) + len(MOMENTS)], sums, with places counted from the first token. Added to: counts i64 [len(COUNTS) + 1], the last one turns;
-    and, a turn late, histogram u16 [BINS, SUB_BINS], where a token that does not count is a d of 0, hot f32 [slots, WAIT, 8], and
+    and, a turn late, histogram u16 [BINS / 2, SUB_BINS, 2], where a token that does not count is a d of 0, hot f32 [slots, WAIT, 8], and
     token_table i64 [token_rows, 4]. waiting: token_lanes.SIZE bytes, zeros at first, for what comes a turn late.
 
     odd u8 [n / 16]: 1 for turns that are not added to token_table, since some |d| is large or some id has no row. Of these, and with `keep` of
@@ -192,7 +194,7 @@ class _Loop:
         with b.if_else(small, likely=True) as (then, otherwise):
             with then:
                 square, t, k3 = short_series(b, d)
-                fast = (masked, d, square, d, t, k3, mu, size, same)
+                fast = (masked, d, d, square, d, t, k3, mu, size, same)
                 fast_end = b.block
             with otherwise:
                 huge = const(VEC, HUGE)
@@ -200,7 +202,9 @@ class _Loop:
                 held = b.select(kept, d, zero)
                 c = select(b, "<", select(b, ">", held, const(VEC, -LIMIT)), const(VEC, LIMIT))
                 self._tally(1, counted(b, b.xor(masked, kept)))
-                slow = (kept, held, b.fmul(held, held), c, *exp_terms(b, c), b.select(kept, mu, zero), absolute(b, held), b.and_(same, kept))
+                # A large d, of which most cancels, goes to fp64 at once.
+                b.store(b.fadd(b.load(self._wider["d"]), b.fpext(held, DOUBLES)), self._wider["d"])
+                slow = (kept, zero, held, b.fmul(held, held), c, *exp_terms(b, c), b.select(kept, mu, zero), absolute(b, held), b.and_(same, kept))
                 slow_end = b.block
         found = []
         for one, other in zip(fast, slow, strict=True):
@@ -208,14 +212,14 @@ class _Loop:
             phi.add_incoming(one, fast_end)
             phi.add_incoming(other, slow_end)
             found.append(phi)
-        kept, d, square, c, t, k3, mu, size, same = found
+        kept, small_d, d, square, c, t, k3, mu, size, same = found
         low = b.or_(probability, b.shl(entropy, const(IVEC, 16)))
-        waiting.set_words(low, b.or_(self._miss(place), b.and_(b.bitcast(d, IVEC), const(IVEC, -(SUB_BINS << 16)))))
+        waiting.set_words(low, b.or_(self._miss(place), upper_places(b, d)))
         yield
         self._tally(2, counted(b, same))
         b.store(call(b, f"llvm.umax.v{WIDE}i32", IVEC, b.bitcast(size, IVEC), b.load(self._greatest)), self._greatest)
         yield
-        self._add("d", d)
+        self._add("d", small_d)
         self._add("abs", size)
         self._add("d2", square)
         yield

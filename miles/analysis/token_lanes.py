@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from llvmlite import ir
-from numba.core import cgutils
 
 from miles.analysis.terms import ROW, SUB_BINS, TOKEN_VALUES, WIDE
 from miles.analysis.transposition import ORDER, half, pair_of
-from miles.analysis.vectors import F32, I8, I16, I32, I64, IVEC, at, call, const, number
+from miles.analysis.vectors import F32, I8, I16, I32, I64, IVEC, at, call, const, fetch, number
 
 WAIT = 4  # columns of a slot that neighbouring tokens take in turn: an addition need not wait for the one before
 STRIDE = WAIT * len(ROW) * 4 // 8  # of a slot in such a table, in units of 8 bytes
@@ -68,7 +67,7 @@ class Tables:
         for kind in range(KINDS):
             slot = b.and_(b.lshr(word, number(16 * kind)), number(0xFFFF))
             _add(b, b.add(b.add(self._hot, number(4 * len(ROW) * (k % WAIT))), b.mul(slot, number(8))), row)
-        spot = b.gep(self._counters, [b.add(b.lshr(word, number(48)), number(k % SUB_BINS))])
+        spot = b.gep(self._counters, [b.add(b.lshr(word, number(48)), number(2 * (k % SUB_BINS)))])
         b.store(b.add(b.load(spot), ir.Constant(I16, 1)), spot)
         _add(b, b.add(self._tokens, self._waiting.name(token)), whole)
 
@@ -95,12 +94,6 @@ class Ahead:
         b = self._b
         name = b.zext(b.load(b.gep(self._ids, [number(k)]), align=4), I64)
         fetch(b, at(b, self._table, name, I8, 8 * len(TOKEN_VALUES)), 1)
-
-
-def fetch(b: ir.IRBuilder, spot: ir.Value, near: int) -> None:
-    """Begin to fetch a cache line: near 3 into the first cache, 1 into the second."""
-    kind = ir.FunctionType(ir.VoidType(), [I8.as_pointer(), I32, I32, I32])
-    b.call(cgutils.get_or_insert_function(b.module, kind, "llvm.prefetch.p0"), [spot, *(ir.Constant(I32, value) for value in (0, near, 1))])
 
 
 def _add(b: ir.IRBuilder, address: ir.Value, value: ir.Value) -> None:

@@ -9,7 +9,7 @@ import math
 import struct
 from typing import Any
 
-from llvmlite import ir
+from llvmlite import binding, ir
 from numba.core import cgutils
 
 from miles.analysis.terms import WIDE
@@ -18,6 +18,10 @@ F32, F64, I8, I16, I32, I64 = ir.FloatType(), ir.DoubleType(), *(ir.IntType(bits
 VEC, IVEC, BYTES, SHORTS, DOUBLES = (ir.VectorType(kind, WIDE) for kind in (F32, I32, I8, I16, F64))
 # (e^r - 1 - r) / r^2 for |r| <= NEAR, interpolated at Chebyshev's nodes.
 NEAREST = (0.5, 0.16666642420070918, 0.041666636365000086, 0.008348847788288706, 0.0013908278590313836)
+
+
+# Whether a vector of 16 is one register of this machine.
+WHOLE_VECTORS = bool(binding.get_host_cpu_features().get("avx512f"))
 
 
 def number(value: int) -> ir.Constant:
@@ -74,9 +78,23 @@ def counted(builder: ir.IRBuilder, flags: ir.Value) -> ir.Value:
     return found if whole == I64 else builder.zext(found, I64)
 
 
+def pinned(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
+    """The same value, of which the compiler thinks that it is made here, between the reads and writes of memory before and after."""
+    if not WHOLE_VECTORS:
+        return value
+    kind = ir.FunctionType(value.type, [value.type])
+    return builder.asm(kind, "", "=v,0,~{memory}", [value], side_effect=True)
+
+
 def at(builder: ir.IRBuilder, address: ir.Value, index: ir.Value, kind: Any, size: int) -> ir.Value:
     """Where the index-th of things of `size` bytes from an address lies, as a pointer to `kind`."""
     return builder.inttoptr(builder.add(address, builder.mul(index, number(size))), kind.as_pointer())
+
+
+def fetch(b: ir.IRBuilder, spot: ir.Value, near: int) -> None:
+    """Begin to fetch a cache line: near 3 into the first cache, 1 or 2 into the second."""
+    kind = ir.FunctionType(ir.VoidType(), [I8.as_pointer(), I32, I32, I32])
+    b.call(cgutils.get_or_insert_function(b.module, kind, "llvm.prefetch.p0"), [spot, *(ir.Constant(I32, value) for value in (0, near, 1))])
 
 
 def short_series(builder: ir.IRBuilder, r: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
