@@ -6,7 +6,7 @@ of both signs lie side by side, so that those in use are few cache lines next to
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from llvmlite import ir
 
@@ -17,12 +17,10 @@ AHEAD, LINE = 2048, 64  # tokens; bytes of a cache line
 assert BINS * SUB_BINS == 1 << 16, "a place has 16 bits"
 
 
-def count_bins(b: ir.IRBuilder, waiting: ir.Value, counters: ir.Value, which: Iterable[int]) -> None:
-    """Count some of the places u16 at `waiting` in the counters u16 [BINS / 2, SUB_BINS, 2]; both are pointers."""
-    for i in which:
-        place = b.zext(b.load(b.gep(waiting, [number(i)]), align=2), I64)
-        spot = b.gep(counters, [b.add(place, number(2 * (i % SUB_BINS)))])
-        b.store(b.add(b.load(spot), ir.Constant(I16, 1)), spot)
+def count(b: ir.IRBuilder, counters: ir.Value, place: ir.Value, token: int) -> None:
+    """Count a place, i64, of the token-th token of a turn in the counters, a pointer to u16 [BINS / 2, SUB_BINS, 2]."""
+    spot = b.gep(counters, [b.add(place, number(2 * (token % SUB_BINS)))])
+    b.store(b.add(b.load(spot), ir.Constant(I16, 1)), spot)
 
 
 def store_bins(b: ir.IRBuilder, vectors: Sequence[ir.Value], waiting: ir.Value) -> None:
@@ -46,7 +44,7 @@ class Counting:
     """Counting of the CORE_WIDE places of a turn, some at a time between other work; evenly among them what is read AHEAD tokens from now is
     fetched into the second cache, one array after another: the processor itself stops at the end of each page, and drops fetches that crowd.
 
-    arrays: addresses, each with bytes of a token; index: the turn, i64; counters and waiting as in count_bins().
+    arrays: addresses, each with bytes of a token; index: the turn, i64; counters as in count(); waiting: a pointer to the places, u16 [CORE_WIDE].
     """
 
     def __init__(self, b: ir.IRBuilder, arrays: list[tuple[ir.Value, int]], index: ir.Value, counters: ir.Value, waiting: ir.Value) -> None:
@@ -54,13 +52,13 @@ class Counting:
         self._lines = [(address, size, line) for address, size in arrays for line in range(size)]
         self._each = CORE_WIDE // len(self._lines)
 
-    def some(self, count: int) -> None:
+    def some(self, many: int) -> None:
         """Count the next ones."""
-        for place in range(self.done, self.done + count):
-            count_bins(self._b, self._waiting, self._counters, [place])
+        for place in range(self.done, self.done + many):
+            count(self._b, self._counters, self._b.zext(self._b.load(self._b.gep(self._waiting, [number(place)]), align=2), I64), place)
             if place % self._each == self._each - 1:
                 self._fetch(*self._lines[place // self._each])
-        self.done += count
+        self.done += many
 
     def _fetch(self, address: ir.Value, size: int, line: int) -> None:
         b = self._b

@@ -133,6 +133,7 @@ class _Loop:
         for pair in range(0, PARTS, 2):
             counting.some((CORE_WIDE - counting.done) // (PARTS - pair) * 2)
             store_bins(b, held[pair : pair + 2], b.gep(waiting, [number(pair * WIDE)]))
+        assert counting.done == CORE_WIDE, "every token of a turn is counted once"
 
     def _add_powers(self, parts: list[ir.Value], counting: Counting) -> None:
         """Sums of powers of d, in steps with counting between them. Of those that count most, the terms of a turn are added to each other first."""
@@ -171,8 +172,11 @@ class _Loop:
             self._tally(2, counted(b, same))
             self._raise(b.bitcast(terms["abs"], IVEC))
             found.append(terms)
+        for terms in found:  # a large d, of which most cancels, goes to fp64 at once
+            self._add_lanes(CORE.index("d"), terms["d"])
         for row, name in enumerate(CORE):
-            self._add_lanes(row, _paired(b.fadd, [terms[name] for terms in found]))
+            if name != "d":
+                self._add_lanes(row, _paired(b.fadd, [terms[name] for terms in found]))
         return [terms["d"] for terms in found]
 
     def _add_lanes(self, row: int, values: ir.Value) -> None:

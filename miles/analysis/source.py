@@ -67,8 +67,15 @@ class Step:
 
     def records(self) -> Iterator[Record]:
         """Each train record of the step, checked against the batch."""
+        taken: dict[Path, NDArray[np.int64]] = {}
         for path in self.paths:
-            yield self._record(path)
+            record = self._record(path)
+            rows = np.unique(record.shard << 32 | record.row)
+            for other, those in taken.items():
+                if len(twice := np.intersect1d(rows, those, assume_unique=True)):
+                    raise Damaged(f"{path}: its row {twice[0] & 0xFFFFFFFF} of shard {twice[0] >> 32} stands in {other}, too; no sequence counts twice")
+            taken[path] = rows
+            yield record
 
     def part(self, index: int) -> Part:
         """A shard of the batch, checked against the manifest."""

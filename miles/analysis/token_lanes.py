@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from llvmlite import ir
 
-from miles.analysis.terms import ROW, SUB_BINS, TOKEN_VALUES, WIDE
+from miles.analysis.bin_lanes import count
+from miles.analysis.terms import ROW, TOKEN_VALUES, WIDE
 from miles.analysis.transposition import ORDER, half, pair_of
 from miles.analysis.vectors import F32, I8, I16, I32, I64, IVEC, at, call, const, fetch, number
 
@@ -67,8 +68,7 @@ class Tables:
         for kind in range(KINDS):
             slot = b.and_(b.lshr(word, number(16 * kind)), number(0xFFFF))
             _add(b, b.add(b.add(self._hot, number(4 * len(ROW) * (k % WAIT))), b.mul(slot, number(8))), row)
-        spot = b.gep(self._counters, [b.add(b.lshr(word, number(48)), number(2 * (k % SUB_BINS)))])
-        b.store(b.add(b.load(spot), ir.Constant(I16, 1)), spot)
+        count(b, self._counters, b.lshr(word, number(48)), k)
         _add(b, b.add(self._tokens, self._waiting.name(token)), whole)
 
     def _pair(self, which: int) -> tuple[ir.Value, ir.Value]:

@@ -8,7 +8,6 @@ from miles.analysis.terms import WIDE
 from miles.analysis.vectors import I32, IVEC
 
 COLUMNS = 8
-PAIRS = WIDE // 2
 ORDER = tuple(8 * half + 4 * second + j for j in range(4) for half in range(2) for second in range(2))  # in which tokens come out, in pairs
 
 

@@ -9,19 +9,23 @@ import math
 import struct
 from typing import Any
 
-from llvmlite import binding, ir
+from llvmlite import ir
 from numba.core import cgutils
+from numba.core import config as _config
+from numba.core.codegen import get_host_cpu_features
 
 from miles.analysis.terms import WIDE
 
 F32, F64, I8, I16, I32, I64 = ir.FloatType(), ir.DoubleType(), *(ir.IntType(bits) for bits in (8, 16, 32, 64))
-VEC, IVEC, BYTES, SHORTS, DOUBLES = (ir.VectorType(kind, WIDE) for kind in (F32, I32, I8, I16, F64))
+VEC, IVEC, BYTES, DOUBLES = (ir.VectorType(kind, WIDE) for kind in (F32, I32, I8, F64))
 # (e^r - 1 - r) / r^2 for |r| <= NEAR, interpolated at Chebyshev's nodes.
 NEAREST = (0.5, 0.16666642420070918, 0.041666636365000086, 0.008348847788288706, 0.0013908278590313836)
 
 
-# Whether a vector of 16 is one register of this machine.
-WHOLE_VECTORS = bool(binding.get_host_cpu_features().get("avx512f"))
+config: Any = _config  # its type says nothing of its names
+# Whether a vector of 16 is one register of the processors that numba compiles for, which its variables can make others than this one.
+FEATURES = get_host_cpu_features() if config.CPU_FEATURES is None else config.CPU_FEATURES
+WHOLE_VECTORS = "+avx512f" in FEATURES.split(",")
 
 
 def number(value: int) -> ir.Constant:

@@ -81,13 +81,17 @@ def _advice(k3: float) -> str:
 
 
 def exceeded(
-    tokens: dict[str, Any], sequences: dict[str, Any], above: dict[str, float], below: dict[str, float], difference: dict[str, Any] | None = None
+    tokens: dict[str, Any],
+    sequences: dict[str, Any],
+    above: Sequence[tuple[str, float]],
+    below: Sequence[tuple[str, float]],
+    difference: dict[str, Any] | None = None,
 ) -> list[str]:
     """Limits that are not kept, in words. difference: by metric, to another run. UserError for a metric that isn't there; one without a value is not kept."""
     known = {**tokens, **{f"sequence.{name}": value for name, value in sequences.items()}, **{f"difference.{name}": value for name, value in (difference or {}).items()}}
     found = []
     for limits, word in ((above, "above"), (below, "below")):
-        for name, limit in limits.items():
+        for name, limit in limits:
             if name not in known:
                 raise UserError(f"no metric is called {name}; there are {', '.join(known)}")
             value = known[name]

@@ -120,6 +120,10 @@ def twice(run: Path) -> None:
     edit(record(run), change)
 
 
+def record_twice(run: Path) -> None:
+    shutil.copy(record(run), record(run).with_name("node_0007.h5"))
+
+
 def two_columns(path: Path, name: str) -> None:
     def change(file: h5py.File) -> None:
         values = file[name][:]
@@ -184,6 +188,7 @@ CASES = {
     "a row that isn't there": (no_such_row, "names row 5000 of"),
     "a shard that isn't there": (no_such_shard, "names shard 7"),
     "a row twice": (twice, "stands twice"),
+    "a record twice": (record_twice, "node_0007.h5: its row 0 of shard 0 stands in"),
 }
 
 
@@ -235,6 +240,24 @@ def test_limits_decide_the_exit_code(whole):
     unknown = tool(whole, "--above", "nonsense=1")
     assert (unknown.returncode, len(unknown.stderr.splitlines())) == (78, 1)
     assert tool(whole, "--above", "kl_k3").returncode == 78
+    assert tool(whole, "--above", "kl_k3=nan").returncode == 78
+    twice = tool(whole, "--core", "--above", "abs_diff=1e-9", "--above", "abs_diff=1e9")
+    assert (twice.returncode, [line for line in twice.stdout.splitlines() if line.startswith("FAILED")][-1].split()[1]) == (1, "abs_diff")
+
+
+def test_zeros_of_both_signs_are_no_difference_and_no_traceback(tmp_path):
+    random = np.random.default_rng(8)
+    made = []
+    for index in range(4):
+        sample = make_sample(random, index, 0, 5, 60, 1)
+        sample.rollout_logprob[10:20] = 0.0
+        train = make_train(random, sample, 0.0)
+        train["train_logprob"] = np.where(sample.rollout_logprob == 0.0, np.float32(-0.0), sample.rollout_logprob)
+        made.append(Made(1, sample, train, 0, -1, 0, 0, 1))
+    write_run(tmp_path / "run", made)
+    done = tool(tmp_path / "run")
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    assert "--html FILE" in done.stdout  # to its end
 
 
 def test_a_clean_run_passes_and_the_verdict_can_be_demanded(tmp_path):

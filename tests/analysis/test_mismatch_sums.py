@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 from fractions import Fraction
 
 import numpy as np
@@ -148,3 +151,27 @@ def test_replicates_take_sequences_as_poisson_does_by_their_hashes():
     assert (found == expected).all()
     assert np.mean(taken) == pytest.approx(1.0, abs=0.01)
     assert np.var(taken) == pytest.approx(1.0, abs=0.02)
+
+
+SUMS_HERE = """
+import numpy as np
+from miles.analysis.core_pass import core
+from miles.analysis.terms import BINS, COUNTS, SUMS
+random, total = np.random.default_rng(5), 5000
+mu = -random.exponential(1, total).astype(np.float32)
+o = (mu + random.normal(0, 0.02, total) * np.exp(random.normal(0, 1.5, total))).astype(np.float32)
+mask, start = (random.random(total) < 0.9).astype(np.uint8), np.zeros(1, np.int64)
+sums, counts, histogram = np.zeros(len(SUMS)), np.zeros(len(COUNTS), np.int64), np.zeros(BINS, np.int64)
+core(mu, o, mask, start, start, np.array([total]), sums, counts, histogram)
+print(sums.tobytes().hex(), counts.tolist(), np.flatnonzero(histogram).tolist())
+"""
+
+
+def test_other_processors_have_the_same_bits():
+    """Numba's variables choose them: one without vectors of 16, and one without any but the oldest."""
+    said = [
+        subprocess.run([sys.executable, "-c", SUMS_HERE], env={**os.environ, **more}, capture_output=True, text=True, timeout=300)
+        for more in ({}, {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "+avx2,+fma,+avx"}, {"NUMBA_CPU_NAME": "generic"})
+    ]
+    assert [each.returncode for each in said] == [0, 0, 0], [each.stderr[-500:] for each in said]
+    assert {each.stdout for each in said} == {said[0].stdout}

@@ -13,6 +13,7 @@ Exit codes: 0 all limits kept; 1 one was not; 78 the input is wrong, or there is
 """
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -28,7 +29,7 @@ FAILED = 1
 def limit(text: str) -> tuple[str, float]:
     """kl_k3=1e-3"""
     name, equals, value = text.partition("=")
-    if not equals:
+    if not equals or math.isnan(float(value)):
         raise ValueError(text)
     return name, float(value)
 
@@ -88,7 +89,7 @@ def report(given, ranks) -> int:
     if given.against:
         other, other_state = found_in(given, given.against, states[1]), states[1]
         rows = differences(state, found["tokens"], other_state, other["tokens"])
-    failures = exceeded(found["tokens"], found.get("sequences", {}), dict(given.above), dict(given.below), {row["metric"]: row["difference"] for row in rows})
+    failures = exceeded(found["tokens"], found.get("sequences", {}), given.above, given.below, {row["metric"]: row["difference"] for row in rows})
     if ORDER.index(found["verdict"]) > ORDER.index(given.at_worst):
         failures.insert(0, f"the verdict is {found['verdict']}, and at worst {given.at_worst} passes")
     if given.against:

@@ -95,8 +95,3 @@ def _solve(sums: NDArray[np.float64]) -> NDArray[np.float64]:
     left = np.array([[s["xx"], s["xs"]], [s["xs"], s["ss"]]])
     trace = np.trace(left)
     return np.linalg.solve(left + 1e-9 * trace * np.eye(2), np.array([s["xd"], s["sd"]])) if trace > 0 else np.zeros(2)
-
-
-def percent(part: float) -> str:
-    """0.034 -> 3.4 %"""
-    return f"{100 * part:.3g} %"

@@ -62,7 +62,7 @@ def _worst_slices(found: Mapping[str, Any], out: Console) -> None:
     whole, rows = found["tokens"], []
     for name, values in found["slices"].items():
         known = [row for row in values or () if row["tokens"] >= min(FEW, whole["tokens"] / 100)]
-        if values and len(values) > 1 and known:
+        if values and len(values) > 1 and known and whole["abs_diff"]:
             worst = max(known, key=lambda row: row["abs_diff"])
             rows.append([name.replace("_", " "), str(worst["value"]), worst["tokens"], worst["abs_diff"], worst["kl_k3"], worst["abs_diff"] / whole["abs_diff"]])
     telling = sorted((row for row in rows if row[-1] >= TELLING), key=lambda row: -row[-1])[:MOST]
