@@ -9,7 +9,7 @@ from miles.analysis.compiled import kernel
 
 @kernel
 def mix(z):
-    """A hash of a u64 (splitmix64)."""
+    """A hash of a u64: splitmix64's finaliser (Steele, Lea, Flood 2014)."""
     z ^= z >> np.uint64(30)
     z *= np.uint64(0xBF58476D1CE4E5B9)
     z ^= z >> np.uint64(27)

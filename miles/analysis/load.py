@@ -13,13 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from miles.analysis.rows import Part, Rows
-from miles.analysis.source import OPTIONAL_COLUMNS, SHARD_COLUMNS, TRAIN_COLUMNS, Chunk
+from miles.analysis.source import NEEDED, OPTIONAL_COLUMNS, SHARD_COLUMNS, TRAIN_COLUMNS, Chunk
 from miles.data.store.files import Damaged
 from miles.data.store.manifest import NAME
 
 LINE, HUGE_PAGE = 64, 1 << 21  # bytes of a cache line, and of a large page of memory
 AHEAD = 1  # chunks read while one is computed
-NEEDED_OF_CORE = ("rollout_logprob", "loss_mask", "train_logprob")
 
 
 @dataclass
@@ -107,11 +106,11 @@ def load(chunk: Chunk, buffers: Buffers, core: bool = False) -> Loaded:
     columns: dict[str, NDArray[Any]] = {}
     begin = int(record.offset[chunk.first])
     for name, dtype in TRAIN_COLUMNS.items():
-        here = f"tokens/{name}" in record.columns and (not core or name in NEEDED_OF_CORE)
+        here = f"tokens/{name}" in record.columns and (not core or name in NEEDED)
         columns[name] = buffers.take(name, dtype, chunk.tokens if here else 0)
         record.sheet.read(f"tokens/{name}", begin, columns[name])
     for name, dtype in SHARD_COLUMNS.items():
-        here = not core or name in NEEDED_OF_CORE
+        here = not core or name in NEEDED
         columns[name] = buffers.take(name, dtype, place if here else 0)
         for part, start, at, size in ranges if here else ():
             part.sheet.read(f"tokens/{name}", start, columns[name][at : at + size])

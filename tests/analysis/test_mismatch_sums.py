@@ -153,6 +153,16 @@ def test_replicates_take_sequences_as_poisson_does_by_their_hashes():
     assert np.var(taken) == pytest.approx(1.0, abs=0.02)
 
 
+def test_large_differences_that_cancel_are_added_in_fp64():
+    random, total = np.random.default_rng(6), 64 * 50
+    mu, o = (-random.uniform(0, 900, total).astype(np.float32) for _ in range(2))
+    mask, start = np.ones(total, np.uint8), np.zeros(1, np.int64)
+    sums, counts, histogram = np.zeros(len(SUMS)), np.zeros(len(COUNTS), np.int64), np.zeros(BINS, np.int64)
+    core(mu, o, mask, start, start, np.array([total]), sums, counts, histogram)
+    wide = (o - mu).astype(np.float64)
+    assert sums[0] == pytest.approx(wide.sum(), abs=1e-14 * np.abs(wide).sum())
+
+
 SUMS_HERE = """
 import numpy as np
 from miles.analysis.core_pass import core
